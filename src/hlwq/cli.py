@@ -1,0 +1,472 @@
+"""The command `hlwq`: the library's functions with tables for people and JSON for machines."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from hlwq.check import CheckLine, check_directory
+from hlwq.errors import HlwqError
+from hlwq.formats import FORMATS
+from hlwq.models import FAMILIES
+from hlwq.plan import Plan
+from hlwq.quantize import Progress as Report
+from hlwq.quantize import QuantizeResult, plan_for
+from hlwq.quantize import convert as run_convert
+from hlwq.quantize import quantize as run_quantize
+from hlwq.recipes import RECIPES
+from hlwq.usage import commands
+from hlwq.version import __version__
+
+app = typer.Typer(
+    name="hlwq",
+    help="Turn a Hugging Face LLM into the best small checkpoint that vLLM, mlx-lm and transformers load as it is.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+evaluation = typer.Typer(help="Measure a model.", no_args_is_help=True)
+app.add_typer(evaluation, name="eval")
+
+output = Console(soft_wrap=False)
+messages = Console(stderr=True)
+
+
+class ScaleChoice(StrEnum):
+    """`--scale`."""
+
+    signed = "signed"
+    absmax = "absmax"
+
+
+class ProtocolChoice(StrEnum):
+    """`--protocol`."""
+
+    windowed = "windowed"
+    chunked = "chunked"
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, mps.")]
+Bits = Annotated[int | None, typer.Option(help="Bits of a code in the file.")]
+GroupSize = Annotated[int | None, typer.Option(help="Weights that share a scale or norm in the file.")]
+Symmetric = Annotated[
+    bool | None, typer.Option("--symmetric/--asymmetric", help="For uniform codes; by default as the format prefers.")
+]
+Scale = Annotated[
+    ScaleChoice | None, typer.Option(help="Symmetric scales: signed full range (largest weight exact), or absmax.")
+]
+
+
+@app.command()
+def quantize(
+    source: Annotated[str, typer.Argument(help="A model directory, a hub id, or a .gguf file.")],
+    out: Annotated[Path, typer.Argument(help="The directory to make.")],
+    recipe: Annotated[str, typer.Option(help="See `hlwq recipes`.")],
+    format: Annotated[str | None, typer.Option(help="See `hlwq formats`; by default the recipe's usual one.")] = None,
+    bits: Bits = None,
+    group_size: GroupSize = None,
+    symmetric: Symmetric = None,
+    scale: Scale = None,
+    include_embeddings: Annotated[
+        bool, typer.Option("--include-embeddings", help="Quantize the embedding and the output head too.")
+    ] = False,
+    include: Annotated[
+        list[str] | None, typer.Option(help="Quantize modules matching this regular expression.")
+    ] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Keep modules matching this regular expression.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    device: Device = "cpu",
+    max_shard_size: Annotated[str, typer.Option(help="The most that one safetensors file holds.")] = "5GB",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and its cost; write nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Quantize a model into a new directory."""
+    options: dict[str, Any] = dict(
+        format=format,
+        bits=bits,
+        group_size=group_size,
+        symmetric=symmetric,
+        scale_method=scale.value if scale else None,
+        include_embeddings=include_embeddings,
+        include=include or (),
+        exclude=exclude or (),
+        revision=revision,
+    )
+    if dry_run:
+        _, plan = plan_for(source, recipe, **options)
+        _print_plan(plan, as_json)
+        return
+    shard_bytes = _bytes_of(max_shard_size)
+    with _progress("quantizing") as report:
+        result = run_quantize(source, out, recipe, device=device, shard_bytes=shard_bytes, progress=report, **options)
+    _print_result(result, as_json)
+
+
+@app.command()
+def convert(
+    directory: Annotated[Path, typer.Argument(help="A quantized directory.")],
+    out: Annotated[Path, typer.Argument(help="The directory to make.")],
+    format: Annotated[str, typer.Option(help="gptq, mlx or dense.")],
+    bits: Bits = None,
+    group_size: GroupSize = None,
+    symmetric: Symmetric = None,
+    scale: Scale = None,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Turn an HLWQ checkpoint into another format, without the model it was made from."""
+    with _progress("converting") as report:
+        result = run_convert(
+            directory,
+            out,
+            format,
+            bits=bits,
+            group_size=group_size,
+            symmetric=symmetric,
+            scale_method=scale.value if scale else None,
+            device=device,
+            progress=report,
+        )
+    _print_result(result, as_json)
+
+
+@app.command()
+def inspect(
+    directory: Annotated[Path, typer.Argument(help="A model directory of any format.")],
+    against: Annotated[str | None, typer.Option(help="The source it was made from: measures the errors anew.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a directory holds, tensor by tensor and in all."""
+    from hlwq.inspect import inspect as run_inspect
+
+    with _progress("reading") as report:
+        found = run_inspect(directory, against, progress=report)
+    if as_json:
+        _print_json(asdict(found))
+        return
+    table = Table("tensor", "shape", "stored as", "group", "bytes", "relative error")
+    for tensor in found.tensors:
+        stored = f"{tensor.bits} bits" if tensor.bits else tensor.dtype
+        error = "" if tensor.relative_error is None else f"{tensor.relative_error:.3g}"
+        shape = "×".join(map(str, tensor.shape))
+        table.add_row(tensor.name, shape, stored, str(tensor.group_size or ""), f"{tensor.nbytes:,}", error)
+    output.print(table)
+    bits = found.bits_per_quantized_weight
+    output.print(
+        f"format {found.format}{f', recipe {found.recipe}' if found.recipe else ''}: {found.nbytes:,} bytes; "
+        + (f"{bits:.3f} bits per quantized weight, " if bits else "nothing quantized, ")
+        + f"{found.bits_per_parameter:.3f} bits per parameter"
+    )
+
+
+@app.command()
+def check(
+    directory: Annotated[Path, typer.Argument(help="A model directory of any format.")],
+    as_json: Json = False,
+) -> None:
+    """Check what each engine demands of a directory. Exit status 1 if no engine would load it."""
+    lines = check_directory(directory)
+    if as_json:
+        _print_json([asdict(line) for line in lines])
+    else:
+        _print_checks(lines)
+    engines = {line.engine for line in lines}
+    failing = {line.engine for line in lines if not line.passed}
+    if engines == failing:
+        raise typer.Exit(1)
+
+
+@evaluation.command("perplexity")
+def eval_perplexity(
+    model: Annotated[str, typer.Argument(help="A model directory of any format, a hub id, or a .gguf file.")],
+    text: Annotated[Path, typer.Option(help="A UTF-8 text file, such as WikiText-2's raw test split.")],
+    protocol: Annotated[ProtocolChoice, typer.Option(help="windowed (the cards') or chunked (GPTQ papers').")] = (
+        ProtocolChoice.windowed
+    ),
+    context: Annotated[int, typer.Option(help="Tokens in a window or chunk.")] = 2048,
+    stride: Annotated[int | None, typer.Option(help="For windowed: tokens scored per window (default 512).")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many windows or chunks, from the start.")] = None,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Measure perplexity on a text."""
+    from hlwq.evaluate.perplexity import perplexity
+
+    if protocol is ProtocolChoice.chunked and stride is not None:
+        raise HlwqError("--stride changes nothing with --protocol chunked: chunks do not overlap.")
+    with _progress("measuring") as report:
+        result = perplexity(
+            model,
+            text,
+            protocol=protocol.value,
+            context=context,
+            stride=512 if stride is None else stride,
+            limit=limit,
+            device=device,
+            progress=report,
+        )
+    if as_json:
+        _print_json(asdict(result))
+        return
+    error = "one chunk, no standard error" if result.standard_error is None else f"± {result.standard_error:.3f}"
+    windows = f"{result.context}-token {'windows' if protocol is ProtocolChoice.windowed else 'chunks'}"
+    stride_note = f", stride {result.stride}" if protocol is ProtocolChoice.windowed else ""
+    output.print(
+        f"perplexity {result.perplexity:.4f} ({error}; standard error over {len(result.chunk_losses)} {windows})\n"
+        f"protocol {result.protocol}{stride_note}; {result.tokens:,} tokens scored"
+    )
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Argument(help="Where the checkpoints are left.")] = Path("hlwq-demo"),
+    as_json: Json = False,
+) -> None:
+    """Quantize the bundled model with each recipe into each format, and measure them all."""
+    from hlwq.demo import BASELINE, run_demo
+
+    with _progress("demo") as report:
+        rows = run_demo(out, report)
+    if as_json:
+        _print_json([asdict(row) for row in rows])
+        return
+    table = Table("recipe", "format", "perplexity", "loss above BF16 (95 %)", "relative error", "bits/weight", "bytes")
+    for row in rows:
+        table.add_row(
+            row.recipe,
+            row.format,
+            f"{row.perplexity:.3f} ± {row.standard_error:.3f}",
+            ""
+            if row.difference is None
+            else f"{row.difference[0]:+.4f} [{row.difference[1]:+.4f}, {row.difference[2]:+.4f}]",
+            "" if row.relative_error is None else f"{row.relative_error:.5f}",
+            "" if row.bits_per_weight is None else f"{row.bits_per_weight:.3f}",
+            f"{row.nbytes:,}",
+        )
+    output.print(table)
+    output.print(
+        f"Perplexity on held-out text: {rows[0].tokens:,} tokens, protocol {rows[0].protocol}, "
+        f"context {rows[0].context}; ± is the standard error over chunks.\n"
+        "Loss above BF16: nats per token, paired over the same chunks. "
+        "Bits per weight: quantized matrices, all overhead."
+    )
+    output.print("\nTo run them:")
+    for row in rows:
+        if row.recipe != BASELINE:
+            for engine, command in commands(Path(row.directory), row.format):
+                output.print(f"  [dim]{engine:>12}[/dim]  {escape(command)}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def models(as_json: Json = False) -> None:
+    """List the supported model families."""
+    rows = [{"family": family.name, "architectures": list(family.architectures)} for family in FAMILIES]
+    _print_rows(rows, as_json)
+
+
+@app.command()
+def recipes(as_json: Json = False) -> None:
+    """List the recipes."""
+    rows = [
+        {"recipe": recipe.name, "what it does": recipe.summary, "formats (usual first)": list(recipe.formats)}
+        for recipe in RECIPES.values()
+    ]
+    _print_rows(rows, as_json)
+
+
+@app.command()
+def formats(as_json: Json = False) -> None:
+    """List the formats, and the engines that load them."""
+    rows = [
+        {"format": each.NAME, "engines": each.ENGINES, "bits": list(each.BITS), "symmetry": each.SYMMETRIES}
+        for each in FORMATS.values()
+    ]
+    _print_rows(rows, as_json)
+
+
+def _version(value: bool) -> None:
+    if value:
+        output.print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _global_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line: a user's mistake is one line on standard error and exit status 1."""
+    try:
+        app()
+    except HlwqError as error:
+        messages.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        messages.print("interrupted", highlight=False)
+        sys.exit(130)
+
+
+def _bytes_of(size: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG])B", size.strip(), re.IGNORECASE)
+    if not match:
+        raise HlwqError(f"--max-shard-size {size} is not a size. Write it like 5GB or 500MB.")
+    return int(float(match[1]) * {"K": 10**3, "M": 10**6, "G": 10**9}[match[2].upper()])
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[Report]:
+    """A bar with elapsed and remaining time on standard error, for as long as the block runs."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("[dim]{task.fields[item]}[/dim]"),
+    )
+    with Progress(*columns, console=messages, transient=True) as bar:
+        task = bar.add_task(title, total=None, item="")
+
+        def report(done: int, total: int, item: str) -> None:
+            bar.update(task, completed=done, total=total, item=item)
+
+        yield report
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, default=str, ensure_ascii=False))
+
+
+def _print_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        _print_json(rows)
+        return
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(
+            *(", ".join(map(str, value)) if isinstance(value, list) else str(value) for value in row.values())
+        )
+    output.print(table)
+
+
+def _print_checks(lines: list[CheckLine]) -> None:
+    table = Table("engine", "demand", "", "what to do")
+    for line in lines:
+        verdict = "[green]pass[/green]" if line.passed else "[red]fail[/red]"
+        table.add_row(line.engine, line.requirement, verdict, escape(f"{line.detail} {line.remedy}".strip()))
+    output.print(table)
+
+
+def _plan_summary(plan: Plan) -> dict[str, Any]:
+    per_weight, per_parameter = plan.bits_per_weight()
+    return {
+        "family": plan.layout.family.name,
+        "recipe": plan.recipe.name,
+        "format": plan.format.NAME,
+        "output_bytes": plan.output_bytes(),
+        "bits_per_quantized_weight": per_weight,
+        "bits_per_parameter": per_parameter,
+        "peak_memory_estimate": plan.peak_memory(),
+        "remarks": list(plan.remarks),
+    }
+
+
+def _print_plan(plan: Plan, as_json: bool) -> None:
+    summary = _plan_summary(plan)
+    if as_json:
+        tensors = [
+            {
+                "name": tensor.spec.name,
+                "shape": list(tensor.spec.shape),
+                "action": tensor.action,
+                "reason": tensor.reason,
+                "stages": [{"basis": basis, **asdict(grid)} for grid, basis in tensor.steps],
+                "outputs": [asdict(spec) for spec in tensor.outputs],
+            }
+            for tensor in plan.tensors
+        ]
+        _print_json({**summary, "tensors": tensors})
+        return
+    # The same tensor of all layers is one row.
+    rows: dict[tuple[str, str, str, str], list[int]] = {}
+    for tensor in plan.tensors:
+        name = re.sub(r"\.(layers|blocks)\.\d+\.", r".\1.*.", tensor.spec.name)
+        how = " → ".join(f"{grid.bits} bits, group {grid.group_size}" for grid, _ in tensor.steps)
+        key = (name, tensor.action, how or tensor.reason, "×".join(map(str, tensor.spec.shape)))
+        row = rows.setdefault(key, [0, 0])
+        row[0] += 1
+        row[1] += sum(spec.nbytes for spec in tensor.outputs)
+    table = Table("tensor", "shape", "count", "action", "how, or why not", "bytes")
+    for (name, action, how, shape), (count, nbytes) in rows.items():
+        table.add_row(name, shape, str(count), action, how, f"{nbytes:,}")
+    output.print(table)
+    output.print(
+        f"{summary['family']}, recipe {summary['recipe']}, format {summary['format']}: "
+        f"{summary['output_bytes']:,} bytes on disk, "
+        f"{summary['bits_per_quantized_weight']:.3f} bits per quantized weight, "
+        f"{summary['bits_per_parameter']:.3f} per parameter; "
+        f"about {summary['peak_memory_estimate'] / 1e9:.1f} GB of memory"
+    )
+    for remark in plan.remarks:
+        output.print(f"note: {remark}", highlight=False)
+
+
+def _print_result(result: QuantizeResult, as_json: bool) -> None:
+    summary = {
+        **_plan_summary(result.plan),
+        "out": str(result.out),
+        "file_bytes": result.nbytes,
+        "seconds": result.seconds,
+        "peak_memory": result.peak_memory,
+        "relative_errors": result.relative_errors,
+        "checks": [asdict(line) for line in result.checks],
+    }
+    if as_json:
+        _print_json(summary)
+        return
+    per_weight = summary["bits_per_quantized_weight"]
+    worst = sorted(result.relative_errors.items(), key=lambda item: -item[1])[:3]
+    if worst:
+        table = Table("largest relative errors", "")
+        for module, error in worst:
+            table.add_row(module, f"{error:.4g}")
+        output.print(table)
+    for remark in result.plan.remarks:
+        output.print(f"note: {remark}", highlight=False)
+    for line in result.checks:
+        if not line.passed:
+            output.print(
+                f"warning: {line.engine} wants: {line.requirement}. {line.detail} {line.remedy}", highlight=False
+            )
+    output.print(
+        f"{result.out}: format {result.plan.format.NAME}, {result.nbytes:,} bytes"
+        + (f", {per_weight:.3f} bits per quantized weight" if per_weight else "")
+        + f", {result.seconds:.1f} s, peak memory {result.peak_memory / 1e9:.2f} GB",
+        soft_wrap=True,
+    )
+    for engine, command in commands(result.out, result.plan.format.NAME):
+        output.print(f"  {engine}: {escape(command)}", soft_wrap=True, highlight=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""The main job on the bundled model: every recipe, every format, every number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from hlwq.checkpoint import refuse_unless_empty
+from hlwq.evaluate.perplexity import Perplexity, paired_difference, perplexity
+from hlwq.inspect import inspect
+from hlwq.quantize import quantize
+from hlwq.recipes import RECIPES
+
+BASELINE = "(unquantized)"
+CONTEXT = 512
+"""Tokens per chunk: what the bundled model was trained with."""
+CHUNKS = 64
+
+
+@dataclass(frozen=True)
+class DemoRow:
+    """One line of the demo's table; see `Perplexity` and `Inspection` for the numbers."""
+
+    recipe: str
+    format: str
+    directory: str
+    protocol: str
+    context: int
+    tokens: int
+    perplexity: float
+    standard_error: float
+    difference: tuple[float, float, float] | None
+    relative_error: float | None
+    bits_per_weight: float | None
+    nbytes: int
+
+
+def bundled_model() -> Path:
+    """The directory of the small Qwen3.5 hybrid that comes with the package."""
+    return Path(str(files("hlwq") / "bundled"))
+
+
+def run_demo(out: Path, progress: Callable[[int, int, str], None]) -> list[DemoRow]:
+    """Quantize the bundled model with each recipe into each of its formats, and measure each result.
+
+    Args:
+        out: where the directories are left, one for each; absent or empty.
+        progress: told how far the work is.
+
+    Returns:
+        One row for the unquantized model, then one for each recipe and format.
+
+    Raises:
+        HlwqError: `out` is not empty, or the disk is full.
+    """
+    refuse_unless_empty(out)
+    model = bundled_model()
+    jobs = [(recipe.name, name) for recipe in RECIPES.values() for name in recipe.formats]
+    total = len(jobs) + 1
+    progress(0, total, BASELINE)
+    base = _measure(model)
+    rows = [_row(BASELINE, "dense", model, base, None)]
+    for done, (recipe, format_name) in enumerate(jobs, 1):
+        progress(done, total, f"{recipe} → {format_name}")
+        directory = out / f"{recipe}-{format_name}"
+        quantize(model, directory, recipe, format=format_name)
+        rows.append(_row(recipe, format_name, directory, _measure(directory), base))
+    progress(total, total, "done")
+    return rows
+
+
+def _measure(directory: Path) -> Perplexity:
+    return perplexity(directory, bundled_model() / "held_out.txt", protocol="chunked", context=CONTEXT, limit=CHUNKS)
+
+
+def _row(recipe: str, format_name: str, directory: Path, measured: Perplexity, base: Perplexity | None) -> DemoRow:
+    found = inspect(directory, bundled_model() if base else None)
+    errors = [
+        (tensor.relative_error, tensor.shape[0] * tensor.shape[1]) for tensor in found.tensors if tensor.relative_error
+    ]
+    weights = sum(count for _, count in errors)
+    assert measured.standard_error is not None
+    return DemoRow(
+        recipe=recipe,
+        format=format_name,
+        directory=str(directory),
+        protocol=measured.protocol,
+        context=measured.context,
+        tokens=measured.tokens,
+        perplexity=measured.perplexity,
+        standard_error=measured.standard_error,
+        difference=paired_difference(base, measured) if base else None,
+        relative_error=sum(error * count for error, count in errors if error) / weights if weights else None,
+        bits_per_weight=found.bits_per_quantized_weight,
+        nbytes=found.nbytes,
+    )

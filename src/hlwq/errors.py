@@ -1,0 +1,11 @@
+"""The one exception that a user's mistake raises."""
+
+from __future__ import annotations
+
+
+class HlwqError(Exception):
+    """A request that cannot be met: the message says what is wrong, where, and what to do.
+
+    The command line prints it as one line and exits with status 1; anything else that escapes is a
+    bug and keeps its traceback.
+    """

@@ -1,0 +1,75 @@
+"""Loading any directory as a transformers model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hlwq.errors import HlwqError
+from hlwq.sources import ENGINE_SECTIONS, DecodedCheckpoint
+
+
+def load_model(path: Path, device: str = "cpu") -> tuple[Any, Any]:
+    """Load a dense, hlwq, gptq or mlx directory into transformers; codes are decoded to the model's dtype.
+
+    Args:
+        path: the directory.
+        device: where the model goes.
+
+    Returns:
+        The model, in evaluation mode and bfloat16, and its tokenizer.
+
+    Raises:
+        HlwqError: transformers is not installed, or the directory cannot be read.
+    """
+    transformers = _transformers()
+    checkpoint = DecodedCheckpoint(path)
+    config = transformers.AutoConfig.from_pretrained(path)
+    for section in ENGINE_SECTIONS:
+        if hasattr(config, section):
+            delattr(config, section)
+    weights = {name: checkpoint.read(name).to(torch.bfloat16) for name in checkpoint.tensors}
+    with _quiet(transformers):
+        with torch.device("meta"):  # for the class and the text configuration that it uses, no weights
+            skeleton = transformers.AutoModelForCausalLM.from_config(config)
+        model = type(skeleton).from_pretrained(None, config=skeleton.config, state_dict=weights, dtype=torch.bfloat16)
+    return model.eval().to(device), load_tokenizer(path)
+
+
+def load_tokenizer(path: Path) -> Any:
+    """Load the tokenizer of a directory.
+
+    Raises:
+        HlwqError: transformers is not installed, or there is no tokenizer.
+    """
+    try:
+        return _transformers().AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise HlwqError(
+            f"{path} has no tokenizer that loads ({str(error).splitlines()[0]}). Copy the original's."
+        ) from None
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise HlwqError("Measuring needs transformers. Run: pip install 'hlwq[eval]'") from None
+    return transformers
+
+
+@contextlib.contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Without the loading bar and the hints on kernels that are not installed."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        transformers.logging.enable_progress_bar()

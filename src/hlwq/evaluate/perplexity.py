@@ -1,0 +1,173 @@
+"""Perplexity on a text, by two protocols that must never be mixed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from scipy.stats import t as student_t
+from torch import Tensor
+
+from hlwq.errors import HlwqError
+from hlwq.evaluate.model import load_model
+from hlwq.sources import locate
+
+Protocol = Literal["windowed", "chunked"]
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """A perplexity and how sure it is.
+
+    Attributes:
+        protocol: `windowed` or `chunked`, see `perplexity`.
+        context: tokens the model sees at once.
+        stride: tokens between the starts of two windows; for `chunked`, the same as `context`.
+        perplexity: exp of the mean negative log-likelihood over all scored tokens.
+        standard_error: of the perplexity, from the spread over chunks (delta method); None for a single chunk.
+        tokens: how many were scored.
+        chunk_losses: mean negative log-likelihood, in nats per token, of each chunk. All chunks score the same number
+            of tokens, so their plain mean is the mean over tokens.
+    """
+
+    protocol: Protocol
+    context: int
+    stride: int
+    perplexity: float
+    standard_error: float | None
+    tokens: int
+    chunk_losses: tuple[float, ...]
+
+
+def perplexity(
+    model: str | Path,
+    text: str | Path,
+    *,
+    protocol: Protocol = "windowed",
+    context: int = 2048,
+    stride: int = 512,
+    limit: int | None = None,
+    device: str = "cpu",
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Perplexity:
+    """Measure a model's perplexity on a text file.
+
+    `windowed`: windows of `context` tokens start every `stride` tokens and the last `stride` tokens of each are scored,
+    in the first window too, so that every scored token has at least `context − stride` before it. `chunked`: chunks of
+    `context` tokens that do not overlap; all tokens but each chunk's first are scored (the protocol of Frantar et al.,
+    arXiv 2210.17323). Weights in bfloat16, log-softmax in float32; the file is tokenized once, whole.
+
+    Args:
+        model: a directory of any format, a hub id or a `.gguf` file.
+        text: a UTF-8 file.
+        protocol: see above.
+        context: tokens in a window or chunk.
+        stride: for `windowed`.
+        limit: measure only so many windows or chunks, from the start.
+        device: where the model runs.
+        progress: told how many chunks are done.
+
+    Raises:
+        HlwqError: the model or the text cannot be read, or the text is shorter than one window.
+    """
+    file = Path(text)
+    try:
+        contents = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise HlwqError(f"--text {file} does not exist.") from None
+    except (UnicodeDecodeError, IsADirectoryError):
+        raise HlwqError(f"--text {file} is not a UTF-8 text file.") from None
+    if progress:
+        progress(0, 1, "loading the model")
+    loaded, tokenizer = load_model(locate(model), device)
+    tokens = torch.tensor(tokenizer(contents, verbose=False)["input_ids"])
+    return perplexity_of_tokens(
+        loaded, tokens, protocol=protocol, context=context, stride=stride, limit=limit, progress=progress
+    )
+
+
+def perplexity_of_tokens(
+    model: Any,
+    tokens: Tensor,
+    *,
+    protocol: Protocol = "windowed",
+    context: int = 2048,
+    stride: int = 512,
+    limit: int | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Perplexity:
+    """`perplexity` of a loaded model on token ids, int64 (n,).
+
+    Raises:
+        HlwqError: an option is out of range, or there are fewer tokens than one window holds.
+    """
+    if protocol == "chunked":
+        stride, scored = context, context - 1
+    elif protocol == "windowed":
+        scored = stride
+    else:
+        raise HlwqError(f"There is no protocol {protocol}. Protocols are: windowed, chunked.")
+    if context < 2 or not 0 < stride <= context or scored >= context:
+        raise HlwqError(f"--stride {stride} must be at least 1 and below --context {context}.")
+    starts = list(range(0, len(tokens) - context + 1, stride))[:limit]
+    if not starts:
+        raise HlwqError(f"The text has {len(tokens)} tokens, fewer than one window of {context}. Lower --context.")
+    device = next(model.parameters()).device
+    losses = []
+    for done, start in enumerate(starts):
+        if progress:
+            progress(done, len(starts), "chunks")
+        window = tokens[start : start + context].to(device)
+        losses.append(_loss(model, window, scored))
+    if progress:
+        progress(len(starts), len(starts), "chunks")
+    mean = sum(losses) / len(losses)
+    return Perplexity(
+        protocol=protocol,
+        context=context,
+        stride=stride,
+        perplexity=math.exp(mean),
+        standard_error=math.exp(mean) * _standard_error(losses) if len(losses) > 1 else None,
+        tokens=scored * len(losses),
+        chunk_losses=tuple(losses),
+    )
+
+
+def paired_difference(a: Perplexity, b: Perplexity, confidence: float = 0.95) -> tuple[float, float, float]:
+    """How much higher b's loss is than a's, chunk by chunk on the same text.
+
+    Pairing takes out what the chunks have in common, so the interval is far narrower than the two standard errors
+    suggest.
+
+    Returns:
+        The mean difference in nats per token, and the ends of its confidence interval (Student's t over chunks).
+
+    Raises:
+        HlwqError: the two were not measured by the same protocol on the same chunks, or on a single one.
+    """
+    if (a.protocol, a.context, a.stride, a.tokens) != (b.protocol, b.context, b.stride, b.tokens):
+        raise HlwqError("The two perplexities were not measured by the same protocol on the same text.")
+    differences = [y - x for x, y in zip(a.chunk_losses, b.chunk_losses, strict=True)]
+    if len(differences) < 2:
+        raise HlwqError("One chunk gives no interval. Raise --limit or lower --context.")
+    mean = sum(differences) / len(differences)
+    margin = float(student_t.ppf((1 + confidence) / 2, len(differences) - 1)) * _standard_error(differences)
+    return mean, mean - margin, mean + margin
+
+
+@torch.inference_mode()
+def _loss(model: Any, window: Tensor, scored: int) -> float:
+    """Mean negative log-likelihood, in nats, of the last `scored` tokens of a window."""
+    logits = model(input_ids=window[None, :-1], use_cache=False, logits_to_keep=scored).logits[0]
+    rows = zip(logits.split(256), window[-scored:].split(256), strict=True)  # the float32 copies can be large
+    total = sum(float(torch.nn.functional.cross_entropy(x.float(), y, reduction="sum")) for x, y in rows)
+    return total / scored
+
+
+def _standard_error(values: list[float]) -> float:
+    mean = sum(values) / len(values)
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))

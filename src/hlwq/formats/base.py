@@ -1,0 +1,107 @@
+"""What every format provides. A format knows codes and engines, and neither solvers nor recipes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from hlwq.checkpoint import Reader, TensorSpec
+from hlwq.errors import HlwqError
+from hlwq.grids import Grid, QuantizedMatrix
+from hlwq.models import ModelLayout
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How one module is stored.
+
+    Attributes:
+        bits: of a code.
+        group_size: weights that share parameters.
+        symmetric: for uniform grids; None where the word has no meaning.
+    """
+
+    bits: int
+    group_size: int
+    symmetric: bool | None = None
+
+
+@dataclass(frozen=True)
+class StoredModule:
+    """A module found as codes in a directory.
+
+    Attributes:
+        scheme: how it is stored.
+        shape: (out, in) of the matrix that the codes stand for.
+        tensors: the names of its parts, bias vectors of the layer apart.
+    """
+
+    scheme: Scheme
+    shape: tuple[int, int]
+    tensors: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a checkpoint in some format holds.
+
+    Attributes:
+        layout: the model.
+        quantized: the modules stored as codes.
+        kept: the decoder's other linear modules, in their own dtype.
+        dtype: the model's own dtype, as safetensors spells it.
+    """
+
+    layout: ModelLayout
+    quantized: dict[str, Scheme]
+    kept: list[str]
+    dtype: str
+
+
+class Format(Protocol):
+    """A way to store quantized matrices that some engine loads. Each module of this package is one."""
+
+    NAME: str
+    ENGINES: str
+    BITS: tuple[int, ...]
+    DEFAULT_SYMMETRIC: bool
+    SYMMETRIES: str
+    FUSED_ALIKE: bool
+
+    def lloyd_grid(self, bits: int, group_size: int) -> Grid:
+        """The grid of Lloyd–Max codes as this format stores them. Raises HlwqError if it cannot."""
+
+    def uniform_grid(self, bits: int, group_size: int, symmetric: bool, scale_method: Any, dtype: str) -> Grid:
+        """The grid of uniform codes as this format stores them. Raises HlwqError if it cannot."""
+
+    def outputs(self, module: str, shape: tuple[int, int], grid: Grid, dtype: str) -> list[TensorSpec]:
+        """The tensors that `encode` will return for a matrix of this shape (out, in)."""
+
+    def encode(self, module: str, matrix: QuantizedMatrix, dtype: str) -> dict[str, Tensor]:
+        """A quantized matrix as the tensors of the file, by name. `dtype` is the model's own."""
+
+    def json_files(self, config: dict[str, Any], contents: Contents) -> dict[str, dict[str, Any]]:
+        """`config.json`, and whatever else engines read beside it."""
+
+    def stored_modules(self, reader: Reader) -> dict[str, StoredModule]:
+        """The modules that a directory of this format stores as codes. Raises HlwqError if it is inconsistent."""
+
+    def dequantize(self, reader: Reader, module: str, scheme: Scheme) -> Tensor:
+        """Decode one module: float32 (out, in)."""
+
+
+def require_parts(reader: Reader, module: str, *parts: str) -> tuple[str, ...]:
+    """The names of a module's parts, all of which must be there.
+
+    Raises:
+        HlwqError: one is missing.
+    """
+    names = tuple(f"{module}.{part}" for part in parts)
+    for name in names:
+        if name not in reader.tensors:
+            raise HlwqError(
+                f"{reader.path}: tensor {name} is missing. The directory is damaged; make or download it again."
+            )
+    return names

@@ -1,0 +1,197 @@
+"""GPTQ (v1): INT4 or INT8 that vLLM, SGLang, transformers and GPTQModel serve.
+
+For a linear of shape (out, in): `qweight` int32 (in·bits/32, out), codes packed along `in`; `qzeros` int32
+(groups, out·bits/32), packed along `out` and storing zero − 1 (a zero of 0, which tools read differently, is never
+written); `scales` float16 (groups, out); `g_idx` int32 (in).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hlwq.checkpoint import Reader, TensorSpec
+from hlwq.errors import HlwqError
+from hlwq.formats.base import Contents, Scheme, StoredModule, require_parts
+from hlwq.grids import Grid, Parameters, QuantizedMatrix, ScaleMethod, UniformGrid
+from hlwq.models import ModelLayout
+from hlwq.packing import pack, unpack
+from hlwq.version import __version__
+
+NAME = "gptq"
+ENGINES = "vLLM, SGLang, GPTQModel"
+BITS: tuple[int, ...] = (4, 8)
+DEFAULT_SYMMETRIC = True
+SYMMETRIES = "symmetric (vLLM); asymmetric (GPTQModel only)"
+FUSED_ALIKE = True
+
+
+def lloyd_grid(bits: int, group_size: int) -> Grid:
+    """GPTQ files hold uniform codes only: always raises HlwqError."""
+    raise HlwqError(
+        "format gptq stores uniform codes, not Lloyd–Max codes. Use --recipe hlwq-int4 for HLWQ followed by INT4, "
+        "or --format hlwq or dense."
+    )
+
+
+def uniform_grid(bits: int, group_size: int, symmetric: bool, scale_method: ScaleMethod, dtype: str) -> Grid:
+    """Integer zeros; scales that float16 (the file) and bfloat16 (the engines) both represent.
+
+    Raises:
+        HlwqError: bits other than 4 or 8.
+    """
+    if bits not in BITS:
+        raise HlwqError(f"format gptq has 4 or 8 bits, not {bits}. Engines load no others; use --format mlx or hlwq.")
+    storage = (torch.bfloat16, torch.float16) if dtype == "BF16" else (torch.float16,)
+    return UniformGrid(bits, group_size, symmetric, True, scale_method, storage)
+
+
+def outputs(module: str, shape: tuple[int, int], grid: Grid, dtype: str) -> list[TensorSpec]:
+    """The four tensors of a module.
+
+    Raises:
+        HlwqError: `out` or `in` is not a multiple of 32, which packing and engines need.
+    """
+    rows, columns = shape
+    if rows % 32 or columns % 32:
+        raise HlwqError(
+            f"{module} has shape {shape}; format gptq needs multiples of 32. Keep it in its own dtype: "
+            f"--exclude '{re.escape(module.rsplit('.', 1)[-1])}$'."
+        )
+    per_word, groups = 32 // grid.bits, columns // grid.group_size
+    return [
+        TensorSpec(f"{module}.qweight", "I32", (columns // per_word, rows)),
+        TensorSpec(f"{module}.qzeros", "I32", (groups, rows // per_word)),
+        TensorSpec(f"{module}.scales", "F16", (groups, rows)),
+        TensorSpec(f"{module}.g_idx", "I32", (columns,)),
+    ]
+
+
+def encode(module: str, matrix: QuantizedMatrix, dtype: str) -> dict[str, Tensor]:
+    """Pack codes, zeros and scales as the module's docstring says."""
+    bits, parameters = matrix.grid.bits, matrix.parameters
+    assert parameters.bias is not None
+    # A group of scale 0 is all zeros, whatever the code: give it the middle, which is the zero's place too.
+    empty = parameters.scale == 0
+    zeros = torch.where(empty, 2 ** (bits - 1), -parameters.bias / torch.where(empty, 1, parameters.scale))
+    stored = zeros.round().to(torch.int16) - 1
+    columns = matrix.codes.shape[1]
+    return {
+        f"{module}.qweight": pack(matrix.codes, bits).view(torch.int32).T.contiguous(),
+        f"{module}.qzeros": pack(stored.to(torch.uint8).T.contiguous(), bits).view(torch.int32),
+        f"{module}.scales": parameters.scale.T.to(torch.float16).contiguous(),
+        f"{module}.g_idx": torch.arange(columns, dtype=torch.int32) // matrix.grid.group_size,
+    }
+
+
+def json_files(config: dict[str, Any], contents: Contents) -> dict[str, dict[str, Any]]:
+    """`config.json` with its `quantization_config`, and the same section as `quantize_config.json`."""
+    common = Counter(contents.quantized.values()).most_common(1)[0][0]
+    section = {
+        "quant_method": "gptq",
+        "bits": common.bits,
+        "group_size": common.group_size,
+        "desc_act": False,
+        "sym": common.symmetric,
+        "lm_head": False,
+        "checkpoint_format": "gptq",
+        "pack_dtype": "int32",
+        "dynamic": dynamic_rules(contents, common),
+        "meta": {"quantizer": [f"hlwq:{__version__}"]},
+    }
+    return {"config.json": {**config, "quantization_config": section}, "quantize_config.json": section}
+
+
+def dynamic_rules(contents: Contents, common: Scheme) -> dict[str, dict[str, int]]:
+    """The modules that differ from the common scheme, as `dynamic` rules.
+
+    Rules are tried in order with `re.match` and the first hit wins, so exclusions (`-:`) stand first. vLLM asks with
+    its own prefixes and fused names, GPTQModel with the checkpoint's: each rule matches both spellings.
+    """
+    layout = contents.layout
+    rules: dict[str, dict[str, int]] = {}
+    for prefix in layout.family.kept:
+        rules[rf"-:(.*\.)?{re.escape(prefix.removeprefix('model.'))}.*"] = {}
+    rules[r"-:(.*\.)?lm_head$"] = {}
+    for pattern in _module_patterns(set(contents.kept), layout):
+        rules[f"-:{pattern}"] = {}
+    by_scheme: dict[Scheme, set[str]] = defaultdict(set)
+    for module, scheme in contents.quantized.items():
+        by_scheme[scheme].add(module)
+    for scheme, modules in by_scheme.items():
+        if scheme != common:
+            for pattern in _module_patterns(modules, layout):
+                rules[f"+:{pattern}"] = {"bits": scheme.bits, "group_size": scheme.group_size}
+    return rules
+
+
+def _module_patterns(modules: set[str], layout: ModelLayout) -> list[str]:
+    """Regular expressions that match these modules of the decoder, by their own and their fused names."""
+    layers_of: dict[str, set[int]] = defaultdict(set)
+    having: dict[str, set[int]] = defaultdict(set)
+    fused: dict[str, str] = {}
+    for index, layer in enumerate(layout.layers):
+        for matrix in layer.matrices():
+            having[matrix.name].add(index)
+            fused[matrix.name] = matrix.fused
+            if layout.layer_prefix(index) + matrix.name in modules:
+                layers_of[matrix.name].add(index)
+    # One pattern for modules that share their parent and their layers; in it, the fused names beside the own.
+    leaves_of: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for name, layers in layers_of.items():
+        parent, leaf = name.rsplit(".", 1)
+        where = r"\d+" if layers == having[name] else "(" + "|".join(map(str, sorted(layers))) + ")"
+        leaves = leaves_of[parent, where]
+        leaves += [each for each in (leaf, fused[name].rpartition(".")[2]) if each and each not in leaves]
+    return [
+        rf"(.*\.)?layers\.{where}\.{re.escape(parent)}\.({'|'.join(leaves)})$"
+        for (parent, where), leaves in leaves_of.items()
+    ]
+
+
+def stored_modules(reader: Reader) -> dict[str, StoredModule]:
+    """Modules that have a `qweight`.
+
+    Raises:
+        HlwqError: tensors of a module are missing, or of a width that cannot be read.
+    """
+    symmetric = bool(reader.config["quantization_config"].get("sym", True))
+    modules = {}
+    for name, spec in reader.tensors.items():
+        if not name.endswith(".qweight"):
+            continue
+        module = name.removesuffix(".qweight")
+        parts = require_parts(reader, module, "qweight", "qzeros", "scales")
+        words, rows = spec.shape
+        groups, zero_words = reader.tensors[f"{module}.qzeros"].shape
+        bits = 32 * zero_words // rows
+        if bits not in (2, 4, 8):
+            raise HlwqError(f"{reader.path}: {module} has {bits}-bit codes; GPTQ files of 2, 4 and 8 bits can be read.")
+        columns = words * 32 // bits
+        if f"{module}.g_idx" in reader.tensors:
+            parts += (f"{module}.g_idx",)
+        modules[module] = StoredModule(Scheme(bits, columns // groups, symmetric), (rows, columns), parts)
+    return modules
+
+
+def dequantize(reader: Reader, module: str, scheme: Scheme) -> Tensor:
+    """scales · (code − zero), with `qzeros` and `g_idx` honoured, and both spellings of the zero (v1 and v2)."""
+    bits = scheme.bits
+    codes = unpack(reader.read(f"{module}.qweight").T.contiguous().view(torch.uint8), bits)
+    zeros = unpack(reader.read(f"{module}.qzeros").view(torch.uint8), bits).to(torch.int16)
+    if reader.config["quantization_config"].get("checkpoint_format", "gptq") != "gptq_v2":
+        zeros = (zeros + 1) % 2**bits
+    scales = reader.read(f"{module}.scales").to(torch.float32)
+    parameters = Parameters(scales.T, -(zeros * scales).T)
+    grid = UniformGrid(bits, scheme.group_size, bool(scheme.symmetric))
+    group_of = torch.arange(codes.shape[1]) // scheme.group_size
+    if f"{module}.g_idx" in reader.tensors:
+        stored = reader.read(f"{module}.g_idx").long()
+        if not torch.equal(stored, group_of):  # desc_act: a weight's group is wherever its column says
+            assert parameters.bias is not None
+            return codes * parameters.scale[:, stored] + parameters.bias[:, stored]
+    return QuantizedMatrix(codes, parameters, grid).dequantize()

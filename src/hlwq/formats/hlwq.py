@@ -1,0 +1,113 @@
+"""HLWQ's own packed checkpoints, 2 to 8 bits.
+
+For a linear of shape (out, in): `weight_packed` uint8 (out, in·bits/8), codes packed along `in`, least significant
+bits first; `weight_norms` float16 (out, groups). A group decodes to norm/√group_size · H · centroid[code], H being the
+Walsh–Hadamard matrix of that order and the centroids those of Lloyd and Max for N(0,1).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hlwq.checkpoint import Reader, TensorSpec
+from hlwq.errors import HlwqError
+from hlwq.formats.base import Contents, Scheme, StoredModule, require_parts
+from hlwq.grids import Grid, LloydGrid, Parameters, QuantizedMatrix, ScaleMethod
+from hlwq.packing import pack, unpack
+
+NAME = "hlwq"
+ENGINES = "hlwq (decodes)"
+BITS: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
+DEFAULT_SYMMETRIC = True
+SYMMETRIES = "Lloyd–Max codes, no symmetry to choose"
+FUSED_ALIKE = True
+VERSION = 1
+
+
+def lloyd_grid(bits: int, group_size: int) -> Grid:
+    """Norms in float16.
+
+    Raises:
+        HlwqError: bits outside 2 to 8, or a group size that is not a power of two.
+    """
+    if bits not in BITS:
+        raise HlwqError(f"format hlwq has 2 to 8 bits, not {bits}.")
+    return LloydGrid(bits, group_size)
+
+
+def uniform_grid(bits: int, group_size: int, symmetric: bool, scale_method: ScaleMethod, dtype: str) -> Grid:
+    """HLWQ files hold Lloyd–Max codes only: always raises HlwqError."""
+    raise HlwqError(
+        "format hlwq stores Lloyd–Max codes, not uniform ones. Use --recipe hlwq, or --format gptq, mlx or dense."
+    )
+
+
+def outputs(module: str, shape: tuple[int, int], grid: Grid, dtype: str) -> list[TensorSpec]:
+    """The two tensors of a module."""
+    rows, columns = shape
+    return [
+        TensorSpec(f"{module}.weight_packed", "U8", (rows, columns * grid.bits // 8)),
+        TensorSpec(f"{module}.weight_norms", "F16", (rows, columns // grid.group_size)),
+    ]
+
+
+def encode(module: str, matrix: QuantizedMatrix, dtype: str) -> dict[str, Tensor]:
+    """Pack codes and norms as the module's docstring says."""
+    return {
+        f"{module}.weight_packed": pack(matrix.codes, matrix.grid.bits),
+        f"{module}.weight_norms": matrix.parameters.scale.to(torch.float16),
+    }
+
+
+def json_files(config: dict[str, Any], contents: Contents) -> dict[str, dict[str, Any]]:
+    """`config.json` with its `quantization_config`; modules that differ from the common scheme are listed in it."""
+    common = Counter(contents.quantized.values()).most_common(1)[0][0]
+    section = {
+        "quant_method": "hlwq",
+        "version": VERSION,
+        "bits": common.bits,
+        "group_size": common.group_size,
+        "modules": {
+            module: {"bits": scheme.bits, "group_size": scheme.group_size}
+            for module, scheme in contents.quantized.items()
+            if scheme != common
+        },
+    }
+    return {"config.json": {**config, "quantization_config": section}}
+
+
+def stored_modules(reader: Reader) -> dict[str, StoredModule]:
+    """Modules that have `weight_packed`.
+
+    Raises:
+        HlwqError: a later version wrote the directory, or the tensors of a module are missing or disagree.
+    """
+    section = reader.config["quantization_config"]
+    if section.get("version") != VERSION:
+        raise HlwqError(f"{reader.path}: HLWQ format version {section.get('version')} is unknown. Upgrade hlwq.")
+    modules = {}
+    for name, spec in reader.tensors.items():
+        if not name.endswith(".weight_packed"):
+            continue
+        module = name.removesuffix(".weight_packed")
+        parts = require_parts(reader, module, "weight_packed", "weight_norms")
+        chosen = section["modules"].get(module, section)
+        scheme = Scheme(chosen["bits"], chosen["group_size"])
+        rows, width = spec.shape
+        columns = reader.tensors[f"{module}.weight_norms"].shape[1] * scheme.group_size
+        if columns * scheme.bits != width * 8:
+            raise HlwqError(f"{reader.path}: {module} does not have the bits and group size that config.json gives it.")
+        modules[module] = StoredModule(scheme, (rows, columns), parts)
+    return modules
+
+
+def dequantize(reader: Reader, module: str, scheme: Scheme) -> Tensor:
+    """norm/√group_size · H · centroid[code]."""
+    codes = unpack(reader.read(f"{module}.weight_packed"), scheme.bits)
+    norms = reader.read(f"{module}.weight_norms").to(torch.float32)
+    grid = LloydGrid(scheme.bits, scheme.group_size)
+    return QuantizedMatrix(codes, Parameters(norms), grid, "hadamard").dequantize()

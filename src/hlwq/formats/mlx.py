@@ -1,0 +1,162 @@
+"""MLX affine: what `mlx_lm.convert` writes and stock mlx-lm runs on Apple silicon.
+
+For a linear of shape (out, in): `weight` uint32 (out, in·bits/32), codes packed along `in`; `scales` and `biases`
+(out, groups) in the model's dtype; w = scale · code + bias.
+
+Names and kept tensors stay as Hugging Face has them: mlx-lm's `sanitize` renames them on load, and takes a convolution
+in the HF layout as the sign that the norms are in it too. Only the per-module overrides use MLX's own paths.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hlwq.checkpoint import DTYPES, Reader, TensorSpec
+from hlwq.errors import HlwqError
+from hlwq.formats.base import Contents, Scheme, StoredModule, require_parts
+from hlwq.grids import Grid, Parameters, QuantizedMatrix, ScaleMethod, UniformGrid
+from hlwq.models import ModelLayout
+from hlwq.models.qwen3_5 import QWEN3_5
+from hlwq.packing import pack, unpack
+
+NAME = "mlx"
+ENGINES = "mlx-lm"
+BITS: tuple[int, ...] = (2, 3, 4, 5, 6, 8)
+DEFAULT_SYMMETRIC = False
+SYMMETRIES = "asymmetric (a float bias per group); symmetric"
+FUSED_ALIKE = False
+GROUP_SIZES = (32, 64, 128)
+
+
+def lloyd_grid(bits: int, group_size: int) -> Grid:
+    """MLX files hold uniform codes only: always raises HlwqError."""
+    raise HlwqError(
+        "format mlx stores uniform codes, not Lloyd–Max codes. Use --recipe hlwq-mlx for HLWQ followed by MLX 4-bit, "
+        "or --format hlwq or dense."
+    )
+
+
+def uniform_grid(bits: int, group_size: int, symmetric: bool, scale_method: ScaleMethod, dtype: str) -> Grid:
+    """Any bias; parameters in the model's dtype.
+
+    Raises:
+        HlwqError: bits or a group size that MLX does not have.
+    """
+    if bits not in BITS:
+        raise HlwqError(f"format mlx has {', '.join(map(str, BITS))} bits, not {bits}.")
+    if group_size not in GROUP_SIZES:
+        raise HlwqError(f"format mlx has groups of 32, 64 or 128, not {group_size}. Set --group-size.")
+    return UniformGrid(bits, group_size, symmetric, False, scale_method, (DTYPES[dtype],))
+
+
+def outputs(module: str, shape: tuple[int, int], grid: Grid, dtype: str) -> list[TensorSpec]:
+    """The three tensors of a module."""
+    rows, columns = shape
+    groups = columns // grid.group_size
+    return [
+        TensorSpec(f"{module}.weight", "U32", (rows, columns * grid.bits // 32)),
+        TensorSpec(f"{module}.scales", dtype, (rows, groups)),
+        TensorSpec(f"{module}.biases", dtype, (rows, groups)),
+    ]
+
+
+def encode(module: str, matrix: QuantizedMatrix, dtype: str) -> dict[str, Tensor]:
+    """Pack codes, scales and biases as the module's docstring says."""
+    assert matrix.parameters.bias is not None
+    return {
+        f"{module}.weight": pack(matrix.codes, matrix.grid.bits).view(torch.uint32),
+        f"{module}.scales": matrix.parameters.scale.to(DTYPES[dtype]),
+        f"{module}.biases": matrix.parameters.bias.to(DTYPES[dtype]),
+    }
+
+
+def json_files(config: dict[str, Any], contents: Contents) -> dict[str, dict[str, Any]]:
+    """`config.json` with `quantization`, under both of the keys that mlx-lm writes, and what mlx-lm asks of a model."""
+    common = Counter(contents.quantized.values()).most_common(1)[0][0]
+    section: dict[str, Any] = {"group_size": common.group_size, "bits": common.bits, "mode": "affine"}
+    for module, scheme in contents.quantized.items():
+        if scheme != common:
+            section[module_path(module, contents.layout)] = {"group_size": scheme.group_size, "bits": scheme.bits}
+    config = {**config, "quantization": section, "quantization_config": section}
+    if contents.layout.family is QWEN3_5:
+        config["model_type"] = "qwen3_5"  # of the text-only checkpoints too
+        if "text_config" in config:  # which is where mlx-lm looks for the tying
+            config["text_config"] = {**config["text_config"], "tie_word_embeddings": contents.layout.tied}
+    return {"config.json": config}
+
+
+def module_path(module: str, layout: ModelLayout) -> str:
+    """A checkpoint's module as mlx-lm names it after `sanitize`."""
+    if layout.family is not QWEN3_5:
+        return module
+    if module.startswith("model.language_model."):
+        return "language_model.model." + module.removeprefix("model.language_model.")
+    return "language_model." + module
+
+
+def stored_modules(reader: Reader) -> dict[str, StoredModule]:
+    """Modules that have `scales`.
+
+    Raises:
+        HlwqError: tensors of a module are missing or disagree with `config.json`, or the mode is not affine.
+    """
+    section = reader.config["quantization"]
+    if section.get("mode", "affine") != "affine":
+        raise HlwqError(f"{reader.path}: MLX mode {section['mode']} cannot be read; only affine can.")
+    overrides = [value for value in section.values() if isinstance(value, dict)]
+    candidates = [(each["bits"], each["group_size"]) for each in [section, *overrides]]
+    modules = {}
+    for name, spec in reader.tensors.items():
+        if not name.endswith(".scales"):
+            continue
+        module = name.removesuffix(".scales")
+        parts = require_parts(reader, module, "weight", "scales", "biases")
+        (rows, words), groups = reader.tensors[f"{module}.weight"].shape, spec.shape[1]
+        # The shapes leave only bits · group_size open, and the configuration names the pairs in use.
+        fitting = [(bits, size) for bits, size in candidates if bits * size * groups == words * 32]
+        if not fitting:
+            raise HlwqError(f"{reader.path}: {module} fits none of the bits and group sizes in config.json.")
+        scheme = Scheme(*fitting[0], symmetric=False)
+        modules[module] = StoredModule(scheme, (rows, words * 32 // scheme.bits), parts)
+    return modules
+
+
+def dequantize(reader: Reader, module: str, scheme: Scheme) -> Tensor:
+    """scale · code + bias."""
+    codes = unpack(reader.read(f"{module}.weight").view(torch.uint8), scheme.bits)
+    scale, bias = (reader.read(f"{module}.{part}").to(torch.float32) for part in ("scales", "biases"))
+    grid = UniformGrid(scheme.bits, scheme.group_size, False, False)
+    return QuantizedMatrix(codes, Parameters(scale, bias), grid).dequantize()
+
+
+def is_converted(reader: Reader) -> bool:
+    """Whether a Qwen3.5 directory went through mlx-lm's own conversion, which renames tensors and changes some."""
+    return any(name.startswith("language_model.model.") for name in reader.tensors)
+
+
+def hugging_face_name(name: str) -> str:
+    """The Hugging Face name of a tensor of a converted Qwen3.5 directory."""
+    if name.startswith("language_model.model."):
+        return "model.language_model." + name.removeprefix("language_model.model.")
+    return name.removeprefix("language_model.")
+
+
+def restored(name: str, tensor: Tensor) -> Tensor:
+    """Undo what mlx-lm's conversion does to a Qwen3.5 tensor: a transposed convolution, and 1 added to the norms.
+
+    The norms come back rounded, since the sum was stored in the model's dtype.
+    """
+    if name.endswith("conv1d.weight"):
+        return tensor.movedim(1, 2)
+    if name.endswith("norm.weight") and not name.endswith("linear_attn.norm.weight"):
+        return tensor - 1
+    return tensor
+
+
+def restored_shape(spec: TensorSpec) -> tuple[int, ...]:
+    """The shape of `restored(spec.name, …)`."""
+    return (spec.shape[0], spec.shape[2], spec.shape[1]) if spec.name.endswith("conv1d.weight") else spec.shape

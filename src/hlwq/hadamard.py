@@ -1,0 +1,55 @@
+"""The Walsh–Hadamard rotation of weight blocks."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from hlwq.errors import HlwqError
+
+
+@lru_cache(maxsize=32)
+def hadamard_matrix(size: int, device: torch.device | str = "cpu") -> Tensor:
+    """The normalised Sylvester–Hadamard matrix H: symmetric, orthogonal, its own inverse.
+
+    Args:
+        size: the order d, a power of two.
+        device: where the matrix is wanted.
+
+    Returns:
+        float32 tensor of shape (d, d) with entries ±1/√d. It is shared: do not write to it.
+
+    Raises:
+        HlwqError: `size` is not a power of two.
+
+    Sylvester's construction: H_1 = [1], H_2n = [[H_n, H_n], [H_n, −H_n]].
+    """
+    if size < 1 or size & (size - 1):
+        raise HlwqError(f"A Hadamard block must be a power of two, not {size}. Use 32, 64 or 128.")
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    normalised: Tensor = matrix / size**0.5
+    return normalised.to(torch.float32).to(device)
+
+
+def rotate_blocks(values: Tensor, block_size: int) -> Tensor:
+    """Multiply each block of the last axis by H: x ↦ x · diag(H_d, …, H_d). Applied twice, it is the identity.
+
+    Args:
+        values: float32 tensor of shape (…, n), n a multiple of `block_size`.
+        block_size: d, a power of two.
+
+    Returns:
+        float32 tensor of the same shape.
+
+    Raises:
+        HlwqError: `block_size` is not a power of two or does not divide n.
+    """
+    if values.shape[-1] % block_size:
+        raise HlwqError(f"Blocks of {block_size} do not divide an axis of {values.shape[-1]}.")
+    matrix = hadamard_matrix(block_size, values.device)
+    rotated: Tensor = values.unflatten(-1, (-1, block_size)) @ matrix
+    return rotated.flatten(-2)

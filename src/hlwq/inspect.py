@@ -1,0 +1,120 @@
+"""What a directory holds: tensor by tensor, and in all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from hlwq.checkpoint import read_json
+from hlwq.errors import HlwqError
+from hlwq.plan import CHUNK_WEIGHTS
+from hlwq.sources import DecodedCheckpoint, locate
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """One tensor of the model as the directory stores it.
+
+    Attributes:
+        name: its Hugging Face name.
+        shape: of the dense tensor.
+        dtype: of the dense tensor, as safetensors spells it.
+        bits: of a code; None where the tensor is stored as it is.
+        group_size: weights that share parameters; None where the tensor is stored as it is.
+        nbytes: bytes on disk, all parts counted.
+        relative_error: ‖W − Ŵ‖²/‖W‖² against the source; None if unknown. Recorded when the directory was made, or
+            measured anew where a source is given.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    bits: int | None
+    group_size: int | None
+    nbytes: int
+    relative_error: float | None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A directory's tensors and totals.
+
+    Attributes:
+        path: the directory.
+        format: how it stores quantized matrices.
+        recipe: by which it was made, if it says.
+        tensors: one report for each.
+        nbytes: of all tensors.
+        bits_per_quantized_weight: over the quantized matrices, all overhead counted; None if there are none.
+        bits_per_parameter: over all parameters.
+    """
+
+    path: Path
+    format: str
+    recipe: str | None
+    tensors: tuple[TensorReport, ...]
+    nbytes: int
+    bits_per_quantized_weight: float | None
+    bits_per_parameter: float
+
+
+def inspect(
+    directory: str | Path,
+    against: str | Path | None = None,
+    *,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Inspection:
+    """Report what a directory holds.
+
+    Args:
+        directory: of any format.
+        against: the source it was made from; if given, errors are measured anew, of kept tensors too.
+        progress: told how many tensors are done.
+
+    Raises:
+        HlwqError: a directory cannot be read, or the two are not of the same model.
+    """
+    path = Path(directory)
+    if not path.is_dir():
+        raise HlwqError(f"{directory} is not a directory.")
+    checkpoint = DecodedCheckpoint(path)
+    source = DecodedCheckpoint(locate(against)) if against is not None else None
+    manifest = read_json(path / "hlwq.json") if (path / "hlwq.json").is_file() else {}
+    recorded = manifest.get("modules", {})
+    reports = []
+    for done, (name, spec) in enumerate(checkpoint.tensors.items()):
+        if progress:
+            progress(done, len(checkpoint.tensors), name)
+        scheme = checkpoint.scheme_of(name)
+        if source is not None:
+            error = _relative_error(source, checkpoint, name)
+        else:
+            error = recorded.get(name.removesuffix(".weight"), {}).get("relative_squared_error")
+        bits, group_size = (scheme.bits, scheme.group_size) if scheme else (None, None)
+        reports.append(
+            TensorReport(name, spec.shape, spec.dtype, bits, group_size, checkpoint.stored_bytes(name), error)
+        )
+    total = sum(report.nbytes for report in reports)
+    coded = [(checkpoint.tensors[report.name].parameters, report.nbytes) for report in reports if report.bits]
+    weights = sum(parameters for parameters, _ in coded)
+    return Inspection(
+        path=path,
+        format=checkpoint.format.NAME,
+        recipe=manifest.get("recipe"),
+        tensors=tuple(reports),
+        nbytes=total,
+        bits_per_quantized_weight=8 * sum(nbytes for _, nbytes in coded) / weights if weights else None,
+        bits_per_parameter=8 * total / sum(spec.parameters for spec in checkpoint.tensors.values()),
+    )
+
+
+def _relative_error(source: DecodedCheckpoint, checkpoint: DecodedCheckpoint, name: str) -> float:
+    if name not in source.tensors or source.tensors[name].shape != checkpoint.tensors[name].shape:
+        raise HlwqError(f"tensor {name} is not in {source.path}, or of another shape there. Is it the source?")
+    original, stored = source.read(name).reshape(-1), checkpoint.read(name).reshape(-1)
+    error, norm = 0.0, 0.0
+    for a, b in zip(original.split(CHUNK_WEIGHTS), stored.split(CHUNK_WEIGHTS), strict=True):
+        error += float((a.double() - b.double()).square().sum())
+        norm += float(a.double().square().sum())
+    return error / norm if norm else error

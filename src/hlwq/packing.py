@@ -1,0 +1,63 @@
+"""Codes of 2 to 8 bits, packed without waste."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hlwq.errors import HlwqError
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Pack the last axis of `codes` into a bit stream, least significant bits first.
+
+    Eight codes become `bits` bytes: code i occupies bits [i·bits, (i+1)·bits) of a little-endian word. GPTQ's
+    int32 words, MLX's uint32 words and HLWQ's bytes are views of this one stream.
+
+    Args:
+        codes: uint8 (…, n), each below 2^bits; n a multiple of 8.
+        bits: 1 to 8.
+
+    Returns:
+        uint8 (…, n·bits/8).
+
+    Raises:
+        HlwqError: `bits` is out of range or n is not a multiple of 8.
+    """
+    _check(bits, codes.shape[-1], 8)
+    octets = codes.unflatten(-1, (-1, 8)).to(torch.int64)
+    word = octets[..., 0].clone()
+    for index in range(1, 8):
+        word |= octets[..., index] << (index * bits)
+    packed: Tensor = word.unsqueeze(-1).view(torch.uint8)[..., :bits].flatten(-2)
+    return packed
+
+
+def unpack(packed: Tensor, bits: int) -> Tensor:
+    """Undo `pack`.
+
+    Args:
+        packed: uint8 (…, m), m a multiple of `bits`.
+        bits: 1 to 8.
+
+    Returns:
+        uint8 (…, 8·m/bits).
+
+    Raises:
+        HlwqError: `bits` is out of range or does not divide m.
+    """
+    _check(bits, packed.shape[-1], bits)
+    groups = packed.unflatten(-1, (-1, bits))
+    octets = torch.zeros(*groups.shape[:-1], 8, dtype=torch.uint8, device=packed.device)
+    octets[..., :bits] = groups
+    word = octets.view(torch.int64)
+    shifts = torch.arange(0, 8 * bits, bits, device=packed.device)
+    codes: Tensor = ((word >> shifts) & (2**bits - 1)).to(torch.uint8).flatten(-2)
+    return codes
+
+
+def _check(bits: int, length: int, divisor: int) -> None:
+    if not 1 <= bits <= 8:
+        raise HlwqError(f"Codes have 1 to 8 bits, not {bits}.")
+    if length % divisor:
+        raise HlwqError(f"An axis of {length} is not a multiple of {divisor}, which {bits}-bit packing needs.")

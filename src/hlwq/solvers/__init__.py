@@ -1,0 +1,1 @@
+"""Solvers choose the codes of one weight matrix. They know neither models nor file formats."""
