@@ -2,10 +2,10 @@
 
 The corpus is CPython's own: the source of its standard library (tests, IDLE and the like left
 out) and the language reference in `pydoc_data.topics`. One file in twenty-five, chosen by the hash
-of its name, is held out; the held-out text is written beside the model and is what `hlwq demo`
+of its name, is held out; the held-out text is written beside the model's directory and is what `hlwq demo`
 measures on. Everything is seeded, so the same Python, torch and machine type give the same model.
 
-    python tools/train_bundled_model.py src/hlwq/bundled          # about an hour on two cores
+    python tools/train_bundled_model.py src/hlwq/bundled/model    # half an hour on two cores
 
 Needs torch, transformers and tokenizers. The model in the repository was made with CPython 3.11.7,
 torch 2.13.0 and transformers 5.23.0.
@@ -22,13 +22,14 @@ import time
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen3_5Config, Qwen3_5ForConditionalGeneration
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import AutoTokenizer, Qwen3_5Config, Qwen3_5ForConditionalGeneration
+from transformers.models.qwen3_5.tokenization_qwen3_5 import Qwen3_5Tokenizer
 
 VOCAB_SIZE = 2048
 SEQUENCE_LENGTH = 512
 BATCH_SIZE = 8
-STEPS = 2400
+STEPS = 1600
 PEAK_LEARNING_RATE = 4e-3
 WARMUP_STEPS = 100
 HELD_OUT_CHARACTERS = 400_000
@@ -68,25 +69,21 @@ def corpus() -> tuple[list[str], list[str]]:
     return training, held_out
 
 
-def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
+def train_tokenizer(documents: list[str]) -> Qwen3_5Tokenizer:
+    """A small vocabulary in Qwen3.5's own tokenizer class, which transformers picks for the model whatever is saved."""
+    tokenizer = Qwen3_5Tokenizer(eos_token="<|im_end|>", pad_token="<|endoftext|>").train_new_from_iterator(
+        documents,
         vocab_size=VOCAB_SIZE,
-        special_tokens=SPECIAL_TOKENS,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        new_special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(documents, trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=4096
-    )
-    fast.chat_template = CHAT_TEMPLATE
-    return fast
+    tokenizer.model_max_length = 4096
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3_5ForConditionalGeneration:
+def build_model(tokenizer: Qwen3_5Tokenizer) -> Qwen3_5ForConditionalGeneration:
     """Every in_features is a multiple of 128; three linear-attention layers to one of full attention."""
     token = tokenizer.convert_tokens_to_ids
     config = Qwen3_5Config(
@@ -175,7 +172,7 @@ def main() -> None:
     def held_out_loss() -> float:
         batches = held[: len(held) // (SEQUENCE_LENGTH + 1) * (SEQUENCE_LENGTH + 1)].view(-1, SEQUENCE_LENGTH + 1)
         with torch.no_grad():
-            return sum(float(loss_of(rows)) for rows in batches[:64].split(8)) / len(batches[:64].split(8))
+            return sum(loss_of(rows).item() for rows in batches[:64].split(8)) / len(batches[:64].split(8))
 
     started = time.time()
     model.train()
@@ -190,14 +187,16 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad()
         if step % 50 == 0:
-            print(f"step {step} loss {float(loss):.3f} elapsed {time.time() - started:.0f} s", flush=True)
+            print(f"step {step} loss {loss.item():.3f} elapsed {time.time() - started:.0f} s", flush=True)
         if step % 400 == 399:
             print(f"step {step} held-out perplexity {math.exp(held_out_loss()):.2f}", flush=True)
 
     model = model.eval().to(torch.bfloat16)
     model.save_pretrained(arguments.out)
     tokenizer.save_pretrained(arguments.out)
-    (arguments.out / "held_out.txt").write_text(held_out_text, encoding="utf-8")
+    reloaded = AutoTokenizer.from_pretrained(arguments.out)
+    assert reloaded(held_out_text)["input_ids"] == held.tolist(), "the tokenizer does not come back as it was trained"
+    (arguments.out.parent / "held_out.txt").write_text(held_out_text, encoding="utf-8")
     (arguments.out / "preprocessor_config.json").write_text(
         json.dumps(
             {

@@ -112,7 +112,6 @@ def _check_gptq(reader: Reader, layout: ModelLayout, modules: dict[str, StoredMo
         if m.scheme.group_size not in MARLIN_GROUPS
     ]
     uneven = [f"{name} {m.shape}" for name, m in modules.items() if m.shape[0] % 32 or m.shape[1] % 32]
-    older = [f"{name} {m.shape}" for name, m in modules.items() if m.shape[0] % 64 or m.shape[1] % 128]
     return [
         _line(vllm, "symmetric", asymmetric, "Quantize again with --symmetric, or serve it with GPTQModel."),
         _line(vllm, "4 or 8 bits (4 on a CPU)", [f"{s.bits} bits" for s in schemes if s.bits not in (4, 8)], again),
@@ -133,7 +132,6 @@ def _check_gptq(reader: Reader, layout: ModelLayout, modules: dict[str, StoredMo
             again,
         ),
         _line(gptqmodel, "zeros, scales and group indices for every module", _without_index(reader, modules), again),
-        _line("vLLM (older)", "in divisible by 128, out by 64", older, "Use a current vLLM, or --exclude them."),
     ]
 
 

@@ -193,11 +193,13 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def write_json(file: Path, value: dict[str, Any]) -> None:
-    """Write indented UTF-8 JSON, as the hub's own files are, and force it to disk."""
-    with file.open("w", encoding="utf-8") as stream:
+    """Write indented UTF-8 JSON, as the hub's own files are, durably, and whole or not at all."""
+    partial = file.with_name(file.name + ".tmp")
+    with partial.open("w", encoding="utf-8") as stream:
         stream.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
         stream.flush()
         os.fsync(stream.fileno())
+    partial.replace(file)
 
 
 class Writer:
@@ -238,6 +240,8 @@ class Writer:
         self._committed: dict[str, Any] = {}
         refuse_unless_empty(out)
         self._journal = self.partial / "journal.jsonl"
+        if self.partial.exists() and not (self.partial / "arguments.json").is_file():
+            self._discard_unstarted()
         if self.partial.exists():
             self._resume(arguments)
         else:
@@ -256,10 +260,16 @@ class Writer:
             # The arguments come last: with them in place, the shards are.
             write_json(self.partial / "arguments.json", arguments)
 
+    def _discard_unstarted(self) -> None:
+        """Remove what a run left that stopped before its shards were laid out, and nothing else."""
+        for file in self.partial.iterdir():
+            if file.name not in self._shards and file.name != "arguments.json.tmp":
+                raise HlwqError(f"{self.partial} holds {file.name}, which no run of hlwq left. Move it away.")
+            file.unlink()
+        self.partial.rmdir()
+
     def _resume(self, arguments: dict[str, Any]) -> None:
         remedy = f"Repeat the run with its arguments, or delete {self.partial} to start afresh."
-        if not (self.partial / "arguments.json").is_file():
-            raise HlwqError(f"{self.partial} was left by a run that stopped before it began. Delete it and run again.")
         before, now = read_json(self.partial / "arguments.json"), json.loads(json.dumps(arguments))
         for key in sorted(before.keys() | now.keys()):
             if before.get(key) != now.get(key):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -41,7 +43,9 @@ app = typer.Typer(
 evaluation = typer.Typer(help="Measure a model.", no_args_is_help=True)
 app.add_typer(evaluation, name="eval")
 
-output = Console(soft_wrap=False)
+# Where the width is unknown (a pipe, a log), tables get room for tensor names instead of 80 columns.
+WIDTH = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160
+output = Console(width=WIDTH)
 messages = Console(stderr=True)
 
 
@@ -334,7 +338,7 @@ def _bytes_of(size: str) -> int:
 
 @contextmanager
 def _progress(title: str) -> Iterator[Report]:
-    """A bar with elapsed and remaining time on standard error, for as long as the block runs."""
+    """Progress with the time left, on standard error: a bar on a terminal, a line every half minute in a log."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -344,11 +348,18 @@ def _progress(title: str) -> Iterator[Report]:
         TimeRemainingColumn(),
         TextColumn("[dim]{task.fields[item]}[/dim]"),
     )
-    with Progress(*columns, console=messages, transient=True) as bar:
+    with Progress(*columns, console=messages, transient=True, disable=not messages.is_terminal) as bar:
         task = bar.add_task(title, total=None, item="")
+        started = said = time.monotonic()
 
         def report(done: int, total: int, item: str) -> None:
+            nonlocal said
             bar.update(task, completed=done, total=total, item=item)
+            if bar.disable and time.monotonic() - said > 30 and done:
+                said = time.monotonic()
+                left = (said - started) * (total - done) / done
+                text = f"{title}: {100 * done / total:.0f} %, {said - started:.0f} s, about {left:.0f} s left ({item})"
+                messages.print(text, markup=False, highlight=False)
 
         yield report
 
@@ -407,18 +418,21 @@ def _print_plan(plan: Plan, as_json: bool) -> None:
         ]
         _print_json({**summary, "tensors": tensors})
         return
-    # The same tensor of all layers is one row.
+    # The same matrix of all layers is one row, and so is what is kept for one reason.
     rows: dict[tuple[str, str, str, str], list[int]] = {}
     for tensor in plan.tensors:
-        name = re.sub(r"\.(layers|blocks)\.\d+\.", r".\1.*.", tensor.spec.name)
-        how = " → ".join(f"{grid.bits} bits, group {grid.group_size}" for grid, _ in tensor.steps)
-        key = (name, tensor.action, how or tensor.reason, "×".join(map(str, tensor.spec.shape)))
+        if tensor.action == "quantize":
+            how = " → ".join(f"{grid.bits} bits, group {grid.group_size}" for grid, _ in tensor.steps)
+            name = re.sub(r"\.layers\.\d+\.", ".layers.*.", tensor.spec.name)
+            key: tuple[str, str, str, str] = (name, tensor.action, how, "×".join(map(str, tensor.spec.shape)))
+        else:
+            key = ("", tensor.action, tensor.reason, "")
         row = rows.setdefault(key, [0, 0])
         row[0] += 1
         row[1] += sum(spec.nbytes for spec in tensor.outputs)
-    table = Table("tensor", "shape", "count", "action", "how, or why not", "bytes")
-    for (name, action, how, shape), (count, nbytes) in rows.items():
-        table.add_row(name, shape, str(count), action, how, f"{nbytes:,}")
+    table = Table("action", "tensors", "how, or why not", "name", "shape", "bytes")
+    for (name, action, how, shape), (count, nbytes) in sorted(rows.items(), key=lambda row: row[0][1] != "quantize"):
+        table.add_row(action, str(count), how, name, shape, f"{nbytes:,}")
     output.print(table)
     output.print(
         f"{summary['family']}, recipe {summary['recipe']}, format {summary['format']}: "
@@ -455,9 +469,8 @@ def _print_result(result: QuantizeResult, as_json: bool) -> None:
         output.print(f"note: {remark}", highlight=False)
     for line in result.checks:
         if not line.passed:
-            output.print(
-                f"warning: {line.engine} wants: {line.requirement}. {line.detail} {line.remedy}", highlight=False
-            )
+            text = f"warning: {line.engine} would not load it; it wants: {line.requirement}. `hlwq check` says more."
+            output.print(escape(text), highlight=False)
     output.print(
         f"{result.out}: format {result.plan.format.NAME}, {result.nbytes:,} bytes"
         + (f", {per_weight:.3f} bits per quantized weight" if per_weight else "")

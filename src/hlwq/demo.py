@@ -39,7 +39,12 @@ class DemoRow:
 
 def bundled_model() -> Path:
     """The directory of the small Qwen3.5 hybrid that comes with the package."""
-    return Path(str(files("hlwq") / "bundled"))
+    return Path(str(files("hlwq") / "bundled" / "model"))
+
+
+def held_out_text() -> Path:
+    """Text like that which the bundled model was trained on, but not shown to it."""
+    return Path(str(files("hlwq") / "bundled" / "held_out.txt"))
 
 
 def run_demo(out: Path, progress: Callable[[int, int, str], None]) -> list[DemoRow]:
@@ -72,7 +77,7 @@ def run_demo(out: Path, progress: Callable[[int, int, str], None]) -> list[DemoR
 
 
 def _measure(directory: Path) -> Perplexity:
-    return perplexity(directory, bundled_model() / "held_out.txt", protocol="chunked", context=CONTEXT, limit=CHUNKS)
+    return perplexity(directory, held_out_text(), protocol="chunked", context=CONTEXT, limit=CHUNKS)
 
 
 def _row(recipe: str, format_name: str, directory: Path, measured: Perplexity, base: Perplexity | None) -> DemoRow:

@@ -307,6 +307,10 @@ def _check_fused(layout: ModelLayout, chosen: set[str]) -> None:
 
 
 def _step(stage: Stage, spec: TensorSpec, output_format: Format, dtype: str, *, last: bool) -> tuple[Grid, Basis]:
+    if stage.group_size < 1:
+        raise HlwqError(f"--group-size {stage.group_size} must be positive.")
+    if stage.basis == "hadamard" and stage.group_size & (stage.group_size - 1):
+        raise HlwqError(f"--group-size {stage.group_size} must be a power of two, since groups are Hadamard-rotated.")
     group_size = fit_group_size(stage.group_size, spec.shape[1])
     if group_size is None:
         raise HlwqError(

@@ -131,18 +131,17 @@ class DecodedCheckpoint:
         self._modules: dict[str, tuple[str, StoredModule]] = {}
         self._kept: dict[str, str] = {}
         module_of = {part: module for module, stored in modules.items() for part in stored.tensors}
+        norms = [spec.dtype for name, spec in self._reader.tensors.items() if name.endswith("norm.weight")]
         for spec in self._reader.tensors.values():
-            if spec.name not in module_of:
-                name = self._name(spec.name)
+            module = module_of.get(spec.name)
+            name = self._name(f"{module}.weight" if module else spec.name)
+            if module is None:
+                shape = mlx.restored_shape(spec) if self._converted else spec.shape
                 self._kept[name] = spec.name
-                self.tensors[name] = replace(
-                    spec, name=name, shape=mlx.restored_shape(spec) if self._converted else spec.shape
-                )
-        norms = [spec.dtype for name, spec in self.tensors.items() if name.endswith("norm.weight")]
-        for module, stored in modules.items():
-            name = self._name(f"{module}.weight")
-            self._modules[name] = (module, stored)
-            self.tensors[name] = TensorSpec(name, norms[0] if norms else "BF16", stored.shape)
+                self.tensors[name] = replace(spec, name=name, shape=shape)
+            elif name not in self.tensors:
+                self._modules[name] = (module, modules[module])
+                self.tensors[name] = TensorSpec(name, norms[0] if norms else "BF16", modules[module].shape)
 
     def _name(self, stored: str) -> str:
         return mlx.hugging_face_name(stored) if self._converted else stored

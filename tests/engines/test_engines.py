@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from agreement import MISTAKES, TOLERANCE, difference, reference
+from conftest import RunEngine, engine_python
+from safetensors.torch import load_file
+
+import hlwq
+from hlwq.demo import bundled_model, held_out_text
+from hlwq.models import describe
+from hlwq.sources import DecodedCheckpoint
+
+PROMPT = (
+    "The lighthouse stands at the northern end of the island. It was built in 1854, after a storm had driven three "
+    "ships onto the rocks, and its lamp burned oil until electricity arrived in 1931. Today it is a museum. Visitors "
+    "climb the 162 steps of the tower to see the harbour, the old town and, on a clear day, the mountains of the coast."
+)
+
+
+@pytest.fixture(scope="module")
+def models(smollm2: Path) -> dict[str, Path]:
+    return {"smollm2": smollm2, "hybrid": bundled_model()}
+
+
+@pytest.fixture(scope="module")
+def prompts() -> dict[str, str]:
+    return {"smollm2": PROMPT, "hybrid": held_out_text().read_text(encoding="utf-8")[:2000]}
+
+
+@pytest.mark.parametrize("name", ["smollm2", "hybrid"])
+@pytest.mark.parametrize(("engine", "format_name", "recipe"), [("vllm", "gptq", "rtn"), ("mlx", "mlx", "rtn")])
+def test_engine_computes_what_the_codes_say(
+    name: str,
+    engine: str,
+    format_name: str,
+    recipe: str,
+    models: dict[str, Path],
+    prompts: dict[str, str],
+    tmp_path: Path,
+    run_engine: RunEngine,
+) -> None:
+    directory = tmp_path / "quantized"
+    # Group 128 does not divide SmolLM2's 576: its modules then differ in their groups.
+    hlwq.quantize(models[name], directory, recipe, format=format_name, group_size=128)
+    tokens, expected = reference(directory, prompts[name])
+    report = run_engine(engine, f"{engine}_logprobs.py", directory, tokens)
+    assert difference(report["logprobs"], expected) < TOLERANCE
+    assert report["text"]
+
+
+def test_chain_runs_in_mlx(prompts: dict[str, str], tmp_path: Path, run_engine: RunEngine) -> None:
+    directory = tmp_path / "quantized"
+    hlwq.quantize(bundled_model(), directory, "hlwq-mlx")
+    tokens, expected = reference(directory, prompts["hybrid"])
+    report = run_engine("mlx", "mlx_logprobs.py", directory, tokens)
+    assert difference(report["logprobs"], expected) < TOLERANCE
+
+
+def test_quantized_embedding_runs_in_mlx(
+    models: dict[str, Path], prompts: dict[str, str], tmp_path: Path, run_engine: RunEngine
+) -> None:
+    directory = tmp_path / "quantized"
+    hlwq.quantize(models["smollm2"], directory, "rtn", format="mlx", include_embeddings=True)
+    tokens, expected = reference(directory, prompts["smollm2"])
+    report = run_engine("mlx", "mlx_logprobs.py", directory, tokens)
+    assert difference(report["logprobs"], expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["smollm2", "hybrid"])
+def test_mistakes_exceed_the_tolerance(
+    name: str, models: dict[str, Path], prompts: dict[str, str], tmp_path: Path
+) -> None:
+    directory = tmp_path / "quantized"
+    hlwq.quantize(models[name], directory, "rtn")
+    _, expected = reference(directory, prompts[name])
+    for mistake in MISTAKES:
+        if mistake == "missed exclusion" and name != "hybrid":
+            continue
+        _, mistaken = reference(directory, prompts[name], mistake)
+        assert difference(mistaken.tolist(), expected) > 3 * TOLERANCE, mistake
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("smollm2", {"group_size": 128}),
+        ("hybrid", {}),
+        ("hybrid", {"symmetric": False, "exclude": [r"layers\.1\.mlp"]}),
+    ],
+)
+def test_gptqmodel_decodes_the_same_weights(
+    name: str, options: dict[str, object], models: dict[str, Path], tmp_path: Path, run_engine: RunEngine
+) -> None:
+    directory = tmp_path / "quantized"
+    hlwq.quantize(models[name], directory, "rtn", **options)
+    theirs = load_file(run_engine("gptqmodel", "gptqmodel_weights.py", directory, suffix=".safetensors"))
+    ours = DecodedCheckpoint(directory)
+    assert set(theirs) == set(ours.quantized_modules())
+    for module, weight in theirs.items():
+        assert torch.equal(weight, ours.read(f"{module}.weight").to(weight.dtype)), module
+
+
+def test_vllm_reads_the_dynamic_rules_as_meant(tmp_path: Path, run_engine: RunEngine) -> None:
+    directory = tmp_path / "quantized"
+    hlwq.quantize(bundled_model(), directory, "rtn", exclude=[r"layers\.1\.mlp"])
+    decoded = DecodedCheckpoint(directory)
+    layout = describe(decoded.config, decoded.tensors)
+    quantized = set(decoded.quantized_modules())
+    expected: dict[str, bool] = {"lm_head": False, "visual.blocks.0.attn.qkv": False}
+    for index, layer in enumerate(layout.layers):
+        for matrix in layer.matrices():
+            fused = f"language_model.model.layers.{index}.{matrix.fused or matrix.name}"
+            expected[fused] = layout.layer_prefix(index) + matrix.name in quantized
+    assert not expected["language_model.model.layers.0.linear_attn.in_proj_ba"]
+    assert not expected["language_model.model.layers.1.mlp.gate_up_proj"]
+    assert expected["language_model.model.layers.0.linear_attn.in_proj_qkvz"]
+    said = run_engine("vllm", "vllm_rules.py", directory, list(expected))
+    assert {name: rule is not False for name, rule in said["rules"].items()} == expected
+
+
+def test_vllm_finds_the_group_size_of_each_module(
+    models: dict[str, Path], tmp_path: Path, run_engine: RunEngine
+) -> None:
+    directory = tmp_path / "quantized"
+    hlwq.quantize(models["smollm2"], directory, "rtn", group_size=128)
+    names = ["model.layers.3.self_attn.qkv_proj", "model.layers.3.mlp.gate_up_proj", "model.layers.3.mlp.down_proj"]
+    said = run_engine("vllm", "vllm_rules.py", directory, names)
+    assert said["group_sizes"] == dict(zip(names, [64, 64, 128], strict=True))
+
+
+@pytest.mark.parametrize("name", ["smollm2", "hybrid"])
+def test_mlx_grid_is_that_of_mlx_lm_convert(name: str, models: dict[str, Path], tmp_path: Path) -> None:
+    python = engine_python("mlx")
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    hlwq.quantize(models[name], ours, "rtn", format="mlx")
+    command = [str(python), "-m", "mlx_lm", "convert", "--hf-path", str(models[name]), "--mlx-path", str(theirs), "-q"]
+    subprocess.run(command, check=True, capture_output=True, timeout=600)
+    section = json.loads((theirs / "config.json").read_text())["quantization"]
+    assert section == json.loads((ours / "config.json").read_text())["quantization"]
+    source, mine, peer = DecodedCheckpoint(models[name]), DecodedCheckpoint(ours), DecodedCheckpoint(theirs)
+    for module in mine.quantized_modules():
+        weight = source.read(f"{module}.weight").float()
+        errors = [float((each.read(f"{module}.weight") - weight).square().sum()) for each in (mine, peer)]
+        assert errors[0] <= errors[1] * 1.0001, module
+
+
+def test_transformers_loads_dense_as_it_is(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    directory = tmp_path / "dense"
+    hlwq.quantize(bundled_model(), directory, "hlwq", format="dense")
+    tokens = torch.arange(40, 80)[None]
+    text = AutoModelForCausalLM.from_pretrained(directory)
+    wrapped = AutoModelForImageTextToText.from_pretrained(directory)
+    with torch.inference_mode():
+        assert torch.equal(text(input_ids=tokens).logits, wrapped(input_ids=tokens).logits)

@@ -1,0 +1,220 @@
+"""The command line as a person meets it: above all, one clear line for each mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_checkpoint
+from safetensors.torch import load_file, save_file
+
+
+def hlwq(*arguments: object, preexec: Callable[[], None] | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "hlwq.cli", *map(str, arguments)]
+    environment = {**os.environ, "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env=environment, preexec_fn=preexec, check=False
+    )
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    path = tmp_path / "model"
+    make_checkpoint(path, "llama")
+    return path
+
+
+def shard(model: Path) -> None:
+    """Split the one file into two with an index."""
+    tensors = load_file(model / "model.safetensors")
+    names = sorted(tensors)
+    parts = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for file, members in parts.items():
+        save_file({name: tensors[name] for name in members}, model / file)
+    weight_map = {name: file for file, members in parts.items() for name in members}
+    (model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (model / "model.safetensors").unlink()
+
+
+def truncate_shard(model: Path) -> None:
+    shard(model)
+    file = model / "model-00002-of-00002.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def lose_shard(model: Path) -> None:
+    shard(model)
+    (model / "model-00001-of-00002.safetensors").unlink()
+
+
+def poison(name: str, value: float) -> Callable[[Path], None]:
+    def change(model: Path) -> None:
+        tensors = load_file(model / "model.safetensors")
+        tensors[name].view(-1)[7] = value
+        save_file(tensors, model / "model.safetensors")
+
+    return change
+
+
+def configure(**entries: object) -> Callable[[Path], None]:
+    def change(model: Path) -> None:
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps({**config, **entries}))
+
+    return change
+
+
+def pickle(model: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    torch.save(tensors, model / "pytorch_model.bin")
+    (model / "model.safetensors").unlink()
+
+
+def lose_tensor(model: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, model / "model.safetensors")
+
+
+def unchanged(model: Path) -> None:
+    pass
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+MISTAKES = [
+    ("truncated shard", truncate_shard, [], ["model-00002-of-00002.safetensors", "Download it again"]),
+    ("missing shard", lose_shard, [], ["model-00001-of-00002.safetensors", "Download it again"]),
+    ("missing tensor", lose_tensor, [], [UP, "missing"]),
+    ("NaN", poison(UP, float("nan")), [], [UP, "NaN"]),
+    ("infinity in a kept tensor", poison("model.norm.weight", float("inf")), [], ["model.norm.weight", "infinite"]),
+    ("unknown architecture", configure(architectures=["FooForCausalLM"]), [], ["FooForCausalLM", "LlamaForCausalLM"]),
+    (
+        "MoE relative",
+        configure(architectures=["Qwen3MoeForCausalLM"]),
+        [],
+        ["Qwen3MoeForCausalLM", "Mixture-of-experts"],
+    ),
+    ("wrong shape", configure(intermediate_size=512), [], ["mlp.gate_proj.weight", "config.json"]),
+    ("quantized source", configure(quantization_config={"quant_method": "gptq"}), [], ["quantized already", "BF16"]),
+    ("pickled checkpoint", pickle, [], ["pytorch_model.bin", "safetensors"]),
+    ("group size dividing nothing", unchanged, ["--group-size", "24"], ["in_features", "--group-size"]),
+    ("group size of zero", unchanged, ["--group-size", "0"], ["--group-size"]),
+    ("bits GPTQ lacks", unchanged, ["--bits", "5"], ["5", "format mlx or hlwq"]),
+    ("format the recipe does not fit", unchanged, ["--format", "hlwq"], ["--recipe hlwq"]),
+    ("unknown format", unchanged, ["--format", "gguf"], ["gptq, mlx, hlwq, dense"]),
+    ("idle include", unchanged, ["--include", "q_proj"], ["--include 'q_proj'", "quantized already"]),
+    ("idle exclude", unchanged, ["--exclude", "norm"], ["--exclude 'norm'", "kept already"]),
+    ("pattern that matches nothing", unchanged, ["--exclude", "q_porj"], ["matches no tensor"]),
+    ("pattern that is none", unchanged, ["--exclude", "("], ["not a regular expression"]),
+    ("half of a fused matrix", unchanged, ["--exclude", "gate_proj"], ["up_proj", "one matrix"]),
+    ("everything excluded", unchanged, ["--exclude", "proj"], ["Nothing is left"]),
+    ("GPTQ embedding", unchanged, ["--include-embeddings"], ["--format mlx"]),
+    ("idle scale", unchanged, ["--asymmetric", "--scale", "absmax"], ["changes nothing"]),
+    ("idle revision", unchanged, ["--revision", "main"], ["--revision main changes nothing"]),
+    ("unknown device", unchanged, ["--device", "tpu9"], ["--device tpu9", "--device cpu"]),
+    ("bad shard size", unchanged, ["--max-shard-size", "big"], ["--max-shard-size big", "5GB"]),
+]
+
+
+@pytest.mark.parametrize(("change", "options", "said"), [row[1:] for row in MISTAKES], ids=[row[0] for row in MISTAKES])
+def test_a_mistake_gets_one_clear_line(
+    change: Callable[[Path], None], options: list[str], said: list[str], model: Path, tmp_path: Path
+) -> None:
+    change(model)
+    out = tmp_path / "out"
+    process = hlwq("quantize", model, out, "--recipe", "rtn", *options)
+    assert process.returncode == 1
+    lines = process.stderr.strip().splitlines()
+    assert len(lines) == 1, process.stderr
+    assert lines[0].startswith("error: ")
+    for words in said:
+        assert words in lines[0]
+    assert not out.exists()
+
+
+def test_an_output_directory_that_is_not_empty_is_left_alone(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious.txt").write_text("keep me")
+    process = hlwq("quantize", model, out, "--recipe", "rtn")
+    assert process.returncode == 1
+    assert f"{out} is not empty" in process.stderr
+    assert [file.name for file in out.iterdir()] == ["precious.txt"]
+
+
+def test_a_full_disk_leaves_nothing_that_looks_finished_and_can_be_resumed(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def small_files() -> None:  # what a full disk does, for this process alone
+        resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))
+
+    process = hlwq("quantize", model, out, "--recipe", "rtn", preexec=small_files)
+    assert process.returncode == 1
+    assert "disk" in process.stderr
+    assert "Traceback" not in process.stderr
+    assert not out.exists()
+    assert hlwq("quantize", model, out, "--recipe", "rtn").returncode == 0
+    assert (out / "model.safetensors").is_file()
+
+
+def test_too_small_a_disk_is_refused_before_the_work(tmp_path: Path) -> None:
+    from hlwq import HlwqError
+    from hlwq.checkpoint import check_disk
+
+    with pytest.raises(HlwqError, match="GB free, but the output needs"):
+        check_disk(tmp_path, 10**18)
+
+
+def test_a_name_that_is_nowhere(tmp_path: Path) -> None:
+    process = hlwq("quantize", "no/such-model", tmp_path / "out", "--recipe", "rtn")
+    assert process.returncode == 1
+    assert process.stderr.startswith("error: no/such-model is no directory here")
+
+
+def test_quantize_inspect_check_convert(model: Path, tmp_path: Path) -> None:
+    packed, dense = tmp_path / "packed", tmp_path / "dense"
+    made = json.loads(hlwq("quantize", model, packed, "--recipe", "hlwq", "--bits", "3", "--json").stdout)
+    assert made["bits_per_quantized_weight"] == pytest.approx(3.125, abs=0.01)
+    found = json.loads(hlwq("inspect", packed, "--json").stdout)
+    assert found["format"] == "hlwq"
+    assert {tensor["bits"] for tensor in found["tensors"]} == {3, None}
+    assert "3 bits" in hlwq("inspect", packed, "--against", model).stdout
+    assert hlwq("check", packed).returncode == 0
+    assert hlwq("convert", packed, dense, "--format", "dense").returncode == 0
+    assert json.loads(hlwq("inspect", dense, "--json").stdout)["bits_per_quantized_weight"] is None
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = hlwq("quantize", model, out, "--recipe", "rtn", "--dry-run", "--json")
+    plan = json.loads(process.stdout)
+    assert {tensor["action"] for tensor in plan["tensors"]} == {"quantize", "copy"}
+    assert len(plan["tensors"]) == len(load_file(model / "model.safetensors"))
+    assert "mlp.down_proj" in hlwq("quantize", model, out, "--recipe", "rtn", "--dry-run").stdout
+    assert not out.exists()
+    assert not out.with_name("out.partial").exists()
+
+
+@pytest.mark.parametrize("listing", ["models", "recipes", "formats"])
+def test_what_is_supported_can_be_listed(listing: str) -> None:
+    rows = json.loads(hlwq(listing, "--json").stdout)
+    table = hlwq(listing).stdout
+    assert all(str(next(iter(row.values()))) in table for row in rows)
+
+
+def test_check_fails_where_no_engine_would_load_it(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    hlwq("quantize", model, out, "--recipe", "rtn")
+    config = json.loads((out / "config.json").read_text())
+    config["quantization_config"]["dynamic"] = {"-:.*mlp.*": {}}
+    (out / "config.json").write_text(json.dumps(config))
+    process = hlwq("check", out)
+    assert process.returncode == 1
+    assert "mlp.down_proj" in process.stdout

@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_checkpoint
+from safetensors.torch import load_file
+
+import hlwq
+from hlwq import HlwqError, Recipe, Stage
+from hlwq.checkpoint import Reader, hash_file
+from hlwq.grids import LloydGrid, UniformGrid
+from hlwq.quantize import convert, plan_for, quantize
+from hlwq.solvers.nearest import quantize_nearest
+from hlwq.sources import DecodedCheckpoint
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("llama") / "model"
+    make_checkpoint(path, "llama")
+    return path
+
+
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("hybrid") / "model"
+    make_checkpoint(path, "qwen3_5")
+    return path
+
+
+def weights_of(directory: Path) -> dict[str, str]:
+    return {file.name: hash_file(file) for file in directory.glob("*.safetensors")}
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "qwen3_5", "qwen3_5_text"])
+@pytest.mark.parametrize(
+    ("recipe", "format_name"), [("rtn", "gptq"), ("rtn", "mlx"), ("hlwq", "hlwq"), ("hlwq", "dense")]
+)
+def test_every_family_in_every_format(family: str, recipe: str, format_name: str, tmp_path: Path) -> None:
+    source, out = tmp_path / "model", tmp_path / "out"
+    make_checkpoint(source, family)
+    result = quantize(source, out, recipe, format=format_name)
+    original, decoded = DecodedCheckpoint(source), DecodedCheckpoint(out)
+    planned = {tensor.spec.name: tensor for tensor in result.plan.tensors}
+    assert set(decoded.tensors) == {name for name, tensor in planned.items() if tensor.action != "drop"}
+    for name in decoded.tensors:
+        before, after = original.read(name), decoded.read(name)
+        if planned[name].action == "copy":
+            assert torch.equal(before, after)
+        else:
+            error = (before.float() - after.float()).square().sum() / before.float().square().sum()
+            assert 0 < error < 0.02
+
+
+def test_predicted_bytes_are_the_bytes_written(llama: Path, tmp_path: Path) -> None:
+    _, plan = plan_for(llama, "rtn")
+    quantize(llama, tmp_path / "out", "rtn")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert plan.output_bytes() == sum(tensor.nbytes for tensor in tensors.values())
+
+
+def test_side_files_are_copied_byte_for_byte(llama: Path, tmp_path: Path) -> None:
+    source = tmp_path / "model"
+    make_checkpoint(source, "llama")
+    oddities = {
+        "chat_template.jinja": b"{{ '\r\n' }}\n\n",
+        "merges.txt": "café\n".encode("latin-1"),
+        "generation_config.json": b'{"temperature":0.60}',
+        "LICENSE": b"mine",
+    }
+    for name, content in oddities.items():
+        (source / name).write_bytes(content)
+    quantize(source, tmp_path / "out", "rtn")
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in oddities} == oddities
+
+
+def test_manifest_says_how_it_was_made_and_how_far_off_it_is(llama: Path, tmp_path: Path) -> None:
+    quantize(llama, tmp_path / "out", "hlwq", bits=4)
+    manifest = json.loads((tmp_path / "out" / "hlwq.json").read_text())
+    assert (manifest["recipe"], manifest["stages"][-1]["bits"]) == ("hlwq", 4)
+    recorded = {name: each["relative_squared_error"] for name, each in manifest["modules"].items()}
+    measured = {
+        tensor.name.removesuffix(".weight"): tensor.relative_error
+        for tensor in hlwq.inspect(tmp_path / "out", against=llama).tensors
+        if tensor.bits
+    }
+    assert recorded == pytest.approx(measured, rel=1e-5)
+
+
+OPTIONS: list[dict[str, object]] = [
+    {"bits": 8},
+    {"group_size": 32},
+    {"symmetric": False},
+    {"scale_method": "absmax"},
+    {"include": [r"in_proj_a|in_proj_b"], "format": "mlx"},
+    {"exclude": [r"layers\.0\.mlp"]},
+    {"include_embeddings": True, "format": "mlx"},
+    {"format": "mlx"},
+    {"format": "dense"},
+    {"shard_bytes": 100_000},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_each_option_changes_the_output(options: dict[str, object], hybrid: Path, tmp_path: Path) -> None:
+    base = {key: value for key, value in options.items() if key == "format"} if len(options) > 1 else {}
+    quantize(hybrid, tmp_path / "default", "rtn", **base)
+    quantize(hybrid, tmp_path / "changed", "rtn", **options)
+    assert weights_of(tmp_path / "changed") != weights_of(tmp_path / "default")
+
+
+def test_a_chain_rounds_what_the_stage_before_decoded(llama: Path, tmp_path: Path) -> None:
+    quantize(llama, tmp_path / "chain", "hlwq-int4")
+    name = "model.layers.0.mlp.down_proj.weight"
+    weight = Reader(llama).read(name).float()
+    first = quantize_nearest(weight, LloydGrid(5, 128), "hadamard").dequantize()
+    second = quantize_nearest(first, UniformGrid(4, 64, storage=(torch.bfloat16, torch.float16))).dequantize()
+    assert torch.equal(DecodedCheckpoint(tmp_path / "chain").read(name), second)
+
+
+def test_a_recipe_of_ones_own(llama: Path, tmp_path: Path) -> None:
+    stages = (
+        Stage("uniform", "identity", 8, 32),
+        Stage("lloyd", "hadamard", 3, 64),
+        Stage("uniform", "identity", 4, 32),
+    )
+    result = quantize(llama, tmp_path / "out", Recipe("mine", "three roundings", stages, ("gptq",)))
+    assert {scheme.group_size for scheme in result.plan.contents().quantized.values()} == {32}
+
+
+@pytest.mark.parametrize("format_name", ["mlx", "gptq"])
+def test_converting_equals_the_chain_from_the_source(format_name: str, hybrid: Path, tmp_path: Path) -> None:
+    quantize(hybrid, tmp_path / "hlwq", "hlwq")
+    convert(tmp_path / "hlwq", tmp_path / "converted", format_name)
+    quantize(hybrid, tmp_path / "chain", {"mlx": "hlwq-mlx", "gptq": "hlwq-int4"}[format_name])
+    assert weights_of(tmp_path / "converted") == weights_of(tmp_path / "chain")
+
+
+def test_converting_to_dense_equals_quantizing_to_dense(hybrid: Path, tmp_path: Path) -> None:
+    quantize(hybrid, tmp_path / "hlwq", "hlwq", exclude=["out_proj"])
+    convert(tmp_path / "hlwq", tmp_path / "converted", "dense")
+    quantize(hybrid, tmp_path / "dense", "hlwq", format="dense", exclude=["out_proj"])
+    assert weights_of(tmp_path / "converted") == weights_of(tmp_path / "dense")
+    assert "quantization_config" not in json.loads((tmp_path / "converted" / "config.json").read_text())
+
+
+def test_an_interrupted_run_resumes_to_identical_bytes(hybrid: Path, tmp_path: Path) -> None:
+    quantize(hybrid, tmp_path / "whole", "hlwq")
+
+    class Killed(Exception):
+        pass
+
+    def kill_halfway(done: int, total: int, item: str) -> None:
+        if done > total / 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        quantize(hybrid, tmp_path / "resumed", "hlwq", progress=kill_halfway)
+    assert not (tmp_path / "resumed").exists()
+    worked_on: list[str] = []
+    quantize(hybrid, tmp_path / "resumed", "hlwq", progress=lambda done, total, item: worked_on.append(item))
+    assert not any("layers.0." in item for item in worked_on)
+    files = {file.name: file.read_bytes() for file in (tmp_path / "whole").iterdir()}
+    assert {file.name: file.read_bytes() for file in (tmp_path / "resumed").iterdir()} == files
+
+
+def test_an_interrupted_run_refuses_other_arguments(hybrid: Path, tmp_path: Path) -> None:
+    def kill(done: int, total: int, item: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(hybrid, tmp_path / "out", "hlwq", progress=kill)
+    with pytest.raises(HlwqError, match=r"stages was .*now it is"):
+        quantize(hybrid, tmp_path / "out", "hlwq", bits=3, progress=kill)
+
+
+def test_a_group_size_that_does_not_divide_falls_back_and_is_recorded(tmp_path: Path) -> None:
+    source = tmp_path / "model"
+    make_checkpoint(source, "llama", hidden_size=192, num_attention_heads=3, num_key_value_heads=3)
+    result = quantize(source, tmp_path / "out", "hlwq")
+    sizes = {module: scheme.group_size for module, scheme in result.plan.contents().quantized.items()}
+    assert sizes["model.layers.0.self_attn.q_proj"] == 64
+    assert sizes["model.layers.0.mlp.down_proj"] == 128
+    assert result.plan.remarks == ("group 64 where in_features is 192, which 128 does not divide",)
+    reread = {module: each.scheme.group_size for module, each in _stored(tmp_path / "out").items()}
+    assert reread == sizes
+
+
+def _stored(directory: Path):  # type: ignore[no-untyped-def]
+    reader = Reader(directory)
+    return DecodedCheckpoint(directory).format.stored_modules(reader)
+
+
+def test_a_tied_head_is_dropped_with_a_reason(tmp_path: Path) -> None:
+    source = tmp_path / "model"
+    make_checkpoint(source, "llama", tie_word_embeddings=False)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    result = quantize(source, tmp_path / "out", "rtn")
+    dropped = [tensor for tensor in result.plan.tensors if tensor.action == "drop"]
+    assert [tensor.spec.name for tensor in dropped] == ["lm_head.weight"]
+    assert "tied" in dropped[0].reason
+    assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
