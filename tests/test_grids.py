@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -144,27 +144,28 @@ def test_absmax_gives_the_largest_weight_the_outermost_code_of_its_sign() -> Non
     assert int(codes.min()) == 1
 
 
+@pytest.mark.parametrize("magnitude", [1, 1e-6])  # the smaller one makes scales subnormal, which rounds them coarsely
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("kind", GROUP_KINDS)
-def test_integer_zeros_lie_between_one_and_the_highest_code(kind: str, bits: int) -> None:
-    weights = groups_of(kind, (64, 128))
+def test_integer_zeros_are_codes(kind: str, bits: int, magnitude: float) -> None:
+    weights = 2**bits * magnitude * groups_of(kind, (64, 128))
     parameters = quantize_nearest(weights, UniformGrid(bits, 32, symmetric=False, storage=BOTH)).parameters
     assert parameters.bias is not None
     used = parameters.scale > 0
     assert used.any()
     zeros = -parameters.bias[used] / parameters.scale[used]
     assert torch.equal(zeros, zeros.round())
-    assert (zeros >= 1).all()
+    assert (zeros >= 0).all()
     assert (zeros <= 2**bits - 1).all()
 
 
-@pytest.mark.parametrize("integer_zero", [True, False])
+@pytest.mark.parametrize(("integer_zero", "steps"), [(True, 0.5), (False, 1)])
 @pytest.mark.parametrize("kind", GROUP_KINDS)
-def test_asymmetric_grids_are_never_off_by_more_than_a_step(kind: str, integer_zero: bool) -> None:
+def test_asymmetric_grids_cover_the_range_of_a_group(kind: str, integer_zero: bool, steps: float) -> None:
     weights = groups_of(kind, (64, 32))
     grid = UniformGrid(4, 32, symmetric=False, integer_zero=integer_zero, storage=(torch.float32,))
     matrix = quantize_nearest(weights, grid)
-    assert ((matrix.dequantize() - weights).abs() <= matrix.parameters.scale.abs() * (1 + 1e-4)).all()
+    assert ((matrix.dequantize() - weights).abs() <= steps * matrix.parameters.scale.abs() * (1 + 1e-4)).all()
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "heavy tails", "positive", "negative"])
@@ -187,7 +188,6 @@ def test_scales_stored_through_both_half_dtypes_are_equal_in_both(symmetric: boo
     assert torch.equal(scale.half().float(), scale)
 
 
-@settings(max_examples=100, deadline=None)
 @given(st.lists(st.floats(-60000, 60000, width=32), min_size=1), st.sampled_from([BOTH, BOTH[::-1], BOTH[:1]]))
 def test_rounding_to_storage_gives_values_that_its_dtypes_hold(
     values: list[float], storage: tuple[torch.dtype, ...]

@@ -50,10 +50,8 @@ def test_mse_is_the_integral_of_the_squared_error(bits: int) -> None:
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_each_level_is_the_mean_of_its_cell(bits: int) -> None:
     for left, level, right in cells(codebook(bits)):
-        if left > 0:  # differences in the tail where both numbers are small
-            mass = norm.sf(left) - norm.sf(right)
-        else:
-            mass = norm.cdf(right) - norm.cdf(left)
+        # In either tail, the difference of two small numbers.
+        mass = norm.sf(left) - norm.sf(right) if left > 0 else norm.cdf(right) - norm.cdf(left)
         assert level == pytest.approx((norm.pdf(left) - norm.pdf(right)) / mass, abs=1e-6)
 
 

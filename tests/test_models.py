@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import ARCHITECTURES, FAMILY_NAMES, make_checkpoint, model_config
+from checkpoints import ARCHITECTURES, FAMILY_NAMES, make_checkpoint, model_config
 
 from hlwq import HlwqError
 from hlwq.checkpoint import Reader

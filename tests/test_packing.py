@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -21,7 +21,6 @@ def widths_and_codes(draw: st.DrawFn) -> tuple[int, np.ndarray]:
     return bits, draw(arrays(np.uint8, shape, elements=st.integers(0, 2**bits - 1)))
 
 
-@settings(max_examples=200, deadline=None)
 @given(widths_and_codes())
 def test_unpacking_undoes_packing_and_no_bit_is_wasted(drawn: tuple[int, np.ndarray]) -> None:
     bits, codes = drawn
@@ -31,7 +30,6 @@ def test_unpacking_undoes_packing_and_no_bit_is_wasted(drawn: tuple[int, np.ndar
     np.testing.assert_array_equal(unpack(packed, bits).numpy(), codes)
 
 
-@settings(max_examples=100, deadline=None)
 @given(widths_and_codes())
 def test_the_stream_has_the_least_significant_bits_first(drawn: tuple[int, np.ndarray]) -> None:
     bits, codes = drawn

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FAMILY_NAMES, make_checkpoint
+from checkpoints import FAMILY_NAMES, make_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -138,6 +138,11 @@ def test_embeddings_are_quantized_on_request(tied: bool, more: set[str], llama: 
     assert modules_of(make_plan(source, RTN, "mlx", include_embeddings=True)) == modules_of(default) | more
 
 
+def test_a_tied_head_cannot_be_quantized(llama: Reader) -> None:
+    with pytest.raises(HlwqError, match=r"--include 'lm_head' changes nothing: .*is never quantized"):
+        make_plan(Source(llama, llama.tensors, tie_word_embeddings=True), RTN, "mlx", include=["lm_head"])
+
+
 @pytest.mark.parametrize("options", [{"include_embeddings": True}, {"include": ["lm_head"]}])
 def test_gptq_refuses_embeddings(options: dict[str, Any], llama: Reader) -> None:
     with pytest.raises(HlwqError, match="format gptq cannot hold a quantized embedding"):
@@ -245,14 +250,12 @@ def test_group_size_falls_back_to_the_largest_that_divides(wanted: int, in_featu
 
 
 @given(st.integers(1, 512), st.integers(1, 20000))
-def test_a_fitted_group_size_divides_and_is_not_above_the_wanted_one(wanted: int, in_features: int) -> None:
-    size = fit_group_size(wanted, in_features)
-    if size is None:
-        assert all(in_features % each for each in (wanted, 32)) or wanted < 32
-    else:
-        assert in_features % size == 0
-        assert size <= wanted
-        assert size == wanted or (size in (128, 64, 32) and in_features % wanted)
+def test_a_fitted_group_size_is_the_first_that_is_not_above_the_wanted_one_and_divides(
+    wanted: int, in_features: int
+) -> None:
+    fitting = [size for size in (128, 64, 32) if size <= wanted and in_features % size == 0]
+    expected = wanted if in_features % wanted == 0 else max(fitting, default=None)
+    assert fit_group_size(wanted, in_features) == expected
 
 
 def test_a_fallback_is_remarked_once_and_is_the_same_for_fused_matrices(tmp_path: Path) -> None:
@@ -322,9 +325,12 @@ def test_a_checkpoint_that_does_not_fit_its_configuration_is_refused(
         (HLWQ, "gptq", "gptq stores uniform codes"),
         (HLWQ, "mlx", "mlx stores uniform codes"),
         (RTN, "hlwq", "hlwq stores Lloyd–Max codes"),
-        (override(RTN, bits=5), "gptq", "gptq has 4 or 8 bits, not 5"),
+        (override(RTN, bits=5), "gptq", "gptq has 4, 8 bits, not 5"),
         (override(RTN, bits=7), "mlx", "mlx has 2, 3, 4, 5, 6, 8 bits, not 7"),
-        (override(HLWQ, bits=9), "hlwq", "hlwq has 2 to 8 bits, not 9"),
+        (override(HLWQ, bits=9), "hlwq", "hlwq has 2, 3, 4, 5, 6, 7, 8 bits, not 9"),
+        (override(RTN, bits=9), "dense", "9"),
+        (override(RTN, bits=1), "dense", "1"),
+        (override(HLWQ, bits=9), "dense", "9"),
         (override(RTN, group_size=16), "mlx", "groups of 32, 64 or 128, not 16"),
         (override(RTN, symmetric=False, scale_method="absmax"), "gptq", "--scale changes nothing"),
         (override(RTN, scale_method="absmax"), "mlx", "--scale changes nothing"),
@@ -349,6 +355,13 @@ def test_a_chain_ends_in_the_formats_own_grid(llama: Reader) -> None:
     assert isinstance(last, UniformGrid)
     assert (last.bits, last.group_size, last.symmetric, last.integer_zero) == (4, 64, False, False)
     assert tensor.scheme == Scheme(4, 64, False)
+
+
+def test_each_stage_of_a_chain_has_a_group_size_that_divides(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path / "model", "llama", hidden_size=192, num_attention_heads=3, num_key_value_heads=3)
+    plan = make_plan(Reader(path), recipe_named("hlwq-mlx"))
+    sizes = {tuple(grid.group_size for grid, _ in each.steps): each.spec.shape[1] for each in plan.quantized()}
+    assert sizes == {(64, 64): 192, (128, 64): 256}
 
 
 @pytest.mark.parametrize(("format_name", "symmetric"), [("gptq", True), ("mlx", False), ("dense", True)])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_checkpoint
+from checkpoints import make_checkpoint
 from safetensors.torch import load_file
 
 import hlwq

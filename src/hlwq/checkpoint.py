@@ -117,7 +117,10 @@ class Reader:
         index = self._index_file()
         if index is not None:
             # An index names its shards; other safetensors files beside them (adapters, say) are not read.
-            names = sorted(set(read_json(index).get("weight_map", {}).values()))
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise HlwqError(f"{index} has no weight_map. Download it again.")
+            names = sorted(set(weight_map.values()))
             for name in names:
                 if not (self.path / name).is_file():
                     raise HlwqError(f"{self.path / name} is missing, though {index.name} names it. Download it again.")
@@ -262,9 +265,14 @@ class Writer:
 
     def _discard_unstarted(self) -> None:
         """Remove what a run left that stopped before its shards were laid out, and nothing else."""
-        for file in self.partial.iterdir():
+        files = list(self.partial.iterdir())
+        for file in files:
             if file.name not in self._shards and file.name != "arguments.json.tmp":
-                raise HlwqError(f"{self.partial} holds {file.name}, which no run of hlwq left. Move it away.")
+                raise HlwqError(
+                    f"{self.partial} holds {file.name}, but no record of a run that could go on. "
+                    "Look at it, and delete it to start afresh."
+                )
+        for file in files:
             file.unlink()
         self.partial.rmdir()
 
@@ -278,11 +286,14 @@ class Writer:
                     f"now it is {now.get(key)!r}. {remedy}"
                 )
         if self._journal.is_file():
-            for line in self._journal.read_text(encoding="utf-8").splitlines(keepends=True):
-                if line.endswith("\n"):  # a line without its end was being written when the run was killed
-                    entry = json.loads(line)
-                    self._committed[entry["unit"]] = entry["record"]
-                    self._written.update(entry["tensors"])
+            # A last line without its end was being written when the run was killed.
+            complete = self._journal.read_bytes().rpartition(b"\n")
+            with self._journal.open("r+b") as stream:
+                stream.truncate(len(complete[0]) + len(complete[1]))
+            for line in complete[0].splitlines():
+                entry = json.loads(line)
+                self._committed[entry["unit"]] = entry["record"]
+                self._written.update(entry["tensors"])
 
     def committed(self, unit: str) -> Any:
         """The record given to `commit` for this unit by an earlier run, or None."""
@@ -352,12 +363,12 @@ class Writer:
                 write_json(self.partial / "model.safetensors.index.json", index)
 
     def publish(self) -> None:
-        """Rename `OUT.partial` to `OUT`."""
-        self._journal.unlink(missing_ok=True)
-        (self.partial / "arguments.json").unlink()
+        """Rename `OUT.partial` to `OUT`, then remove the run's own records: killed in between, nothing is lost."""
         if self.out.exists():
             self.out.rmdir()  # it was empty when the run began; if it is not any more, this refuses
         self.partial.rename(self.out)
+        for record in (self._journal.name, "arguments.json"):
+            (self.out / record).unlink(missing_ok=True)
 
 
 def refuse_unless_empty(out: Path) -> None:

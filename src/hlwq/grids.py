@@ -42,7 +42,7 @@ class UniformGrid:
         bits: 2 to 8.
         group_size: weights that share parameters.
         symmetric: bias = −2^(bits−1) · scale. Otherwise the bias is fitted to the group's range.
-        integer_zero: bias = −zero · scale with an integer zero, 1 … 2^bits − 1 (GPTQ). Otherwise any bias (MLX).
+        integer_zero: bias = −zero · scale with an integer zero, 0 … 2^bits − 1 (GPTQ). Otherwise any bias (MLX).
         scale_method: how symmetric scales are chosen. `signed`: s = −w/2^(bits−1), where w is the weight of the
             largest magnitude, with its sign, which is then exact. `absmax`: s = |w|/(2^(bits−1) − 1).
         storage: dtypes that parameters are rounded to, in this order. GPTQ files store float16 but engines
@@ -70,10 +70,9 @@ class UniformGrid:
             return Parameters(scale, -middle * scale)
         if self.integer_zero:
             high = weights.amax(-1, keepdim=True).clamp(min=0)
-            # The range holds 0, and a step below it, so that the zero is never 0: GPTQ files store zero − 1.
-            low = torch.minimum(weights.amin(-1, keepdim=True), -high / (top - 1))
+            low = weights.amin(-1, keepdim=True).clamp(max=0)
             scale = self._stored((high - low) / top)
-            zero = torch.where(scale > 0, -low / scale, 1).round().clamp(1, top)
+            zero = torch.where(scale > 0, -low / scale, 0).round().clamp(0, top)
             return Parameters(scale, -zero * scale)
         return self._fit_affine(weights)
 
@@ -131,6 +130,7 @@ class LloydGrid:
             HlwqError: a norm overflows the storage dtype.
         """
         norm = torch.linalg.vector_norm(weights, dim=-1, keepdim=True)
+        round_to_storage(norm, self.storage)  # an infinite norm would come back from the least squares as anything
         if self.least_squares:
             levels = self.decode(self.round(weights, Parameters(norm)), Parameters(torch.ones_like(norm)))
             norm = (weights * levels).sum(-1, keepdim=True) / (levels * levels).sum(-1, keepdim=True)

@@ -48,7 +48,7 @@ def rotate_blocks(values: Tensor, block_size: int) -> Tensor:
     Raises:
         HlwqError: `block_size` is not a power of two or does not divide n.
     """
-    if values.shape[-1] % block_size:
+    if block_size < 1 or values.shape[-1] % block_size:
         raise HlwqError(f"Blocks of {block_size} do not divide an axis of {values.shape[-1]}.")
     matrix = hadamard_matrix(block_size, values.device)
     rotated: Tensor = values.unflatten(-1, (-1, block_size)) @ matrix

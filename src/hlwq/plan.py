@@ -171,18 +171,18 @@ def make_plan(
                 for stage in recipe.stages
             )
             grid = steps[-1][0]
-            if grid.group_size != recipe.stages[-1].group_size:
-                fallbacks[spec.shape[1]] = grid.group_size
+            for stage, (each, _) in zip(recipe.stages, steps, strict=True):
+                if each.group_size != stage.group_size:
+                    fallbacks[spec.shape[1], stage.group_size] = each.group_size
             outputs = tuple(output_format.outputs(module, (spec.shape[0], spec.shape[1]), grid, embedding.dtype))
             planned.append(PlannedTensor(spec, "quantize", "", unit, steps, outputs))
         else:
             planned.append(
                 PlannedTensor(spec, "copy", _why_kept(spec.name, layout, matrices, required), unit, (), (spec,))
             )
-    wanted = recipe.stages[-1].group_size
     remarks = [
         f"group {size} where in_features is {width}, which {wanted} does not divide"
-        for width, size in fallbacks.items()
+        for (width, wanted), size in fallbacks.items()
     ]
     if layout.tied and "lm_head.weight" in source.tensors:
         remarks.append("lm_head.weight is dropped: config.json ties it to the embedding")

@@ -122,7 +122,10 @@ class DecodedCheckpoint:
         self.path = path
         self.format = detect_format(self._reader.config)
         self.config = {key: value for key, value in self._reader.config.items() if key not in ENGINE_SECTIONS}
-        modules = self.format.stored_modules(self._reader)
+        try:
+            modules = self.format.stored_modules(self._reader)
+        except KeyError as error:
+            raise HlwqError(f"{path / 'config.json'}: its quantization section lacks {error}.") from None
         if not modules and any(key in self._reader.config for key in ENGINE_SECTIONS):
             raise HlwqError(f"{path}: config.json says {self.format.NAME}, but no tensor is stored so.")
         # mlx-lm's own conversion renames the tensors of Qwen3.5 and changes some of them.

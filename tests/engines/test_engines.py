@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from agreement import MISTAKES, TOLERANCE, difference, reference
-from conftest import RunEngine, engine_python
+from engines import RunEngine, engine_python
 from safetensors.torch import load_file
 
 import hlwq

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from scipy.stats import t as student_t
 from torch import Tensor
 
 from hlwq.errors import HlwqError
@@ -151,11 +150,13 @@ def paired_difference(a: Perplexity, b: Perplexity, confidence: float = 0.95) ->
     """
     if (a.protocol, a.context, a.stride, a.tokens) != (b.protocol, b.context, b.stride, b.tokens):
         raise HlwqError("The two perplexities were not measured by the same protocol on the same text.")
+    from scipy.special import stdtrit  # the quantile of Student's t; here, since scipy is an extra
+
     differences = [y - x for x, y in zip(a.chunk_losses, b.chunk_losses, strict=True)]
     if len(differences) < 2:
         raise HlwqError("One chunk gives no interval. Raise --limit or lower --context.")
     mean = sum(differences) / len(differences)
-    margin = float(student_t.ppf((1 + confidence) / 2, len(differences) - 1)) * _standard_error(differences)
+    margin = float(stdtrit(len(differences) - 1, (1 + confidence) / 2)) * _standard_error(differences)
     return mean, mean - margin, mean + margin
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hlwq.checkpoint import Reader, TensorSpec
 from hlwq.errors import HlwqError
-from hlwq.grids import Grid, QuantizedMatrix
+from hlwq.grids import Grid, QuantizedMatrix, ScaleMethod
 from hlwq.models import ModelLayout
 
 
@@ -73,7 +73,7 @@ class Format(Protocol):
     def lloyd_grid(self, bits: int, group_size: int) -> Grid:
         """The grid of Lloyd–Max codes as this format stores them. Raises HlwqError if it cannot."""
 
-    def uniform_grid(self, bits: int, group_size: int, symmetric: bool, scale_method: Any, dtype: str) -> Grid:
+    def uniform_grid(self, bits: int, group_size: int, symmetric: bool, scale_method: ScaleMethod, dtype: str) -> Grid:
         """The grid of uniform codes as this format stores them. Raises HlwqError if it cannot."""
 
     def outputs(self, module: str, shape: tuple[int, int], grid: Grid, dtype: str) -> list[TensorSpec]:
@@ -90,6 +90,14 @@ class Format(Protocol):
 
     def dequantize(self, reader: Reader, module: str, scheme: Scheme) -> Tensor:
         """Decode one module: float32 (out, in)."""
+
+
+def check_bits(format_name: str, bits: int, allowed: tuple[int, ...]) -> None:
+    """Raise HlwqError unless a format has codes of this many bits."""
+    if bits not in allowed:
+        raise HlwqError(
+            f"format {format_name} has {', '.join(map(str, allowed))} bits, not {bits}. See `hlwq formats`."
+        )
 
 
 def require_parts(reader: Reader, module: str, *parts: str) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hlwq.checkpoint import DTYPES, Reader, TensorSpec
 from hlwq.errors import HlwqError
-from hlwq.formats.base import Contents, Scheme, StoredModule
+from hlwq.formats.base import Contents, Scheme, StoredModule, check_bits
 from hlwq.grids import Grid, LloydGrid, QuantizedMatrix, ScaleMethod, UniformGrid
 
 NAME = "dense"
@@ -20,12 +20,14 @@ FUSED_ALIKE = False
 
 
 def lloyd_grid(bits: int, group_size: int) -> Grid:
-    """As format hlwq would store it."""
+    """As format hlwq would store it. Raises HlwqError for bits outside 2 to 8."""
+    check_bits(NAME, bits, BITS)
     return LloydGrid(bits, group_size)
 
 
 def uniform_grid(bits: int, group_size: int, symmetric: bool, scale_method: ScaleMethod, dtype: str) -> Grid:
-    """As format gptq would store it, at any width."""
+    """As format gptq would store it, at more widths. Raises HlwqError for bits outside 2 to 8."""
+    check_bits(NAME, bits, BITS)
     storage = (DTYPES["BF16"], DTYPES["F16"]) if dtype == "BF16" else (DTYPES["F16"],)
     return UniformGrid(bits, group_size, symmetric, True, scale_method, storage)
 

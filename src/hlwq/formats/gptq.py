@@ -1,8 +1,9 @@
-"""GPTQ (v1): INT4 or INT8 that vLLM and GPTQModel load.
+"""GPTQ: INT4 or INT8 that vLLM and GPTQModel load.
 
 For a linear of shape (out, in): `qweight` int32 (in·bits/32, out), codes packed along `in`; `qzeros` int32
-(groups, out·bits/32), packed along `out` and storing zero − 1 (a zero of 0, which tools read differently, is never
-written); `scales` float16 (groups, out); `g_idx` int32 (in).
+(groups, out·bits/32), packed along `out`; `scales` float16 (groups, out); `g_idx` int32 (in). Symmetric files are v1,
+whose `qzeros` store zero − 1. Asymmetric files are v2, which stores the zero itself: vLLM refuses those anyway, and
+GPTQModel trusts v1 only with symmetric codes, since tools disagree on what a zero of 0 becomes there.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from hlwq.checkpoint import Reader, TensorSpec
 from hlwq.errors import HlwqError
-from hlwq.formats.base import Contents, Scheme, StoredModule, require_parts
+from hlwq.formats.base import Contents, Scheme, StoredModule, check_bits, require_parts
 from hlwq.grids import Grid, Parameters, QuantizedMatrix, ScaleMethod, UniformGrid
 from hlwq.models import ModelLayout
 from hlwq.packing import pack, unpack
@@ -45,8 +46,7 @@ def uniform_grid(bits: int, group_size: int, symmetric: bool, scale_method: Scal
     Raises:
         HlwqError: bits other than 4 or 8, or a group size that Marlin does not have.
     """
-    if bits not in BITS:
-        raise HlwqError(f"format gptq has 4 or 8 bits, not {bits}. Engines load no others; use --format mlx or hlwq.")
+    check_bits(NAME, bits, BITS)
     if group_size not in GROUP_SIZES:
         raise HlwqError(f"format gptq has groups of 32, 64 or 128, not {group_size}. Set --group-size.")
     storage = (torch.bfloat16, torch.float16) if dtype == "BF16" else (torch.float16,)
@@ -78,10 +78,11 @@ def encode(module: str, matrix: QuantizedMatrix, dtype: str) -> dict[str, Tensor
     """Pack codes, zeros and scales as the module's docstring says."""
     bits, parameters = matrix.grid.bits, matrix.parameters
     assert parameters.bias is not None
-    # A group of scale 0 is all zeros, whatever the code: give it the middle, which is the zero's place too.
+    # A group of scale 0 is all zeros whatever its zero says.
     empty = parameters.scale == 0
     zeros = torch.where(empty, 2 ** (bits - 1), -parameters.bias / torch.where(empty, 1, parameters.scale))
-    stored = zeros.round().to(torch.int16) - 1
+    symmetric = isinstance(matrix.grid, UniformGrid) and matrix.grid.symmetric
+    stored = zeros.round().to(torch.int16) - (1 if symmetric else 0)
     columns = matrix.codes.shape[1]
     return {
         f"{module}.qweight": pack(matrix.codes, bits).view(torch.int32).T.contiguous(),
@@ -101,7 +102,7 @@ def json_files(config: dict[str, Any], contents: Contents) -> dict[str, dict[str
         "desc_act": False,
         "sym": common.symmetric,
         "lm_head": False,
-        "checkpoint_format": "gptq",
+        "checkpoint_format": "gptq" if common.symmetric else "gptq_v2",
         "pack_dtype": "int32",
         "dynamic": dynamic_rules(contents, common),
         "meta": {"quantizer": [f"hlwq:{__version__}"]},

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hlwq.checkpoint import Reader, TensorSpec
 from hlwq.errors import HlwqError
-from hlwq.formats.base import Contents, Scheme, StoredModule, require_parts
+from hlwq.formats.base import Contents, Scheme, StoredModule, check_bits, require_parts
 from hlwq.grids import Grid, LloydGrid, Parameters, QuantizedMatrix, ScaleMethod
 from hlwq.packing import pack, unpack
 
@@ -36,8 +36,7 @@ def lloyd_grid(bits: int, group_size: int) -> Grid:
     """
     if group_size < 8:
         raise HlwqError(f"format hlwq has groups of at least 8, not {group_size}. Set --group-size.")
-    if bits not in BITS:
-        raise HlwqError(f"format hlwq has 2 to 8 bits, not {bits}.")
+    check_bits(NAME, bits, BITS)
     return LloydGrid(bits, group_size)
 
 

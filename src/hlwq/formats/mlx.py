@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hlwq.checkpoint import DTYPES, Reader, TensorSpec
 from hlwq.errors import HlwqError
-from hlwq.formats.base import Contents, Scheme, StoredModule, require_parts
+from hlwq.formats.base import Contents, Scheme, StoredModule, check_bits, require_parts
 from hlwq.grids import Grid, Parameters, QuantizedMatrix, ScaleMethod, UniformGrid
 from hlwq.models import ModelLayout
 from hlwq.models.qwen3_5 import QWEN3_5
@@ -46,8 +46,7 @@ def uniform_grid(bits: int, group_size: int, symmetric: bool, scale_method: Scal
     Raises:
         HlwqError: bits or a group size that MLX does not have.
     """
-    if bits not in BITS:
-        raise HlwqError(f"format mlx has {', '.join(map(str, BITS))} bits, not {bits}.")
+    check_bits(NAME, bits, BITS)
     if group_size not in GROUP_SIZES:
         raise HlwqError(f"format mlx has groups of 32, 64 or 128, not {group_size}. Set --group-size.")
     return UniformGrid(bits, group_size, symmetric, False, scale_method, (DTYPES[dtype],))
@@ -107,8 +106,6 @@ def stored_modules(reader: Reader) -> dict[str, StoredModule]:
     section = reader.config["quantization"]
     if section.get("mode", "affine") != "affine":
         raise HlwqError(f"{reader.path}: MLX mode {section['mode']} cannot be read; only affine can.")
-    overrides = [value for value in section.values() if isinstance(value, dict)]
-    candidates = [(each["bits"], each["group_size"]) for each in [section, *overrides]]
     modules = {}
     for name, spec in reader.tensors.items():
         if not name.endswith(".scales"):
@@ -116,11 +113,13 @@ def stored_modules(reader: Reader) -> dict[str, StoredModule]:
         module = name.removesuffix(".scales")
         parts = require_parts(reader, module, "weight", "scales", "biases")
         (rows, words), groups = reader.tensors[f"{module}.weight"].shape, spec.shape[1]
-        # The shapes leave only bits · group_size open, and the configuration names the pairs in use.
-        fitting = [(bits, size) for bits, size in candidates if bits * size * groups == words * 32]
-        if not fitting:
-            raise HlwqError(f"{reader.path}: {module} fits none of the bits and group sizes in config.json.")
-        scheme = Scheme(*fitting[0], symmetric=False)
+        # An override goes by MLX's path, which is the file's own name or what `sanitize` makes of it.
+        inner = module.replace("model.language_model.", "language_model.model.")
+        paths = (module, inner, f"language_model.{module}")
+        chosen = next((section[path] for path in paths if isinstance(section.get(path), dict)), section)
+        scheme = Scheme(chosen["bits"], chosen["group_size"], symmetric=False)
+        if scheme.bits * scheme.group_size * groups != words * 32:
+            raise HlwqError(f"{reader.path}: {module} does not have the bits and group size that config.json gives it.")
         modules[module] = StoredModule(scheme, (rows, words * 32 // scheme.bits), parts)
     return modules
 

@@ -63,14 +63,14 @@ class Family:
     kept: dict[str, str] = field(default_factory=dict)
 
 
-def head_dim(config: dict[str, Any]) -> int:
-    """The width of an attention head: stated, or what the hidden size leaves for each."""
-    stated = config.get("head_dim")
-    return int(stated) if stated else int(config["hidden_size"]) // int(config["num_attention_heads"])
-
-
 def attention(
-    config: dict[str, Any], *, qkv_bias: bool, o_bias: bool, head_norms: bool = False, gated: bool = False
+    config: dict[str, Any],
+    *,
+    qkv_bias: bool,
+    o_bias: bool,
+    head_dim: int | None = None,
+    head_norms: bool = False,
+    gated: bool = False,
 ) -> Layer:
     """Softmax attention as the Llama line has it.
 
@@ -78,10 +78,12 @@ def attention(
         config: the text configuration.
         qkv_bias: q, k and v have biases.
         o_bias: the output projection has one.
+        head_dim: the width of a head where the configuration does not say; by default what the hidden size leaves.
         head_norms: q and k are normalised per head (`q_norm`, `k_norm`).
         gated: q carries an output gate, which doubles it.
     """
-    hidden, width = config["hidden_size"], head_dim(config)
+    hidden = config["hidden_size"]
+    width = config.get("head_dim") or head_dim or hidden // config["num_attention_heads"]
     queries = config["num_attention_heads"] * width
     keys = config.get("num_key_value_heads", config["num_attention_heads"]) * width
     fused = "self_attn.qkv_proj"

@@ -9,7 +9,7 @@ from hlwq.models.family import Family, Layer, attention, with_mlp
 
 def _layers(config: dict[str, Any]) -> list[Layer]:
     bias = bool(config.get("attention_bias", False))
-    mixer = attention(config, qkv_bias=bias, o_bias=bias, head_norms=True)
+    mixer = attention(config, qkv_bias=bias, o_bias=bias, head_dim=128, head_norms=True)
     return [with_mlp(mixer, config)] * config["num_hidden_layers"]
 
 

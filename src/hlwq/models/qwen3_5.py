@@ -47,7 +47,7 @@ def layer_types(config: dict[str, Any]) -> list[str]:
 def _layers(config: dict[str, Any]) -> list[Layer]:
     bias = bool(config.get("attention_bias", False))
     kinds = {
-        "full_attention": attention(config, qkv_bias=bias, o_bias=bias, head_norms=True, gated=True),
+        "full_attention": attention(config, qkv_bias=bias, o_bias=bias, head_dim=256, head_norms=True, gated=True),
         "linear_attention": _linear_attention(config),
     }
     return [with_mlp(kinds[kind], config) for kind in layer_types(config)]

@@ -1,0 +1,48 @@
+"""Where the engines' environments are, and how to run a script in one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPTS = Path(__file__).parent
+
+RunEngine = Callable[..., Any]
+
+
+def engine_python(engine: str) -> Path:
+    root = os.environ.get("HLWQ_ENGINES")
+    if not root:
+        pytest.skip("HLWQ_ENGINES names no directory of engine environments: run `make test-engines`")
+    python = Path(root).absolute() / engine / "bin" / "python"
+    if not python.exists():
+        pytest.skip(f"{engine} is not installed in {root}: run `make test-engines`")
+    return python
+
+
+def run_script(engine: str, script: str, directory: Path, out: Path, payload: Path | None) -> None:
+    """Run one of this folder's scripts in an engine's environment; it writes `out`."""
+    python = engine_python(engine)
+    arguments = [directory, *([payload] if payload else []), out]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "GPTQMODEL_CPU_WORKERS": "2"}
+    process = subprocess.run(
+        [str(python), str(SCRIPTS / script), *map(str, arguments)],
+        env=environment,
+        cwd=out.parent,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-6000:]
+
+
+def write_payload(file: Path, payload: Any) -> Path:
+    file.write_text(json.dumps(payload))
+    return file

@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hlwq.checkpoint import Reader
+from hlwq.demo import BASELINE, bundled_model, run_demo
+from hlwq.plan import make_plan
+from hlwq.recipes import RECIPES
+from hlwq.usage import commands
+
+
+def test_bundled_model_has_what_the_engines_ask_of_a_hybrid() -> None:
+    reader = Reader(bundled_model())
+    widths = {tensor.spec.shape[1] for tensor in make_plan(reader, RECIPES["rtn"]).quantized()}
+    assert all(width % 64 == 0 for width in widths)
+    assert any(width % 128 == 0 for width in widths)
+    text = reader.config["text_config"]
+    assert text["layer_types"] == 3 * ["linear_attention"] + ["full_attention"]
+    assert text["linear_key_head_dim"] == text["linear_value_head_dim"] == 64
+    assert any(name.startswith("model.visual.") for name in reader.tensors)
+    assert sum(file.stat().st_size for file in bundled_model().iterdir()) < 12e6
+
+
+@pytest.mark.slow
+def test_demo_measures_each_recipe_in_each_format(tmp_path: Path) -> None:
+    rows = run_demo(tmp_path / "demo", lambda done, total, item: None)
+    made = [(row.recipe, row.format) for row in rows]
+    assert made == [(BASELINE, "dense"), *((r.name, f) for r in RECIPES.values() for f in r.formats)]
+    by_name = {(row.recipe, row.format): row for row in rows}
+    assert by_name["hlwq", "hlwq"].bits_per_weight == pytest.approx(5.125)
+    assert by_name["rtn", "gptq"].bits_per_weight == pytest.approx(4.39, abs=0.01)
+    assert by_name["rtn", "mlx"].bits_per_weight == 4.5
+    for row in rows[1:]:
+        assert commands(Path(row.directory), row.format)

@@ -1,0 +1,516 @@
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import make_checkpoint, model_config
+from safetensors.torch import load_file, save_file
+from scipy.linalg import hadamard
+from torch import Tensor
+
+from hlwq import HlwqError
+from hlwq.checkpoint import Reader, Writer
+from hlwq.formats import FORMATS, Contents, Scheme, detect_format, mlx
+from hlwq.formats.gptq import dynamic_rules
+from hlwq.grids import Grid, QuantizedMatrix, UniformGrid
+from hlwq.lloyd import codebook
+from hlwq.models import describe
+from hlwq.plan import make_plan
+from hlwq.recipes import override, recipe_named
+from hlwq.solvers.nearest import quantize_nearest
+
+DOWN, UP, O_PROJ = "model.layers.0.mlp.down_proj", "model.layers.0.mlp.up_proj", "model.layers.1.self_attn.o_proj"
+ROWS, COLUMNS = 64, 256
+
+
+def hard_weights() -> Tensor:
+    """BF16 weights with what formats trip over: zero rows and groups, groups of one sign, outliers, tiny rows."""
+    generator = torch.Generator().manual_seed(5)
+    weights = 0.03 * torch.randn(ROWS, COLUMNS, generator=generator)
+    weights[0] = 0
+    weights[1, :128] = 0
+    weights[2] = weights[2].abs() + 0.01
+    weights[3] = -weights[3].abs() - 0.01
+    weights[4, ::37] *= 40
+    weights[5] *= 1e-5
+    weights[6] = 0.02
+    return weights.bfloat16().float()
+
+
+def grid_for(format_name: str, bits: int, group_size: int, symmetric: bool | None, dtype: str = "BF16") -> Grid:
+    chosen = FORMATS[format_name]
+    if symmetric is None:
+        return chosen.lloyd_grid(bits, group_size)
+    return chosen.uniform_grid(bits, group_size, symmetric, "signed", dtype)
+
+
+def quantized(
+    format_name: str, bits: int, group_size: int, symmetric: bool | None, dtype: str = "BF16"
+) -> QuantizedMatrix:
+    grid = grid_for(format_name, bits, group_size, symmetric, dtype)
+    return quantize_nearest(hard_weights(), grid, "hadamard" if symmetric is None else "identity")
+
+
+def save(path: Path, format_name: str, matrices: dict[str, QuantizedMatrix], dtype: str = "BF16") -> Reader:
+    """Write matrices in a format as the pipeline does, and open the directory."""
+    chosen, config = FORMATS[format_name], model_config("llama")
+    specs = [
+        spec
+        for module, matrix in matrices.items()
+        for spec in chosen.outputs(module, (ROWS, COLUMNS), matrix.grid, dtype)
+    ]
+    schemes = {
+        module: Scheme(matrix.grid.bits, matrix.grid.group_size, getattr(matrix.grid, "symmetric", None))
+        for module, matrix in matrices.items()
+    }
+    layout = describe(config, ["model.embed_tokens.weight"])
+    writer = Writer(path, specs, {})
+    for module, matrix in matrices.items():
+        for name, part in chosen.encode(module, matrix, dtype).items():
+            writer.write(name, part)
+    writer.finish([], chosen.json_files(config, Contents(layout, schemes, [], dtype)))
+    writer.publish()
+    return Reader(path)
+
+
+CASES = [
+    *(("gptq", bits, group, symmetric) for bits in (4, 8) for group in (32, 64, 128) for symmetric in (True, False)),
+    *(("mlx", bits, group, False) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)),
+    *(("mlx", bits, 64, True) for bits in (2, 3, 4, 5, 6, 8)),
+    *(("hlwq", bits, group, None) for bits in range(2, 9) for group in (32, 128)),
+]
+every_case = pytest.mark.parametrize(("format_name", "bits", "group_size", "symmetric"), CASES)
+
+
+@every_case
+def test_a_file_decodes_to_the_very_weights_that_were_quantized(
+    format_name: str, bits: int, group_size: int, symmetric: bool | None, tmp_path: Path
+) -> None:
+    matrix = quantized(format_name, bits, group_size, symmetric)
+    reader = save(tmp_path / "out", format_name, {DOWN: matrix})
+    stored_format = detect_format(reader.config)
+    assert stored_format is FORMATS[format_name]
+    ((module, stored),) = stored_format.stored_modules(reader).items()
+    assert (module, stored.shape) == (DOWN, (ROWS, COLUMNS))
+    assert (stored.scheme.bits, stored.scheme.group_size) == (bits, group_size)
+    assert set(stored.tensors) == set(reader.tensors)
+    decoded = stored_format.dequantize(reader, DOWN, stored.scheme)
+    assert torch.equal(decoded, matrix.dequantize())
+    assert (decoded[0] == 0).all()
+    assert (decoded[1, :128] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+@pytest.mark.parametrize("symmetric", [True, None])
+def test_dense_files_hold_the_decoded_weights_in_the_models_dtype(
+    symmetric: bool | None, dtype: str, tmp_path: Path
+) -> None:
+    matrix = quantized("dense", 5, 64, symmetric, dtype)
+    reader = save(tmp_path / "out", "dense", {DOWN: matrix}, dtype)
+    wanted = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[dtype]
+    assert torch.equal(reader.read(f"{DOWN}.weight"), matrix.dequantize().to(wanted))
+    assert reader.config == model_config("llama")
+    assert detect_format(reader.config) is FORMATS["dense"]
+    assert detect_format(reader.config).stored_modules(reader) == {}
+
+
+def numpy_tensors(path: Path) -> dict[str, np.ndarray]:
+    arrays = {}
+    for name, tensor in load_file(path / "model.safetensors").items():
+        if tensor.dtype in (torch.int32, torch.uint32):
+            arrays[name.removeprefix(f"{DOWN}.")] = tensor.view(torch.int32).numpy().view(np.uint32)
+        else:
+            arrays[name.removeprefix(f"{DOWN}.")] = tensor.to(torch.float64).numpy()
+    return arrays
+
+
+def words_to_fields(words: np.ndarray, bits: int) -> np.ndarray:
+    """The fields of uint32 words along the last axis, each word's lowest bits first; none may straddle two words."""
+    fields = words[..., None] >> np.arange(0, 32, bits, dtype=np.uint32)
+    return (fields & (2**bits - 1)).reshape(*words.shape[:-1], -1).astype(np.int64)
+
+
+def stream_to_fields(octets: np.ndarray, bits: int) -> np.ndarray:
+    """The fields of a little-endian bit stream along the last axis."""
+    stream = np.unpackbits(np.ascontiguousarray(octets).view(np.uint8), axis=-1, bitorder="little")
+    return stream.reshape(*octets.shape[:-1], -1, bits).astype(np.int64) @ (1 << np.arange(bits))
+
+
+@pytest.mark.parametrize(("bits", "group_size", "symmetric"), [case[1:] for case in CASES if case[0] == "gptq"])
+def test_gptq_layout(bits: int, group_size: int, symmetric: bool, tmp_path: Path) -> None:
+    matrix = quantized("gptq", bits, group_size, symmetric)
+    reader = save(tmp_path / "out", "gptq", {DOWN: matrix})
+    parts, groups = numpy_tensors(tmp_path / "out"), COLUMNS // group_size
+    assert {name: each.shape for name, each in parts.items()} == {
+        "qweight": (COLUMNS * bits // 32, ROWS),
+        "qzeros": (groups, ROWS * bits // 32),
+        "scales": (groups, ROWS),
+        "g_idx": (COLUMNS,),
+    }
+    codes = words_to_fields(parts["qweight"].T, bits).T
+    version = reader.config["quantization_config"]["checkpoint_format"]
+    zeros = words_to_fields(parts["qzeros"], bits) + {"gptq": 1, "gptq_v2": 0}[version]
+    group_of = parts["g_idx"].astype(np.int64)
+    np.testing.assert_array_equal(group_of, np.arange(COLUMNS) // group_size)
+    decoded = parts["scales"][group_of] * (codes - zeros[group_of])
+    np.testing.assert_array_equal(decoded.T, matrix.dequantize().double().numpy())
+    # Tools disagree on what version 1 makes of a zero of 0, so files that may have one are of version 2.
+    assert version == ("gptq" if symmetric else "gptq_v2")
+    assert (zeros.min(), zeros.max()) == ((2 ** (bits - 1),) * 2 if symmetric else (0, 2**bits - 1))
+
+
+def test_gptq_stores_four_bit_symmetric_zeros_as_sevens(tmp_path: Path) -> None:
+    save(tmp_path / "out", "gptq", {DOWN: quantized("gptq", 4, 64, True)})
+    assert (numpy_tensors(tmp_path / "out")["qzeros"] == 0x77777777).all()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_gptq_scales_of_a_bfloat16_model_are_the_same_in_bfloat16(symmetric: bool, tmp_path: Path) -> None:
+    reader = save(tmp_path / "out", "gptq", {DOWN: quantized("gptq", 4, 64, symmetric)})
+    scales = reader.read(f"{DOWN}.scales")
+    assert scales.dtype == torch.float16
+    assert torch.equal(scales.bfloat16().half(), scales)
+
+
+@pytest.mark.parametrize(("bits", "group_size", "symmetric"), [case[1:] for case in CASES if case[0] == "mlx"])
+def test_mlx_layout(bits: int, group_size: int, symmetric: bool, tmp_path: Path) -> None:
+    matrix = quantized("mlx", bits, group_size, symmetric)
+    reader = save(tmp_path / "out", "mlx", {DOWN: matrix})
+    assert {spec.dtype for spec in reader.tensors.values()} == {"U32", "BF16"}
+    parts, groups = numpy_tensors(tmp_path / "out"), COLUMNS // group_size
+    assert {name: each.shape for name, each in parts.items()} == {
+        "weight": (ROWS, COLUMNS * bits // 32),
+        "scales": (ROWS, groups),
+        "biases": (ROWS, groups),
+    }
+    codes = stream_to_fields(parts["weight"], bits).reshape(ROWS, groups, group_size)
+    if 32 % bits == 0:
+        np.testing.assert_array_equal(codes.reshape(ROWS, -1), words_to_fields(parts["weight"], bits))
+    decoded = parts["scales"][..., None] * codes + parts["biases"][..., None]
+    expected = matrix.dequantize().double().numpy()
+    np.testing.assert_allclose(decoded.reshape(ROWS, -1), expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [case[1:3] for case in CASES if case[0] == "hlwq"])
+def test_hlwq_layout(bits: int, group_size: int, tmp_path: Path) -> None:
+    matrix = quantized("hlwq", bits, group_size, None)
+    reader = save(tmp_path / "out", "hlwq", {DOWN: matrix})
+    packed, norms = reader.read(f"{DOWN}.weight_packed"), reader.read(f"{DOWN}.weight_norms")
+    groups = COLUMNS // group_size
+    assert (packed.dtype, packed.shape) == (torch.uint8, (ROWS, COLUMNS * bits // 8))
+    assert (norms.dtype, norms.shape) == (torch.float16, (ROWS, groups))
+    codes = stream_to_fields(packed.numpy(), bits).reshape(ROWS, groups, group_size)
+    levels = codebook(bits).centroids.double().numpy()[codes]
+    blocks = norms.double().numpy()[..., None] / np.sqrt(group_size) * levels @ (hadamard(group_size) / group_size**0.5)
+    np.testing.assert_allclose(blocks.reshape(ROWS, -1), matrix.dequantize().numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize("format_name", ["gptq", "mlx", "hlwq"])
+def test_modules_with_other_groups_than_most_are_found_and_decoded(format_name: str, tmp_path: Path) -> None:
+    symmetric = None if format_name == "hlwq" else False
+    sizes = {DOWN: 64, UP: 64, O_PROJ: 32}
+    matrices = {module: quantized(format_name, 4, size, symmetric) for module, size in sizes.items()}
+    assert_found_and_decoded(format_name, save(tmp_path / "out", format_name, matrices), matrices)
+
+
+@pytest.mark.parametrize("format_name", ["gptq", "mlx", "hlwq"])
+def test_modules_of_as_many_bytes_but_another_scheme_are_told_apart(format_name: str, tmp_path: Path) -> None:
+    symmetric = None if format_name == "hlwq" else False
+    schemes = {DOWN: (4, 64), UP: (4, 64), O_PROJ: (8, 32)}
+    matrices = {module: quantized(format_name, *scheme, symmetric) for module, scheme in schemes.items()}
+    assert_found_and_decoded(format_name, save(tmp_path / "out", format_name, matrices), matrices)
+
+
+def assert_found_and_decoded(format_name: str, reader: Reader, matrices: dict[str, QuantizedMatrix]) -> None:
+    stored = FORMATS[format_name].stored_modules(reader)
+    found = {module: (each.scheme.bits, each.scheme.group_size) for module, each in stored.items()}
+    assert found == {module: (each.grid.bits, each.grid.group_size) for module, each in matrices.items()}
+    for module, matrix in matrices.items():
+        assert torch.equal(FORMATS[format_name].dequantize(reader, module, stored[module].scheme), matrix.dequantize())
+
+
+# GPTQ files of other tools
+
+
+def foreign_gptq(path: Path, bits: int, **section: Any) -> tuple[Reader, np.ndarray]:
+    """A file packed here by hand, with each column in a group of its own choosing, and what it decodes to."""
+    generator, group_size = np.random.default_rng(bits), 32
+    codes = generator.integers(0, 2**bits, (COLUMNS, ROWS))
+    zeros = generator.integers(0, 2**bits, (COLUMNS // group_size, ROWS))
+    scales = generator.uniform(0.5, 2, zeros.shape).astype(np.float16)
+    group_of = generator.permutation(COLUMNS) // group_size
+    version_1 = section.get("checkpoint_format", "gptq") == "gptq"
+    parts = {
+        "qweight": pack_words(codes.T, bits).T,
+        "qzeros": pack_words((zeros - version_1) % 2**bits, bits),
+        "scales": scales,
+        "g_idx": group_of.astype(np.int32),
+    }
+    path.mkdir()
+    tensors = {f"{DOWN}.{name}": torch.from_numpy(np.ascontiguousarray(part)) for name, part in parts.items()}
+    save_file(tensors, path / "model.safetensors")
+    config = {"quantization_config": {"quant_method": "gptq", "bits": bits, "group_size": group_size, **section}}
+    (path / "config.json").write_text(json.dumps(config))
+    return Reader(path), (scales.astype(np.float64)[group_of] * (codes - zeros[group_of])).T
+
+
+def pack_words(fields: np.ndarray, bits: int) -> np.ndarray:
+    each_word = fields.reshape(*fields.shape[:-1], -1, 32 // bits).astype(np.uint64)
+    words = (each_word << np.arange(0, 32, bits, dtype=np.uint64)).sum(-1)
+    return words.astype(np.uint32).view(np.int32)
+
+
+@pytest.mark.parametrize("checkpoint_format", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_desc_act_and_both_spellings_of_the_zero_are_decoded(bits: int, checkpoint_format: str, tmp_path: Path) -> None:
+    reader, expected = foreign_gptq(tmp_path / "foreign", bits, desc_act=True, checkpoint_format=checkpoint_format)
+    stored = FORMATS["gptq"].stored_modules(reader)[DOWN]
+    assert (stored.shape, stored.scheme.bits, stored.scheme.group_size) == ((ROWS, COLUMNS), bits, 32)
+    np.testing.assert_array_equal(FORMATS["gptq"].dequantize(reader, DOWN, stored.scheme).numpy(), expected)
+
+
+def test_a_gptq_file_without_g_idx_or_format_name_has_groups_in_order_and_version_1_zeros(tmp_path: Path) -> None:
+    matrix = quantized("gptq", 4, 64, True)
+    reader = edited(save(tmp_path / "out", "gptq", {DOWN: matrix}), drop=f"{DOWN}.g_idx")
+    del reader.config["quantization_config"]["checkpoint_format"]
+    stored = FORMATS["gptq"].stored_modules(reader)[DOWN]
+    assert torch.equal(FORMATS["gptq"].dequantize(reader, DOWN, stored.scheme), matrix.dequantize())
+
+
+# What config.json says
+
+
+def hybrid_contents(path: Path, format_name: str, family: str = "qwen3_5", **overrides: Any) -> Contents:
+    """A hybrid with layers of two group sizes and two kinds of exclusion."""
+    source = Reader(make_checkpoint(path, family, intermediate_size=320, **overrides))
+    recipe = recipe_named("hlwq" if format_name == "hlwq" else "rtn")
+    exclude = [r"layers\.1\.mlp\.down_proj", r"layers\.2\.linear_attn\.in_proj_"]
+    return make_plan(source, override(recipe, group_size=128), format_name, exclude=exclude).contents()
+
+
+def first_hit(rules: dict[str, dict[str, int]], name: str) -> dict[str, int] | str | None:
+    """What GPTQModel and vLLM make of `dynamic`: rules in order, `re.match`, the first hit wins."""
+    for rule, values in rules.items():
+        if re.match(rule.removeprefix("-:").removeprefix("+:"), name):
+            return "excluded" if rule.startswith("-:") else values
+    return None
+
+
+def spellings(module: str, contents: Contents) -> list[str]:
+    """The checkpoint's name, and the names that vLLM asks with: its own prefix, and the fused matrix."""
+    matrices = {
+        contents.layout.layer_prefix(index) + matrix.name: matrix
+        for index, layer in enumerate(contents.layout.layers)
+        for matrix in layer.matrices()
+    }
+    matrix = matrices[module]
+    names = [module, module.removesuffix(matrix.name) + matrix.fused] if matrix.fused else [module]
+    return [*names, *(name.replace("model.language_model.", "language_model.model.") for name in names)]
+
+
+def test_gptq_dynamic_rules_match_every_spelling_of_a_module_and_nothing_else(tmp_path: Path) -> None:
+    contents = hybrid_contents(tmp_path / "model", "gptq")
+    rules = dynamic_rules(contents, Scheme(4, 128, True))
+    checked = 0
+    for module, scheme in contents.quantized.items():
+        expected = None if scheme.group_size == 128 else {"bits": 4, "group_size": 64}
+        assert (scheme.group_size == 64) == module.endswith("down_proj")
+        for name in spellings(module, contents):
+            assert first_hit(rules, name) == expected, name
+            checked += 1
+    for module in contents.kept:
+        for name in spellings(module, contents):
+            assert first_hit(rules, name) == "excluded", name
+            checked += 1
+    assert checked > 60
+    assert "language_model.model.layers.0.linear_attn.in_proj_ba" in spellings(contents.kept[0], contents)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lm_head",
+        "language_model.lm_head",
+        "model.visual.blocks.0.attn.qkv",
+        "visual.blocks.0.mlp.linear_fc1",
+        "model.visual.merger.linear_fc2",
+        "mtp.layers.0.mlp.down_proj",
+        "mtp.layers.0.self_attn.qkv_proj",
+        "mtp.fc",
+    ],
+)
+def test_gptq_dynamic_rules_exclude_what_is_outside_the_decoder(name: str, tmp_path: Path) -> None:
+    contents = hybrid_contents(tmp_path / "model", "gptq")
+    assert first_hit(dynamic_rules(contents, Scheme(4, 128, True)), name) == "excluded"
+
+
+def test_gptq_dynamic_rules_exclude_first(tmp_path: Path) -> None:
+    signs = [rule[:2] for rule in dynamic_rules(hybrid_contents(tmp_path / "model", "gptq"), Scheme(4, 128, True))]
+    assert set(signs) == {"-:", "+:"}
+    assert signs == sorted(signs, key="-:+:".index)
+
+
+def test_gptq_dynamic_rules_tell_layer_1_from_layers_10_and_11(tmp_path: Path) -> None:
+    source = Reader(make_checkpoint(tmp_path / "model", "llama", num_hidden_layers=12))
+    plan = make_plan(source, recipe_named("rtn"), exclude=[r"layers\.1\.mlp\.down_proj"])
+    rules = dynamic_rules(plan.contents(), Scheme(4, 64, True))
+    hits = {index: first_hit(rules, f"model.layers.{index}.mlp.down_proj") for index in range(12)}
+    assert hits == {index: "excluded" if index == 1 else None for index in range(12)}
+    assert first_hit(rules, "model.layers.1.mlp.gate_up_proj") is None
+
+
+def test_gptq_configuration_says_what_the_file_holds(tmp_path: Path) -> None:
+    contents, config = hybrid_contents(tmp_path / "model", "gptq"), model_config("qwen3_5")
+    files = FORMATS["gptq"].json_files(config, contents)
+    section = files["config.json"]["quantization_config"]
+    assert files["quantize_config.json"] == section
+    assert {key: value for key, value in files["config.json"].items() if key != "quantization_config"} == config
+    said = ("quant_method", "bits", "group_size", "sym", "desc_act", "checkpoint_format", "lm_head")
+    assert tuple(section[key] for key in said) == ("gptq", 4, 128, True, False, "gptq", False)
+    assert section["dynamic"] == dynamic_rules(contents, Scheme(4, 128, True))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_text"])
+def test_mlx_configuration_has_what_mlx_lm_asks_of_the_hybrid(family: str, tied: bool, tmp_path: Path) -> None:
+    contents = hybrid_contents(tmp_path / "model", "mlx", family, tie_word_embeddings=tied)
+    config = FORMATS["mlx"].json_files(model_config(family), contents)["config.json"]
+    assert config["model_type"] == "qwen3_5"
+    if family == "qwen3_5":
+        assert config["text_config"]["tie_word_embeddings"] is tied
+        assert config["text_config"]["model_type"] == "qwen3_5_text"
+    section = config["quantization"]
+    assert config["quantization_config"] == section
+    assert (section.pop("group_size"), section.pop("bits"), section.pop("mode")) == (128, 4, "affine")
+    assert section == {
+        f"language_model.model.layers.{index}.mlp.down_proj": {"group_size": 64, "bits": 4} for index in (0, 2, 3)
+    }
+
+
+def test_mlx_overrides_of_other_families_keep_the_checkpoints_names(tmp_path: Path) -> None:
+    source = Reader(make_checkpoint(tmp_path / "model", "llama", intermediate_size=320))
+    contents = make_plan(source, override(recipe_named("rtn"), group_size=128), "mlx").contents()
+    config = FORMATS["mlx"].json_files(source.config, contents)["config.json"]
+    assert config["model_type"] == "llama"
+    assert config["quantization"]["model.layers.1.mlp.down_proj"] == {"group_size": 64, "bits": 4}
+
+
+def test_hlwq_configuration_lists_the_modules_that_differ(tmp_path: Path) -> None:
+    contents, config = hybrid_contents(tmp_path / "model", "hlwq"), model_config("qwen3_5")
+    found = FORMATS["hlwq"].json_files(config, contents)["config.json"]
+    section = found.pop("quantization_config")
+    assert found == config
+    assert section.pop("modules") == {
+        f"model.language_model.layers.{index}.mlp.down_proj": {"bits": 5, "group_size": 64} for index in (0, 2, 3)
+    }
+    assert section == {"quant_method": "hlwq", "version": 1, "bits": 5, "group_size": 128}
+
+
+# mlx-lm's own conversion of Qwen3.5
+
+
+@pytest.mark.parametrize(
+    "module", ["lm_head", "model.language_model.embed_tokens", "model.language_model.layers.3.self_attn.q_proj"]
+)
+def test_mlx_names_of_the_hybrid_lead_back_to_hugging_faces(module: str) -> None:
+    layout = describe(model_config("qwen3_5"), ["model.language_model.embed_tokens.weight"])
+    assert mlx.module_path(module, layout) != module
+    assert mlx.hugging_face_name(mlx.module_path(module, layout)) == module
+
+
+def test_what_mlx_lm_does_to_the_hybrids_tensors_is_undone(tmp_path: Path) -> None:
+    prefix = "language_model.model.layers.0."
+    kernel, norm = torch.arange(24.0).reshape(6, 1, 4), torch.arange(8.0)
+    converted = {
+        f"{prefix}linear_attn.conv1d.weight": kernel.movedim(2, 1).contiguous(),
+        f"{prefix}input_layernorm.weight": norm + 1,
+        f"{prefix}linear_attn.norm.weight": norm.clone(),
+    }
+    save_file(converted, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    reader = Reader(tmp_path)
+    assert mlx.is_converted(reader)
+    for (name, spec), expected in zip(sorted(reader.tensors.items()), [norm, kernel, norm], strict=True):
+        assert torch.equal(mlx.restored(name, reader.read(name)), expected)
+        assert mlx.restored_shape(spec) == expected.shape
+
+
+# What is refused
+
+
+def edited(reader: Reader, drop: str = "", change: Callable[[dict[str, Any]], None] | None = None) -> Reader:
+    """The same directory without one tensor, or with a changed configuration."""
+    tensors = load_file(reader.path / "model.safetensors")
+    tensors.pop(drop, None)
+    save_file(tensors, reader.path / "model.safetensors")
+    if change:
+        change(reader.config)
+        (reader.path / "config.json").write_text(json.dumps(reader.config))
+    return Reader(reader.path)
+
+
+@pytest.mark.parametrize(
+    ("format_name", "part"),
+    [("gptq", "qzeros"), ("gptq", "scales"), ("mlx", "weight"), ("mlx", "biases"), ("hlwq", "weight_norms")],
+)
+def test_a_module_that_lacks_a_part_is_refused_by_name(format_name: str, part: str, tmp_path: Path) -> None:
+    matrix = quantized(format_name, 4, 64, None if format_name == "hlwq" else True)
+    reader = edited(save(tmp_path / "out", format_name, {DOWN: matrix}), drop=f"{DOWN}.{part}")
+    with pytest.raises(HlwqError, match=rf"tensor {re.escape(DOWN)}\.{part} is missing"):
+        FORMATS[format_name].stored_modules(reader)
+
+
+def setting(section: str, **entries: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda config: config[section].update(entries)
+
+
+@pytest.mark.parametrize(
+    ("format_name", "change", "said"),
+    [
+        ("hlwq", setting("quantization_config", version=2), "format version 2 is unknown. Upgrade"),
+        ("hlwq", setting("quantization_config", bits=5), "does not have the bits and group size"),
+        ("hlwq", setting("quantization_config", group_size=32), "does not have the bits and group size"),
+        ("mlx", setting("quantization", mode="mxfp4"), "MLX mode mxfp4 cannot be read"),
+        ("mlx", setting("quantization", bits=5), "does not have the bits and group size"),
+    ],
+)
+def test_a_directory_that_is_not_as_its_configuration_says_is_refused(
+    format_name: str, change: Callable[[dict[str, Any]], None], said: str, tmp_path: Path
+) -> None:
+    matrix = quantized(format_name, 4, 64, None if format_name == "hlwq" else False)
+    reader = edited(save(tmp_path / "out", format_name, {DOWN: matrix}), change=change)
+    with pytest.raises(HlwqError, match=said):
+        FORMATS[format_name].stored_modules(reader)
+
+
+def test_gptq_files_of_three_bits_are_refused(tmp_path: Path) -> None:
+    shapes = {"qweight": (COLUMNS * 3 // 32, ROWS), "qzeros": (4, ROWS * 3 // 32), "scales": (4, ROWS)}
+    tensors = {f"{DOWN}.{part}": torch.zeros(shape, dtype=torch.int32) for part, shape in shapes.items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "gptq", "bits": 3}}))
+    with pytest.raises(HlwqError, match=f"{re.escape(DOWN)} has 3-bit codes"):
+        FORMATS["gptq"].stored_modules(Reader(tmp_path))
+
+
+@pytest.mark.parametrize("shape", [(48, 256), (64, 80)])
+def test_gptq_refuses_shapes_that_engines_do(shape: tuple[int, int]) -> None:
+    with pytest.raises(HlwqError, match=re.escape(f"{DOWN} has shape {shape}; format gptq needs multiples of 32")):
+        FORMATS["gptq"].outputs(DOWN, shape, UniformGrid(4, 16), "BF16")
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"quantization_config": {"quant_method": "awq"}}, "weights quantized by awq cannot be read"),
+        ({"quantization_config": {"bits": 4}}, "quantized by an unnamed method"),
+    ],
+)
+def test_a_format_of_others_is_refused_by_name(config: dict[str, Any], said: str) -> None:
+    with pytest.raises(HlwqError, match=said):
+        detect_format(config)

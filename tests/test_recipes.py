@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import make_checkpoint
+
+from hlwq import HlwqError, Stage
+from hlwq.checkpoint import Reader
+from hlwq.formats import FORMATS
+from hlwq.plan import make_plan
+from hlwq.recipes import RECIPES, override, recipe_named
+
+HLWQ_STAGE = Stage("lloyd", "hadamard", 5, 128)
+INT4_STAGE = Stage("uniform", "identity", 4, 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "stages", "default_format"),
+    [
+        ("rtn", (INT4_STAGE,), "gptq"),
+        ("hlwq", (HLWQ_STAGE,), "hlwq"),
+        ("hlwq-mlx", (HLWQ_STAGE, INT4_STAGE), "mlx"),
+        ("hlwq-int4", (HLWQ_STAGE, INT4_STAGE), "gptq"),
+    ],
+)
+def test_named_recipes_are_what_they_are_called(name: str, stages: tuple[Stage, ...], default_format: str) -> None:
+    recipe = recipe_named(name)
+    assert (recipe.name, recipe.stages, recipe.formats[0]) == (name, stages, default_format)
+
+
+def test_an_unknown_recipe_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(HlwqError, match=r"no recipe awq\. Recipes are: rtn, hlwq, hlwq-mlx, hlwq-int4\."):
+        recipe_named("awq")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_can_be_written_in_each_of_its_formats_and_in_no_other(name: str, tmp_path: Path) -> None:
+    source = Reader(make_checkpoint(tmp_path / "model", "qwen3_5"))
+    possible = []
+    for format_name in FORMATS:
+        try:
+            make_plan(source, RECIPES[name], format_name)
+        except HlwqError:
+            continue
+        possible.append(format_name)
+    # A chain that ends in uniform codes fits whatever holds them; its formats are those it is meant for.
+    assert set(RECIPES[name].formats) <= set(possible)
+    assert ("hlwq" in possible) == ("hlwq" in RECIPES[name].formats)
+    assert make_plan(source, RECIPES[name]).format is FORMATS[RECIPES[name].formats[0]]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bits": 8},
+        {"group_size": 32},
+        {"symmetric": False},
+        {"symmetric": True},
+        {"scale_method": "absmax"},
+        {"bits": 8, "group_size": 128, "symmetric": True, "scale_method": "absmax"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["rtn", "hlwq-mlx", "hlwq-int4"])
+def test_an_override_changes_the_last_stage_and_nothing_else(name: str, options: dict[str, Any]) -> None:
+    before, after = asdict(RECIPES[name]), asdict(override(RECIPES[name], **options))
+    last = before["stages"][-1]
+    assert after == {**before, "stages": (*before["stages"][:-1], {**last, **options})}
+    assert after != before
+
+
+def test_bits_and_group_size_of_hlwq_can_be_overridden() -> None:
+    assert override(RECIPES["hlwq"], bits=3, group_size=64).stages == (Stage("lloyd", "hadamard", 3, 64),)
+
+
+def test_without_overrides_the_recipe_is_the_same() -> None:
+    assert override(RECIPES["rtn"]) == RECIPES["rtn"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"symmetric": True}, "--symmetric/--asymmetric changes nothing in recipe hlwq"),
+        ({"symmetric": False}, "--symmetric/--asymmetric changes nothing in recipe hlwq"),
+        ({"scale_method": "absmax"}, "--scale changes nothing in recipe hlwq"),
+    ],
+)
+def test_an_override_that_would_change_nothing_is_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(HlwqError, match=said):
+        override(RECIPES["hlwq"], **options)
