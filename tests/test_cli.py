@@ -218,6 +218,7 @@ def test_what_is_supported_can_be_listed(listing: str) -> None:
     rows = json.loads(hlwq(listing, "--json").stdout)
     table = hlwq(listing).stdout
     assert all(str(next(iter(row.values()))) in table for row in rows)
+    assert rows
 
 
 def test_check_fails_where_no_engine_would_load_it(model: Path, tmp_path: Path) -> None:

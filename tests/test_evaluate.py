@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import math
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import make_checkpoint
+from safetensors.torch import load_file, save_file
 
-from hlwq import HlwqError, quantize
+from hlwq import HlwqError, convert, quantize
 from hlwq.demo import bundled_model, held_out_text
 from hlwq.evaluate import paired_difference, perplexity
 from hlwq.evaluate.model import load_model
@@ -88,6 +91,40 @@ def test_models_of_every_format_load_with_their_decoded_weights(recipe: str, for
     decoded = DecodedCheckpoint(tmp_path / "out")
     weight = decoded.read("model.language_model.layers.2.linear_attn.in_proj_qkv.weight")
     assert torch.equal(model.model.layers[2].linear_attn.in_proj_qkv.weight, weight.to(torch.bfloat16))
+
+
+def with_tokenizer(path: Path) -> Path:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(bundled_model() / name, path / name)
+    return path
+
+
+def test_a_text_only_hybrid_comes_back_from_mlx(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    source = with_tokenizer(make_checkpoint(tmp_path / "model", "qwen3_5_text"))
+    quantize(source, tmp_path / "mlx", "rtn", format="mlx")
+    model, _ = load_model(tmp_path / "mlx")
+    convert(tmp_path / "mlx", tmp_path / "dense", "dense")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    for name, weight in reloaded.state_dict().items():
+        assert torch.equal(weight, model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_output_head_is_the_embedding_just_where_it_is_tied(tied: bool, tmp_path: Path) -> None:
+    source = with_tokenizer(make_checkpoint(tmp_path / "model", "qwen3_5", tie_word_embeddings=tied))
+    model, _ = load_model(source)
+    assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight) == tied
+
+
+def test_a_missing_tensor_is_never_filled_at_random(tmp_path: Path) -> None:
+    source = with_tokenizer(make_checkpoint(tmp_path / "model", "llama"))
+    tensors = load_file(source / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(HlwqError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
+        load_model(source)
 
 
 @pytest.mark.slow

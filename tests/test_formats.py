@@ -74,7 +74,7 @@ def save(path: Path, format_name: str, matrices: dict[str, QuantizedMatrix], dty
     for module, matrix in matrices.items():
         for name, part in chosen.encode(module, matrix, dtype).items():
             writer.write(name, part)
-    writer.finish([], chosen.json_files(config, Contents(layout, schemes, [], dtype)))
+    writer.finish({}, chosen.json_files(config, Contents(layout, schemes, [], dtype)))
     writer.publish()
     return Reader(path)
 
@@ -514,3 +514,18 @@ def test_gptq_refuses_shapes_that_engines_do(shape: tuple[int, int]) -> None:
 def test_a_format_of_others_is_refused_by_name(config: dict[str, Any], said: str) -> None:
     with pytest.raises(HlwqError, match=said):
         detect_format(config)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3_5", "qwen3_5_text"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_mlx_is_told_whether_embeddings_are_tied(family: str, tied: bool, tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "model", family, tie_word_embeddings=tied)
+    config = json.loads((source / "config.json").read_text())
+    for section in (config, config.get("text_config", {})):
+        section.pop("tie_word_embeddings", None)
+    (source / "config.json").write_text(json.dumps(config))
+    reader = Reader(source)
+    plan = make_plan(reader, recipe_named("rtn"), "mlx")
+    written = mlx.json_files(reader.config, plan.contents())["config.json"]
+    assert written["tie_word_embeddings"] is tied
+    assert written.get("text_config", written)["tie_word_embeddings"] is tied

@@ -172,7 +172,7 @@ def test_an_unknown_architecture_is_refused_with_the_supported_ones() -> None:
 
 @pytest.mark.parametrize("entries", [{}, {"architectures": []}, {"architectures": None}])
 def test_a_configuration_without_an_architecture_is_refused(entries: dict[str, Any]) -> None:
-    with pytest.raises(HlwqError, match="none named"):
+    with pytest.raises(HlwqError, match="names no architectures"):
         describe(entries, EMBEDDINGS)
 
 

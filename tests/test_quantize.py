@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import make_checkpoint
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import hlwq
 from hlwq import HlwqError, Recipe, Stage
@@ -70,8 +70,10 @@ def test_side_files_are_copied_byte_for_byte(llama: Path, tmp_path: Path) -> Non
         "merges.txt": "café\n".encode("latin-1"),
         "generation_config.json": b'{"temperature":0.60}',
         "LICENSE": b"mine",
+        "additional_chat_templates/tools.jinja": b"{{ tools }}",
     }
     for name, content in oddities.items():
+        (source / name).parent.mkdir(exist_ok=True)
         (source / name).write_bytes(content)
     quantize(source, tmp_path / "out", "rtn")
     assert {name: (tmp_path / "out" / name).read_bytes() for name in oddities} == oddities
@@ -194,11 +196,24 @@ def _stored(directory: Path):  # type: ignore[no-untyped-def]
     return DecodedCheckpoint(directory).format.stored_modules(reader)
 
 
-def test_a_tied_head_is_dropped_with_a_reason(tmp_path: Path) -> None:
-    source = tmp_path / "model"
+def tie(source: Path, head: str) -> None:
+    """Say that the head is the embedding, and store `head` as it."""
     make_checkpoint(source, "llama", tie_word_embeddings=False)
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    tensors = load_file(source / "model.safetensors")
+    save_file({**tensors, "lm_head.weight": tensors[head].clone()}, source / "model.safetensors")
+
+
+def test_a_tied_head_that_differs_is_refused(tmp_path: Path) -> None:
+    tie(tmp_path / "model", "lm_head.weight")
+    with pytest.raises(HlwqError, match=r"ties lm_head\.weight to the embedding, but the two differ"):
+        quantize(tmp_path / "model", tmp_path / "out", "rtn")
+
+
+def test_a_tied_head_is_dropped_with_a_reason(tmp_path: Path) -> None:
+    source = tmp_path / "model"
+    tie(source, "model.embed_tokens.weight")
     result = quantize(source, tmp_path / "out", "rtn")
     dropped = [tensor for tensor in result.plan.tensors if tensor.action == "drop"]
     assert [tensor.spec.name for tensor in dropped] == ["lm_head.weight"]

@@ -11,12 +11,11 @@ from typing import Any
 
 from hlwq.checkpoint import Reader
 from hlwq.errors import HlwqError
-from hlwq.formats import StoredModule
+from hlwq.formats import StoredModule, gptq, mlx
 from hlwq.models import ModelLayout, describe
 from hlwq.models.qwen3_5 import QWEN3_5, layer_types
 from hlwq.sources import ENGINE_SECTIONS, DecodedCheckpoint
 
-MARLIN_GROUPS = (-1, 32, 64, 128)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 
 
@@ -58,7 +57,7 @@ def check_directory(path: str | Path) -> list[CheckLine]:
     decoded = DecodedCheckpoint(directory)
     modules = decoded.format.stored_modules(reader)
     layout = describe(decoded.config, decoded.tensors)
-    lines = [_tokenizer(reader, "all engines"), _complete(decoded, layout)]
+    lines = [_tokenizer(reader), _complete(decoded, layout)]
     engines: dict[str, Callable[[Reader, ModelLayout, dict[str, StoredModule]], Iterable[CheckLine]]] = {
         "gptq": _check_gptq,
         "mlx": _check_mlx,
@@ -82,10 +81,14 @@ def _line(engine: str, requirement: str, offenders: Iterable[str], remedy: str) 
     return CheckLine(engine, requirement, not found, shown + "." if found else "", remedy if found else "")
 
 
-def _tokenizer(reader: Reader, engine: str) -> CheckLine:
-    found = any((reader.path / name).is_file() for name in TOKENIZER_FILES)
-    missing = [] if found else ["none of " + ", ".join(TOKENIZER_FILES)]
-    return _line(engine, "a tokenizer lies beside the weights", missing, "Copy it from the original model.")
+def has_tokenizer(path: Path) -> bool:
+    """Whether a directory holds any of the files that tokenizers load from."""
+    return any((path / name).is_file() for name in TOKENIZER_FILES)
+
+
+def _tokenizer(reader: Reader) -> CheckLine:
+    missing = [] if has_tokenizer(reader.path) else ["none of " + ", ".join(TOKENIZER_FILES)]
+    return _line("all engines", "a tokenizer lies beside the weights", missing, "Copy it from the original model.")
 
 
 def _complete(decoded: DecodedCheckpoint, layout: ModelLayout) -> CheckLine:
@@ -109,13 +112,13 @@ def _check_gptq(reader: Reader, layout: ModelLayout, modules: dict[str, StoredMo
     groups = [
         f"{name} (group {m.scheme.group_size})"
         for name, m in modules.items()
-        if m.scheme.group_size not in MARLIN_GROUPS
+        if m.scheme.group_size not in gptq.GROUP_SIZES
     ]
     uneven = [f"{name} {m.shape}" for name, m in modules.items() if m.shape[0] % 32 or m.shape[1] % 32]
     return [
         _line(vllm, "symmetric", asymmetric, "Quantize again with --symmetric, or serve it with GPTQModel."),
-        _line(vllm, "4 or 8 bits (4 on a CPU)", [f"{s.bits} bits" for s in schemes if s.bits not in (4, 8)], again),
-        _line(vllm, "desc_act is false", ordered, "Quantize again without --desc-act."),
+        _line(vllm, "4 or 8 bits (4 on a CPU)", [f"{s.bits} bits" for s in schemes if s.bits not in gptq.BITS], again),
+        _line(vllm, "desc_act is false", ordered, again),
         _line(vllm, "groups of 32, 64 or 128", groups, "Quantize again with --group-size 64."),
         _line(vllm, "in and out divisible by 32", uneven, "Quantize again and --exclude them."),
         _line(vllm, "fused matrices have one scheme", _mixed_fusions(layout, modules), again),
@@ -150,6 +153,7 @@ def _wrong_rules(
     section: dict[str, Any], layout: ModelLayout, modules: dict[str, StoredModule], fused: bool
 ) -> list[str]:
     """Modules for which the `dynamic` rules say something else than the tensors do."""
+    rules = section.get("dynamic") or {}
     wrong = []
     for index, layer in enumerate(layout.layers):
         prefix = layout.layer_prefix(index)
@@ -158,7 +162,7 @@ def _wrong_rules(
             if fused:  # vLLM swaps the wrapper's two prefixes
                 asked = re.sub(r"^model\.language_model\.", "language_model.model.", asked)
             stored = modules.get(prefix + matrix.name)
-            rule = _first_rule(section.get("dynamic") or {}, asked)
+            rule = _first_rule(rules, asked)
             if stored is None:
                 agrees = rule is False
             else:
@@ -167,6 +171,10 @@ def _wrong_rules(
                 agrees = rule is not False and (chosen["bits"], size) == (stored.scheme.bits, stored.scheme.group_size)
             if not agrees:
                 wrong.append(asked)
+    outside = ["lm_head"]
+    for kept in layout.family.kept:  # vLLM says `visual.…` where the checkpoint says `model.visual.…`
+        outside.append(f"{kept.removeprefix('model.') if fused else kept}blocks.0.mlp.linear_fc1")
+    wrong += [each for each in outside if each not in modules and _first_rule(rules, each) is not False]
     return wrong
 
 
@@ -186,34 +194,28 @@ def _check_mlx(reader: Reader, layout: ModelLayout, modules: dict[str, StoredMod
     engine = "mlx-lm"
     again = "Quantize again with --format mlx."
     names = [file.name for file in reader.path.glob("*.safetensors") if not file.name.startswith("model")]
-    bits = [f"{m} ({s.scheme.bits} bits)" for m, s in modules.items() if s.scheme.bits not in (2, 3, 4, 5, 6, 8)]
+    bits = [f"{m} ({s.scheme.bits} bits)" for m, s in modules.items() if s.scheme.bits not in mlx.BITS]
     groups = [
-        f"{m} (group {s.scheme.group_size})" for m, s in modules.items() if s.scheme.group_size not in (32, 64, 128)
+        f"{m} (group {s.scheme.group_size})" for m, s in modules.items() if s.scheme.group_size not in mlx.GROUP_SIZES
     ]
+    config = reader.config
+    text = config.get("text_config") or config
+    # mlx-lm's own default differs from family to family.
+    untold = [] if text.get("tie_word_embeddings") is layout.tied else ["tie_word_embeddings"]
     lines = [
         _line(engine, "weight files are called model*.safetensors", names, "Rename them."),
         _line(engine, "2, 3, 4, 5, 6 or 8 bits", bits, again),
         _line(engine, "groups of 32, 64 or 128", groups, again),
+        _line(engine, "config.json says whether embeddings are tied", untold, again),
     ]
     if layout.family is QWEN3_5:
-        config = reader.config
-        text = config.get("text_config", config)
-        kinds = layer_types(text)
         interval = text.get("full_attention_interval", 4)
-        odd = [str(i) for i, kind in enumerate(kinds) if (kind == "full_attention") != ((i + 1) % interval == 0)]
+        full = [kind == "full_attention" for kind in layer_types(text)]
+        odd = [f"layer {i}" for i, is_full in enumerate(full) if is_full != ((i + 1) % interval == 0)]
         wrong_type = [] if config.get("model_type") == "qwen3_5" else [str(config.get("model_type"))]
-        untold = (
-            [] if bool(text.get("tie_word_embeddings", False)) == layout.tied else ["text_config.tie_word_embeddings"]
-        )
         lines += [
-            _line(
-                engine,
-                "full attention in every layer of the interval",
-                [f"layer {i}" for i in odd],
-                "mlx-lm cannot run this model.",
-            ),
+            _line(engine, "full attention in every layer of the interval", odd, "mlx-lm cannot run this model."),
             _line(engine, "model_type is qwen3_5", wrong_type, again),
-            _line(engine, "text_config says whether embeddings are tied", untold, again),
         ]
     return lines
 
@@ -224,5 +226,5 @@ def _check_hlwq(reader: Reader, layout: ModelLayout, modules: dict[str, StoredMo
 
 
 def _check_dense(reader: Reader, layout: ModelLayout, modules: dict[str, StoredModule]) -> list[CheckLine]:
-    sections = [key for key in ENGINE_SECTIONS if key in reader.config]
+    sections = [key for key in ENGINE_SECTIONS if reader.config.get(key)]
     return [_line("transformers", "config.json names no quantization", sections, "Remove that section.")]

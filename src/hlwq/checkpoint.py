@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import struct
 from collections.abc import Iterable, Iterator
@@ -38,6 +39,7 @@ DTYPES: dict[str, torch.dtype] = {
 """The dtype names of the safetensors format."""
 
 SIDE_FILES_LEFT_OUT = (
+    ".bin.index.json",
     ".safetensors",
     ".safetensors.index.json",
     ".bin",
@@ -125,6 +127,13 @@ class Reader:
                 if not (self.path / name).is_file():
                     raise HlwqError(f"{self.path / name} is missing, though {index.name} names it. Download it again.")
             return [self.path / name for name in names]
+        if self.path / "model.safetensors" in shards:
+            return [self.path / "model.safetensors"]  # not an adapter or a consolidated copy beside it
+        for shard in shards:
+            if count := re.search(r"-of-(\d+)\.safetensors$", shard.name):
+                siblings = [each for each in shards if each.name.endswith(count[0])]
+                if len(siblings) != int(count[1]):
+                    raise HlwqError(f"{self.path} holds {len(siblings)} shards *{count[0]}. Download it again.")
         return shards
 
     def _index_file(self) -> Path | None:
@@ -158,15 +167,19 @@ class Reader:
         """The shard that holds a tensor."""
         return self._files[name]
 
-    def side_files(self) -> list[Path]:
-        """What stands beside the weights and goes along unchanged: tokenizer, templates, processors, licence, …"""
-        return [
-            file
-            for file in sorted(self.path.iterdir())
+    def side_files(self) -> dict[str, Path]:
+        """What stands beside the weights and goes along unchanged, by its path inside the directory.
+
+        Tokenizer, templates, processors, licence and so on: everything but weights, and what is written anew.
+        """
+        candidates = [*self.path.iterdir(), *(self.path / "additional_chat_templates").glob("*.jinja")]
+        return {
+            file.relative_to(self.path).as_posix(): file
+            for file in sorted(candidates)
             if file.is_file()
             and not file.name.endswith(SIDE_FILES_LEFT_OUT)
             and file.name not in SIDE_FILES_WRITTEN_ANEW
-        ]
+        }
 
 
 @contextmanager
@@ -231,7 +244,7 @@ class Writer:
         Raises:
             HlwqError: `out` is not empty, an interrupted run had other arguments, or the disk is too small.
         """
-        self.out = out
+        self.out = out = out.absolute()
         self.partial = out.with_name(out.name + ".partial")
         self._shards = _split_into_shards(list(tensors), shard_bytes)
         self._place: dict[str, tuple[str, int, TensorSpec]] = {}
@@ -252,14 +265,19 @@ class Writer:
 
     def _start(self, arguments: dict[str, Any], headers: dict[str, bytes]) -> None:
         needed = sum(spec.nbytes for _, _, spec in self._place.values())
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        check_disk(self.out.parent, needed)
-        self.partial.mkdir()
+        try:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            check_disk(self.out.parent, needed)
+            self.partial.mkdir()
+        except OSError as error:
+            raise HlwqError(f"{self.out} cannot be made: {error.strerror}. Choose another output directory.") from None
         with _disk_errors(self.partial):
             for file, header in headers.items():
                 with (self.partial / file).open("wb") as stream:
                     stream.write(header)
                     stream.truncate(len(header) + sum(spec.nbytes for spec in self._shards[file]))
+                    stream.flush()
+                    os.fsync(stream.fileno())
             # The arguments come last: with them in place, the shards are.
             write_json(self.partial / "arguments.json", arguments)
 
@@ -338,11 +356,11 @@ class Writer:
                 os.fsync(stream.fileno())
         self._committed[unit] = record
 
-    def finish(self, side_files: Iterable[Path], json_files: dict[str, dict[str, Any]]) -> None:
+    def finish(self, side_files: dict[str, Path], json_files: dict[str, dict[str, Any]]) -> None:
         """Add what stands beside the weights. The directory is then complete but still called `OUT.partial`.
 
         Args:
-            side_files: copied byte for byte.
+            side_files: copied byte for byte, by their paths inside the directory.
             json_files: written anew, by name.
 
         Raises:
@@ -352,8 +370,11 @@ class Writer:
         if missing := self._place.keys() - self._written:
             raise ValueError(f"planned tensors were not written: {sorted(missing)[:5]}")
         with _disk_errors(self.partial):
-            for file in side_files:
-                shutil.copyfile(file, self.partial / file.name)
+            for name, file in side_files.items():
+                copy = self.partial / name
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, copy)
+                _sync(copy)
             for name, value in json_files.items():
                 write_json(self.partial / name, value)
             if len(self._shards) > 1:
@@ -364,11 +385,23 @@ class Writer:
 
     def publish(self) -> None:
         """Rename `OUT.partial` to `OUT`, then remove the run's own records: killed in between, nothing is lost."""
+        refuse_unless_empty(self.out)  # as it was when the run began
         if self.out.exists():
-            self.out.rmdir()  # it was empty when the run began; if it is not any more, this refuses
+            self.out.rmdir()
+        _sync(self.partial)
         self.partial.rename(self.out)
+        _sync(self.out.parent)
         for record in (self._journal.name, "arguments.json"):
             (self.out / record).unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Force a file's contents, or a directory's entries, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def refuse_unless_empty(out: Path) -> None:
@@ -378,7 +411,7 @@ def refuse_unless_empty(out: Path) -> None:
 
 
 def check_disk(directory: Path, needed: int) -> None:
-    """Raise HlwqError if the file system of `directory` has fewer than `needed` bytes free, or it cannot be written."""
+    """Raise HlwqError if the file system of `directory` has fewer than `needed` bytes free."""
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise HlwqError(

@@ -294,10 +294,11 @@ def recipes(as_json: Json = False) -> None:
 
 @app.command()
 def formats(as_json: Json = False) -> None:
-    """List the formats, and the engines that load them."""
+    """List the formats: engine × format × bits × symmetry."""
     rows = [
-        {"format": each.NAME, "engines": each.ENGINES, "bits": list(each.BITS), "symmetry": each.SYMMETRIES}
+        {"engine": engine.name, "format": each.NAME, "bits": list(engine.bits), "symmetry": engine.symmetry}
         for each in FORMATS.values()
+        for engine in each.ENGINES
     ]
     _print_rows(rows, as_json)
 
@@ -477,7 +478,8 @@ def _print_result(result: QuantizeResult, as_json: bool) -> None:
         + f", {result.seconds:.1f} s, peak memory {result.peak_memory / 1e9:.2f} GB",
         soft_wrap=True,
     )
-    for engine, command in commands(result.out, result.plan.format.NAME):
+    failing = {line.engine for line in result.checks if not line.passed}
+    for engine, command in commands(result.out, result.plan.format.NAME, without=failing):
         output.print(f"  {engine}: {escape(command)}", soft_wrap=True, highlight=False)
 
 

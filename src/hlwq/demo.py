@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from hlwq.checkpoint import refuse_unless_empty
 from hlwq.evaluate.perplexity import Perplexity, paired_difference, perplexity
 from hlwq.inspect import inspect
 from hlwq.quantize import quantize
@@ -51,16 +50,15 @@ def run_demo(out: Path, progress: Callable[[int, int, str], None]) -> list[DemoR
     """Quantize the bundled model with each recipe into each of its formats, and measure each result.
 
     Args:
-        out: where the directories are left, one for each; absent or empty.
+        out: where the directories are left, one for each. Those already there are measured as they are.
         progress: told how far the work is.
 
     Returns:
         One row for the unquantized model, then one for each recipe and format.
 
     Raises:
-        HlwqError: `out` is not empty, or the disk is full.
+        HlwqError: the disk is full, or a directory there cannot be read.
     """
-    refuse_unless_empty(out)
     model = bundled_model()
     jobs = [(recipe.name, name) for recipe in RECIPES.values() for name in recipe.formats]
     total = len(jobs) + 1
@@ -70,7 +68,8 @@ def run_demo(out: Path, progress: Callable[[int, int, str], None]) -> list[DemoR
     for done, (recipe, format_name) in enumerate(jobs, 1):
         progress(done, total, f"{recipe} → {format_name}")
         directory = out / f"{recipe}-{format_name}"
-        quantize(model, directory, recipe, format=format_name)
+        if not directory.exists():
+            quantize(model, directory, recipe, format=format_name)
         rows.append(_row(recipe, format_name, directory, _measure(directory), base))
     progress(total, total, "done")
     return rows

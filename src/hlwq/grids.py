@@ -17,6 +17,9 @@ from hlwq.errors import HlwqError
 from hlwq.hadamard import rotate_blocks
 from hlwq.lloyd import codebook
 
+CHUNK_WEIGHTS = 1 << 20
+"""Rows of a matrix are worked on in chunks that fit the processor's cache: faster, and memory stays bounded."""
+
 ScaleMethod = Literal["signed", "absmax"]
 Basis = Literal["identity", "hadamard"]
 
@@ -44,7 +47,8 @@ class UniformGrid:
         symmetric: bias = −2^(bits−1) · scale. Otherwise the bias is fitted to the group's range.
         integer_zero: bias = −zero · scale with an integer zero, 0 … 2^bits − 1 (GPTQ). Otherwise any bias (MLX).
         scale_method: how symmetric scales are chosen. `signed`: s = −w/2^(bits−1), where w is the weight of the
-            largest magnitude, with its sign, which is then exact. `absmax`: s = |w|/(2^(bits−1) − 1).
+            largest magnitude, with its sign, which is then exact but for the rounding of the scale.
+            `absmax`: s = |w|/(2^(bits−1) − 1).
         storage: dtypes that parameters are rounded to, in this order. GPTQ files store float16 but engines
             compute with the model's bfloat16: rounded to both, they decode to the same bits everywhere.
     """
@@ -168,12 +172,19 @@ class QuantizedMatrix:
     grid: Grid
     basis: Basis = "identity"
 
-    def dequantize(self) -> Tensor:
-        """The decoded weights, float32 (out, in)."""
-        bias = self.parameters.bias
-        grouped = Parameters(self.parameters.scale.unsqueeze(-1), None if bias is None else bias.unsqueeze(-1))
-        codes = self.codes.unflatten(-1, (-1, self.grid.group_size))
-        weights = self.grid.decode(codes, grouped).flatten(-2)
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The decoded weights, (out, in), computed in float32 and returned in `dtype`."""
+        weights = torch.empty(self.codes.shape, dtype=dtype, device=self.codes.device)
+        rows = max(1, CHUNK_WEIGHTS // max(1, self.codes.shape[1]))
+        for start in range(0, len(weights), rows):
+            weights[start : start + rows] = self._decode_rows(slice(start, start + rows))
+        return weights
+
+    def _decode_rows(self, rows: slice) -> Tensor:
+        scale, bias = self.parameters.scale[rows].unsqueeze(-1), self.parameters.bias
+        parameters = Parameters(scale, None if bias is None else bias[rows].unsqueeze(-1))
+        codes = self.codes[rows].unflatten(-1, (-1, self.grid.group_size))
+        weights = self.grid.decode(codes, parameters).flatten(-2)
         return rotate_blocks(weights, self.grid.group_size) if self.basis == "hadamard" else weights
 
 

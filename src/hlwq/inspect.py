@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hlwq.checkpoint import read_json
 from hlwq.errors import HlwqError
-from hlwq.plan import CHUNK_WEIGHTS
+from hlwq.grids import CHUNK_WEIGHTS
 from hlwq.sources import DecodedCheckpoint, locate
 
 

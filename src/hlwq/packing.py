@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from hlwq.errors import HlwqError
+
+CHUNK_BYTES = 1 << 20
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -25,6 +29,10 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         HlwqError: `bits` is out of range or n is not a multiple of 8.
     """
     _check(bits, codes.shape[-1], 8)
+    return _in_chunks(lambda rows: _pack(rows, bits), codes)
+
+
+def _pack(codes: Tensor, bits: int) -> Tensor:
     octets = codes.unflatten(-1, (-1, 8)).to(torch.int64)
     word = octets[..., 0].clone()
     for index in range(1, 8):
@@ -47,6 +55,10 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
         HlwqError: `bits` is out of range or does not divide m.
     """
     _check(bits, packed.shape[-1], bits)
+    return _in_chunks(lambda rows: _unpack(rows, bits), packed)
+
+
+def _unpack(packed: Tensor, bits: int) -> Tensor:
     groups = packed.unflatten(-1, (-1, bits))
     octets = torch.zeros(*groups.shape[:-1], 8, dtype=torch.uint8, device=packed.device)
     octets[..., :bits] = groups
@@ -54,6 +66,14 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
     shifts = torch.arange(0, 8 * bits, bits, device=packed.device)
     codes: Tensor = ((word >> shifts) & (2**bits - 1)).to(torch.uint8).flatten(-2)
     return codes
+
+
+def _in_chunks(function: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
+    """Work on some rows at a time, since the words in between take up to sixteen times the bytes."""
+    if values.ndim < 2:
+        return function(values)
+    rows = max(1, CHUNK_BYTES // max(1, values[0].numel()))
+    return torch.cat([function(chunk) for chunk in values.split(rows)])
 
 
 def _check(bits: int, length: int, divisor: int) -> None:

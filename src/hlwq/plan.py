@@ -10,13 +10,11 @@ from typing import Any, Literal, Protocol
 from hlwq.checkpoint import TensorSpec
 from hlwq.errors import HlwqError
 from hlwq.formats import Contents, Format, Scheme, format_named
-from hlwq.grids import Basis, Grid, LloydGrid, UniformGrid
+from hlwq.grids import CHUNK_WEIGHTS, Basis, Grid, LloydGrid, UniformGrid
 from hlwq.models import Matrix, ModelLayout, describe
 from hlwq.recipes import Recipe, Stage
 
 SOURCE_DTYPES = ("BF16", "F16", "F32")
-CHUNK_WEIGHTS = 1 << 20
-"""Rows of a matrix are worked on in chunks that fit the processor's cache: faster, and memory stays bounded."""
 GROUP_SIZES = (128, 64, 32)
 """What stands in for a group size that does not divide in_features, the first that is not above it and divides."""
 REST = "outside the layers"
@@ -115,14 +113,13 @@ class Plan:
 
     def peak_memory(self) -> int:
         """Bytes that the work will need at most, estimated: the largest tensor and what is made of it."""
-        interpreter, chunk = 400 << 20, 40 * CHUNK_WEIGHTS  # measured: Python with torch; float32 work per chunk
+        interpreter, chunk = 400 << 20, 60 * CHUNK_WEIGHTS  # measured: Python with torch; float32 work per chunk
         largest = 0
         for tensor in self.tensors:
             if tensor.action == "quantize":
-                # The source, its codes, the encoded form; float32 copies to decode it and measure the error.
-                decoded = 4 if len(tensor.steps) > 1 or self.format.NAME == "dense" else 0
-                need = tensor.spec.nbytes + tensor.spec.parameters * (2 + decoded)
-                largest = max(largest, need + sum(spec.nbytes for spec in tensor.outputs))
+                # The source, a byte for each code, and twice the encoded form while its chunks are joined.
+                need = tensor.spec.nbytes + tensor.spec.parameters + 2 * sum(spec.nbytes for spec in tensor.outputs)
+                largest = max(largest, need)
             elif tensor.action == "copy":
                 largest = max(largest, tensor.spec.nbytes)
         return interpreter + chunk + largest
@@ -157,6 +154,8 @@ def make_plan(
     _check_tensors(source, layout)
     embedding = source.tensors[f"{layout.embedding}.weight"]
     chosen = set(modules or _choose(source, layout, include_embeddings, include, exclude))
+    if modules and not output_format.HOLDS_EMBEDDINGS:  # what the source had as codes is then written decoded
+        chosen -= set(_embeddings(layout))
     _check_chosen(layout, output_format, chosen)
     matrices, required = _decoder_matrices(layout), layout.required_tensors()
     planned, fallbacks = [], {}
@@ -264,9 +263,9 @@ def _embeddings(layout: ModelLayout) -> list[str]:
 def _check_chosen(layout: ModelLayout, output_format: Format, chosen: set[str]) -> None:
     if not chosen:
         raise HlwqError("Nothing is left to quantize. Take some --exclude away.")
-    if output_format.NAME == "gptq" and chosen.intersection(_embeddings(layout)):
+    if not output_format.HOLDS_EMBEDDINGS and chosen.intersection(_embeddings(layout)):
         raise HlwqError(
-            "format gptq cannot hold a quantized embedding or output head that engines load. "
+            f"format {output_format.NAME} cannot hold a quantized embedding or output head that engines load. "
             "Use --format mlx, hlwq or dense for that, or leave them out."
         )
     if output_format.FUSED_ALIKE:
@@ -278,7 +277,7 @@ def _matching(pattern: str, option: str, candidates: set[str], source: Source, c
         expression = re.compile(pattern)
     except re.error as error:
         raise HlwqError(f"{option} {pattern!r} is not a regular expression: {error}.") from None
-    hits = {module for module in candidates if expression.search(module)}
+    hits = {module for module in candidates if expression.search(module) or expression.search(f"{module}.weight")}
     if hits:
         return hits
     others = sorted(name for name in source.tensors if expression.search(name))
@@ -321,11 +320,12 @@ def _step(stage: Stage, spec: TensorSpec, output_format: Format, dtype: str, *, 
         grid = output_format.lloyd_grid(stage.bits, group_size) if last else LloydGrid(stage.bits, group_size)
         return grid, stage.basis
     symmetric = output_format.DEFAULT_SYMMETRIC if stage.symmetric is None else stage.symmetric
-    if not last:
-        return UniformGrid(stage.bits, group_size, symmetric, scale_method=stage.scale_method), stage.basis
-    if stage.scale_method != "signed" and not symmetric:
+    if stage.scale_method is not None and not symmetric:
         raise HlwqError("--scale changes nothing where the grid is asymmetric. Add --symmetric.")
-    return output_format.uniform_grid(stage.bits, group_size, symmetric, stage.scale_method, dtype), stage.basis
+    scale_method = stage.scale_method or "signed"
+    if not last:
+        return UniformGrid(stage.bits, group_size, symmetric, scale_method=scale_method), stage.basis
+    return output_format.uniform_grid(stage.bits, group_size, symmetric, scale_method, dtype), stage.basis
 
 
 def _unit(name: str, layout: ModelLayout) -> str:

@@ -16,11 +16,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from hlwq.check import CheckLine, check_directory
-from hlwq.checkpoint import DEFAULT_SHARD_BYTES, DTYPES, Reader, Writer, refuse_unless_empty
+from hlwq.check import CheckLine, check_directory, has_tokenizer
+from hlwq.checkpoint import DEFAULT_SHARD_BYTES, DTYPES, Reader, Writer, read_json, refuse_unless_empty
+from hlwq.devices import torch_device
 from hlwq.errors import HlwqError
-from hlwq.grids import Basis, Grid, Parameters, QuantizedMatrix, ScaleMethod
-from hlwq.plan import CHUNK_WEIGHTS, Plan, PlannedTensor, make_plan, plan_decoding
+from hlwq.grids import CHUNK_WEIGHTS, Basis, Grid, Parameters, QuantizedMatrix, ScaleMethod
+from hlwq.plan import Plan, PlannedTensor, make_plan, plan_decoding
 from hlwq.recipes import Recipe, override, recipe_named
 from hlwq.solvers.nearest import quantize_nearest
 from hlwq.sources import DecodedCheckpoint, locate, open_dense
@@ -133,7 +134,15 @@ def quantize(
         exclude=exclude,
         revision=revision,
     )
-    origin = {"source": str(source), "revision": revision}
+    # A hub snapshot's directory is named after its commit.
+    commit = reader.path.name if not Path(source).exists() else None
+    origin = {
+        "source": str(source),
+        "revision": commit,
+        "include_embeddings": include_embeddings,
+        "include": list(include),
+        "exclude": list(exclude),
+    }
     return run_plan(reader, plan, Path(out), origin=origin, device=device, shard_bytes=shard_bytes, progress=progress)
 
 
@@ -189,7 +198,8 @@ def convert(
             recipe_named("rtn"), bits=bits, group_size=group_size, symmetric=symmetric, scale_method=scale_method
         )
         plan = make_plan(decoded, recipe, format, modules=decoded.quantized_modules())
-    origin = {"source": str(directory), "revision": None}
+    manifest = path / "hlwq.json"
+    origin = {"source": str(directory), "made_by": read_json(manifest) if manifest.is_file() else None}
     return run_plan(decoded, plan, Path(out), origin=origin, device=device, progress=progress)
 
 
@@ -202,7 +212,7 @@ class WeightSource(Protocol):
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU."""
 
-    def side_files(self) -> list[Path]:
+    def side_files(self) -> dict[str, Path]:
         """The files that go along unchanged."""
 
 
@@ -232,7 +242,9 @@ def run_plan(
             the result.
     """
     started = time.monotonic()
-    target = _device(device)
+    if not has_tokenizer(reader.path):
+        raise HlwqError(f"{reader.path} has no tokenizer, which engines need. Copy the original's beside the weights.")
+    target = torch_device(device)
     recipe = {
         "origin": origin,
         "recipe": plan.recipe.name,
@@ -244,6 +256,7 @@ def run_plan(
     }
     arguments = {**recipe, "shard_bytes": shard_bytes, "tensors": _digest(plan), "files": _stamps(reader.path)}
     writer = Writer(out, plan.outputs(), arguments, shard_bytes)
+    _check_dropped(reader, plan)
     errors: dict[str, float] = {}
     done, total = 0, sum(tensor.spec.parameters for tensor in plan.tensors if tensor.action != "drop")
     for unit in plan.units():
@@ -317,16 +330,33 @@ def quantize_matrix(
         for grid, basis in steps:
             part = quantize_nearest(values, grid, basis)
             values = part.dequantize()
-        squared_error += float((values.to(stored_dtype) - original).square().sum(dtype=torch.float64))
-        squared_norm += float(original.square().sum(dtype=torch.float64))
+        squared_error += _sum_of_squares(values.to(stored_dtype) - original)
+        squared_norm += _sum_of_squares(original)
         parts.append(part)
     return _joined(parts), squared_error / squared_norm if squared_norm else 0.0
+
+
+def _sum_of_squares(values: Tensor) -> float:
+    """Summed by rows in float32, then in float64 on the CPU, since not every device has it."""
+    return float(values.square().sum(-1).cpu().sum(dtype=torch.float64))
 
 
 def peak_memory() -> int:
     """The most memory that this process has held, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _check_dropped(reader: WeightSource, plan: Plan) -> None:
+    """Refuse to drop an output head that is not the embedding it is said to be tied to."""
+    for tensor in plan.tensors:
+        if tensor.action == "drop":
+            head, embedding = reader.read(tensor.spec.name), reader.read(f"{plan.layout.embedding}.weight")
+            if not torch.equal(head, embedding):
+                raise HlwqError(
+                    f"config.json ties {tensor.spec.name} to the embedding, but the two differ. "
+                    "Set tie_word_embeddings to false there, or delete the tensor."
+                )
 
 
 def _write_copy(writer: Writer, tensor: PlannedTensor, values: Tensor) -> None:
@@ -338,7 +368,7 @@ def _write_copy(writer: Writer, tensor: PlannedTensor, values: Tensor) -> None:
 
 
 def _write_quantized(writer: Writer, plan: Plan, tensor: PlannedTensor, values: Tensor, device: torch.device) -> float:
-    stored_dtype = DTYPES[plan.dtype] if plan.format.NAME == "dense" else torch.float32
+    stored_dtype = DTYPES[plan.dtype] if plan.format.STORES_DECODED else torch.float32
     with _naming(tensor):
         matrix, error = quantize_matrix(values, tensor.steps, device, stored_dtype)
     for name, part in plan.format.encode(tensor.module, matrix, plan.dtype).items():
@@ -366,17 +396,6 @@ def _joined(parts: list[QuantizedMatrix]) -> QuantizedMatrix:
     biases = [part.parameters.bias.cpu() for part in parts if part.parameters.bias is not None]
     parameters = Parameters(scale, torch.cat(biases) if biases else None)
     return QuantizedMatrix(torch.cat([part.codes.cpu() for part in parts]), parameters, parts[0].grid, parts[0].basis)
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise HlwqError(
-            f"--device {name} cannot be used here: {str(error).splitlines()[0]} Use --device cpu."
-        ) from None
-    return device
 
 
 def _digest(plan: Plan) -> str:

@@ -20,7 +20,7 @@ class Stage:
         group_size: weights that share parameters. Where it does not divide a matrix's in_features, the largest of
             128, 64 and 32 below it that does is used for that matrix.
         symmetric: for uniform grids. None leaves it to the format: GPTQ is symmetric, MLX is not.
-        scale_method: how symmetric scales are chosen, see `UniformGrid`.
+        scale_method: how symmetric scales are chosen, see `UniformGrid`. None: `signed`.
     """
 
     grid: Literal["uniform", "lloyd"]
@@ -28,7 +28,7 @@ class Stage:
     bits: int
     group_size: int
     symmetric: bool | None = None
-    scale_method: ScaleMethod = "signed"
+    scale_method: ScaleMethod | None = None
 
 
 @dataclass(frozen=True)

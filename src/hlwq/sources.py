@@ -13,9 +13,10 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
 
-from hlwq.checkpoint import Reader, TensorSpec, hash_file
+from hlwq.checkpoint import DTYPES, Reader, TensorSpec, hash_file, read_json
 from hlwq.errors import HlwqError
 from hlwq.formats import Scheme, StoredModule, detect_format, mlx
+from hlwq.models import check_supported
 
 ENGINE_SECTIONS = ("quantization_config", "quantization")
 """The keys of `config.json` that say how weights are stored."""
@@ -41,9 +42,13 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
     if path.exists():
         raise HlwqError(f"{source} is neither a model directory nor a .gguf file.")
     try:
-        # Only what is copied or read; never code, never pickles.
-        patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*"]
-        return Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
+        # Only what is copied or read: never code, never pickles, never a second copy of the weights.
+        small = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*"]
+        config = Path(snapshot_download(str(source), revision=revision, allow_patterns=small)) / "config.json"
+        check_supported(read_json(config))  # before the weights are downloaded
+        ignored = ["consolidated*", "original/*", "adapter*"]
+        allowed = [*small, "*.safetensors"]
+        return Path(snapshot_download(str(source), revision=revision, allow_patterns=allowed, ignore_patterns=ignored))
     except HFValidationError:
         raise HlwqError(f"{source} is neither a directory nor a hub id (such as Qwen/Qwen3.5-9B).") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -92,14 +97,24 @@ def open_dense(path: Path) -> Reader:
     """
     reader = Reader(path)
     for section in (reader.config, reader.config.get("text_config") or {}):
-        if any(key in section for key in ENGINE_SECTIONS):
-            quantization: Any = section.get("quantization_config") or section.get("quantization")
+        quantization = next((section[key] for key in ENGINE_SECTIONS if section.get(key)), None)
+        if quantization:
             method = quantization.get("quant_method", "mlx")
             raise HlwqError(
                 f"{path / 'config.json'}: the model is quantized already ({method}). Start from its BF16 original, "
                 "or decode it with `hlwq convert`."
             )
     return reader
+
+
+def model_dtype(config: dict[str, Any]) -> str:
+    """The dtype that a model is meant to run in, as safetensors spells it: what `config.json` says, else BF16."""
+    for section in (config, config.get("text_config") or {}):
+        stated = section.get("dtype") or section.get("torch_dtype")
+        for name in ("BF16", "F16", "F32"):
+            if stated == str(DTYPES[name]).removeprefix("torch."):
+                return name
+    return "BF16"
 
 
 class DecodedCheckpoint:
@@ -122,11 +137,13 @@ class DecodedCheckpoint:
         self.path = path
         self.format = detect_format(self._reader.config)
         self.config = {key: value for key, value in self._reader.config.items() if key not in ENGINE_SECTIONS}
+        if self.format.NAME == "mlx":
+            self.config = mlx.restored_config(self.config)
         try:
             modules = self.format.stored_modules(self._reader)
         except KeyError as error:
             raise HlwqError(f"{path / 'config.json'}: its quantization section lacks {error}.") from None
-        if not modules and any(key in self._reader.config for key in ENGINE_SECTIONS):
+        if not modules and any(self._reader.config.get(key) for key in ENGINE_SECTIONS):
             raise HlwqError(f"{path}: config.json says {self.format.NAME}, but no tensor is stored so.")
         # mlx-lm's own conversion renames the tensors of Qwen3.5 and changes some of them.
         self._converted = self.format.NAME == "mlx" and mlx.is_converted(self._reader)
@@ -134,7 +151,6 @@ class DecodedCheckpoint:
         self._modules: dict[str, tuple[str, StoredModule]] = {}
         self._kept: dict[str, str] = {}
         module_of = {part: module for module, stored in modules.items() for part in stored.tensors}
-        norms = [spec.dtype for name, spec in self._reader.tensors.items() if name.endswith("norm.weight")]
         for spec in self._reader.tensors.values():
             module = module_of.get(spec.name)
             name = self._name(f"{module}.weight" if module else spec.name)
@@ -144,7 +160,7 @@ class DecodedCheckpoint:
                 self.tensors[name] = replace(spec, name=name, shape=shape)
             elif name not in self.tensors:
                 self._modules[name] = (module, modules[module])
-                self.tensors[name] = TensorSpec(name, norms[0] if norms else "BF16", modules[module].shape)
+                self.tensors[name] = TensorSpec(name, model_dtype(self.config), modules[module].shape)
 
     def _name(self, stored: str) -> str:
         return mlx.hugging_face_name(stored) if self._converted else stored
@@ -176,6 +192,6 @@ class DecodedCheckpoint:
         parts = self._modules[name][1].tensors if name in self._modules else (self._kept[name],)
         return sum(self._reader.tensors[part].nbytes for part in parts)
 
-    def side_files(self) -> list[Path]:
+    def side_files(self) -> dict[str, Path]:
         """See `Reader.side_files`."""
         return self._reader.side_files()

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from hlwq.devices import torch_device
 from hlwq.errors import HlwqError
-from hlwq.sources import ENGINE_SECTIONS, DecodedCheckpoint
+from hlwq.models import describe
+from hlwq.sources import DecodedCheckpoint
 
 
 def load_model(path: Path, device: str = "cpu") -> tuple[Any, Any]:
@@ -24,20 +26,25 @@ def load_model(path: Path, device: str = "cpu") -> tuple[Any, Any]:
         The model, in evaluation mode and bfloat16, and its tokenizer.
 
     Raises:
-        HlwqError: transformers is not installed, or the directory cannot be read.
+        HlwqError: transformers is not installed, the directory cannot be read, or the device cannot be used.
     """
     transformers = _transformers()
+    target = torch_device(device)
     checkpoint = DecodedCheckpoint(path)
-    config = transformers.AutoConfig.from_pretrained(path)
-    for section in ENGINE_SECTIONS:
-        if hasattr(config, section):
-            delattr(config, section)
+    tied = describe(checkpoint.config, checkpoint.tensors).tied
+    config = transformers.AutoConfig.for_model(checkpoint.config["model_type"])
+    config = type(config).from_dict(checkpoint.config)
     weights = {name: checkpoint.read(name).to(torch.bfloat16) for name in checkpoint.tensors}
     with _quiet(transformers):
         with torch.device("meta"):  # for the class and the text configuration that it uses, no weights
             skeleton = transformers.AutoModelForCausalLM.from_config(config)
-        model = type(skeleton).from_pretrained(None, config=skeleton.config, state_dict=weights, dtype=torch.bfloat16)
-    return model.eval().to(device), load_tokenizer(path)
+        skeleton.config.tie_word_embeddings = tied
+        model, loading = type(skeleton).from_pretrained(
+            None, config=skeleton.config, state_dict=weights, dtype=torch.bfloat16, output_loading_info=True
+        )
+    if loading["missing_keys"]:  # transformers would fill them at random
+        raise HlwqError(f"{path}: tensors are missing: {', '.join(sorted(loading['missing_keys'])[:3])}.")
+    return model.eval().to(target), load_tokenizer(path)
 
 
 def load_tokenizer(path: Path) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +30,7 @@ class Perplexity:
         perplexity: exp of the mean negative log-likelihood over all scored tokens.
         standard_error: of the perplexity, from the spread over chunks (delta method); None for a single chunk.
         tokens: how many were scored.
+        tokens_sha256: of all token ids of the text, so that results on different texts are never compared.
         chunk_losses: mean negative log-likelihood, in nats per token, of each chunk. All chunks score the same number
             of tokens, so their plain mean is the mean over tokens.
     """
@@ -39,6 +41,7 @@ class Perplexity:
     perplexity: float
     standard_error: float | None
     tokens: int
+    tokens_sha256: str
     chunk_losses: tuple[float, ...]
 
 
@@ -132,6 +135,7 @@ def perplexity_of_tokens(
         perplexity=math.exp(mean),
         standard_error=math.exp(mean) * _standard_error(losses) if len(losses) > 1 else None,
         tokens=scored * len(losses),
+        tokens_sha256=sha256(tokens.numpy().tobytes()).hexdigest(),
         chunk_losses=tuple(losses),
     )
 
@@ -148,7 +152,7 @@ def paired_difference(a: Perplexity, b: Perplexity, confidence: float = 0.95) ->
     Raises:
         HlwqError: the two were not measured by the same protocol on the same chunks, or on a single one.
     """
-    if (a.protocol, a.context, a.stride, a.tokens) != (b.protocol, b.context, b.stride, b.tokens):
+    if _protocol_of(a) != _protocol_of(b):
         raise HlwqError("The two perplexities were not measured by the same protocol on the same text.")
     from scipy.special import stdtrit  # the quantile of Student's t; here, since scipy is an extra
 
@@ -158,6 +162,10 @@ def paired_difference(a: Perplexity, b: Perplexity, confidence: float = 0.95) ->
     mean = sum(differences) / len(differences)
     margin = float(stdtrit(len(differences) - 1, (1 + confidence) / 2)) * _standard_error(differences)
     return mean, mean - margin, mean + margin
+
+
+def _protocol_of(result: Perplexity) -> tuple[object, ...]:
+    return result.protocol, result.context, result.stride, result.tokens, result.tokens_sha256
 
 
 @torch.inference_mode()

@@ -6,9 +6,9 @@ from typing import Any
 
 from hlwq.errors import HlwqError
 from hlwq.formats import dense, gptq, hlwq, mlx
-from hlwq.formats.base import Contents, Format, Scheme, StoredModule
+from hlwq.formats.base import Contents, Engine, Format, Scheme, StoredModule
 
-__all__ = ["FORMATS", "Contents", "Format", "Scheme", "StoredModule", "detect_format", "format_named"]
+__all__ = ["FORMATS", "Contents", "Engine", "Format", "Scheme", "StoredModule", "detect_format", "format_named"]
 
 FORMATS: dict[str, Format] = {each.NAME: each for each in (gptq, mlx, hlwq, dense)}
 
@@ -30,11 +30,12 @@ def detect_format(config: dict[str, Any]) -> Format:
     Raises:
         HlwqError: it is quantized in a way that cannot be read here.
     """
-    section = config.get("quantization_config") or {}
-    method = section.get("quant_method", "mlx" if "quantization" in config else None)
-    if method is None and not section:
+    section = config.get("quantization_config") or config.get("quantization")
+    if not section:
         return dense
-    if method in ("gptq", "hlwq", "mlx"):
+    # mlx-lm writes no method, but its section under two keys.
+    method = section.get("quant_method", "mlx" if config.get("quantization") else None)
+    if method in FORMATS:
         return FORMATS[method]
     raise HlwqError(
         f"config.json: weights quantized by {method or 'an unnamed method'} cannot be read. Use the original model."

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from hlwq.checkpoint import Reader, TensorSpec
@@ -60,15 +61,34 @@ class Contents:
     dtype: str
 
 
+@dataclass(frozen=True)
+class Engine:
+    """A program that loads a format.
+
+    Attributes:
+        name: as people write it.
+        bits: widths it loads.
+        symmetry: of the codes that it loads, in words.
+        command: how to run a directory, with {path} for it, and {text_only} for the option that leaves out the vision
+            tower; empty where there is no command.
+    """
+
+    name: str
+    bits: tuple[int, ...]
+    symmetry: str
+    command: str = ""
+
+
 class Format(Protocol):
     """A way to store quantized matrices that some engine loads. Each module of this package is one."""
 
     NAME: str
-    ENGINES: str
+    ENGINES: tuple[Engine, ...]
     BITS: tuple[int, ...]
-    DEFAULT_SYMMETRIC: bool
-    SYMMETRIES: str
-    FUSED_ALIKE: bool
+    DEFAULT_SYMMETRIC: bool  # of uniform codes, where the user does not say
+    FUSED_ALIKE: bool  # engines run some matrices as one, whose members must have one scheme
+    HOLDS_EMBEDDINGS: bool  # the embedding and the output head can be stored as codes
+    STORES_DECODED: bool  # the file holds decoded weights, in the model's dtype
 
     def lloyd_grid(self, bits: int, group_size: int) -> Grid:
         """The grid of Lloyd–Max codes as this format stores them. Raises HlwqError if it cannot."""
@@ -90,6 +110,11 @@ class Format(Protocol):
 
     def dequantize(self, reader: Reader, module: str, scheme: Scheme) -> Tensor:
         """Decode one module: float32 (out, in)."""
+
+
+def engine_storage(dtype: str) -> tuple[torch.dtype, ...]:
+    """Where the scales of a GPTQ file end up: float16 in the file, and the model's bfloat16 in the engine."""
+    return (torch.bfloat16, torch.float16) if dtype == "BF16" else (torch.float16,)
 
 
 def check_bits(format_name: str, bits: int, allowed: tuple[int, ...]) -> None:

@@ -8,15 +8,24 @@ from torch import Tensor
 
 from hlwq.checkpoint import DTYPES, Reader, TensorSpec
 from hlwq.errors import HlwqError
-from hlwq.formats.base import Contents, Scheme, StoredModule, check_bits
+from hlwq.formats.base import Contents, Engine, Scheme, StoredModule, check_bits, engine_storage
 from hlwq.grids import Grid, LloydGrid, QuantizedMatrix, ScaleMethod, UniformGrid
 
 NAME = "dense"
-ENGINES = "everything that loads the source"
 BITS: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
+ENGINES: tuple[Engine, ...] = (
+    Engine(
+        "transformers",
+        BITS,
+        "any",
+        """python -c "from transformers import pipeline; print(pipeline('text-generation', '{path}')('Hello'))\"""",
+    ),
+    Engine("vLLM", BITS, "any", "vllm serve {path}{text_only}"),
+)
 DEFAULT_SYMMETRIC = True
-SYMMETRIES = "any"
 FUSED_ALIKE = False
+HOLDS_EMBEDDINGS = True
+STORES_DECODED = True
 
 
 def lloyd_grid(bits: int, group_size: int) -> Grid:
@@ -28,8 +37,7 @@ def lloyd_grid(bits: int, group_size: int) -> Grid:
 def uniform_grid(bits: int, group_size: int, symmetric: bool, scale_method: ScaleMethod, dtype: str) -> Grid:
     """As format gptq would store it, at more widths. Raises HlwqError for bits outside 2 to 8."""
     check_bits(NAME, bits, BITS)
-    storage = (DTYPES["BF16"], DTYPES["F16"]) if dtype == "BF16" else (DTYPES["F16"],)
-    return UniformGrid(bits, group_size, symmetric, True, scale_method, storage)
+    return UniformGrid(bits, group_size, symmetric, True, scale_method, engine_storage(dtype))
 
 
 def outputs(module: str, shape: tuple[int, int], grid: Grid, dtype: str) -> list[TensorSpec]:
@@ -39,7 +47,7 @@ def outputs(module: str, shape: tuple[int, int], grid: Grid, dtype: str) -> list
 
 def encode(module: str, matrix: QuantizedMatrix, dtype: str) -> dict[str, Tensor]:
     """The decoded weight."""
-    return {f"{module}.weight": matrix.dequantize().to(DTYPES[dtype])}
+    return {f"{module}.weight": matrix.dequantize(DTYPES[dtype])}
 
 
 def json_files(config: dict[str, Any], contents: Contents) -> dict[str, dict[str, Any]]:

@@ -17,18 +17,22 @@ from torch import Tensor
 
 from hlwq.checkpoint import Reader, TensorSpec
 from hlwq.errors import HlwqError
-from hlwq.formats.base import Contents, Scheme, StoredModule, check_bits, require_parts
+from hlwq.formats.base import Contents, Engine, Scheme, StoredModule, check_bits, engine_storage, require_parts
 from hlwq.grids import Grid, Parameters, QuantizedMatrix, ScaleMethod, UniformGrid
 from hlwq.models import ModelLayout
 from hlwq.packing import pack, unpack
 from hlwq.version import __version__
 
 NAME = "gptq"
-ENGINES = "vLLM, GPTQModel"
 BITS: tuple[int, ...] = (4, 8)
+ENGINES: tuple[Engine, ...] = (
+    Engine("vLLM", BITS, "symmetric", "vllm serve {path}{text_only}"),
+    Engine("GPTQModel", BITS, "symmetric or asymmetric"),
+)
 DEFAULT_SYMMETRIC = True
-SYMMETRIES = "symmetric (vLLM); asymmetric (GPTQModel only)"
 FUSED_ALIKE = True
+HOLDS_EMBEDDINGS = False
+STORES_DECODED = False
 GROUP_SIZES = (32, 64, 128)
 
 
@@ -49,8 +53,7 @@ def uniform_grid(bits: int, group_size: int, symmetric: bool, scale_method: Scal
     check_bits(NAME, bits, BITS)
     if group_size not in GROUP_SIZES:
         raise HlwqError(f"format gptq has groups of 32, 64 or 128, not {group_size}. Set --group-size.")
-    storage = (torch.bfloat16, torch.float16) if dtype == "BF16" else (torch.float16,)
-    return UniformGrid(bits, group_size, symmetric, True, scale_method, storage)
+    return UniformGrid(bits, group_size, symmetric, True, scale_method, engine_storage(dtype))
 
 
 def outputs(module: str, shape: tuple[int, int], grid: Grid, dtype: str) -> list[TensorSpec]:

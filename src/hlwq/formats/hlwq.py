@@ -15,16 +15,19 @@ from torch import Tensor
 
 from hlwq.checkpoint import Reader, TensorSpec
 from hlwq.errors import HlwqError
-from hlwq.formats.base import Contents, Scheme, StoredModule, check_bits, require_parts
+from hlwq.formats.base import Contents, Engine, Scheme, StoredModule, check_bits, require_parts
 from hlwq.grids import Grid, LloydGrid, Parameters, QuantizedMatrix, ScaleMethod
 from hlwq.packing import pack, unpack
 
 NAME = "hlwq"
-ENGINES = "hlwq (decodes)"
 BITS: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
+ENGINES: tuple[Engine, ...] = (
+    Engine("hlwq", BITS, "Lloyd–Max codes", "hlwq convert {path} {path}-dense --format dense"),
+)
 DEFAULT_SYMMETRIC = True
-SYMMETRIES = "Lloyd–Max codes, no symmetry to choose"
 FUSED_ALIKE = True
+HOLDS_EMBEDDINGS = True
+STORES_DECODED = False
 VERSION = 1
 
 

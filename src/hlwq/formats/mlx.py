@@ -17,18 +17,21 @@ from torch import Tensor
 
 from hlwq.checkpoint import DTYPES, Reader, TensorSpec
 from hlwq.errors import HlwqError
-from hlwq.formats.base import Contents, Scheme, StoredModule, check_bits, require_parts
+from hlwq.formats.base import Contents, Engine, Scheme, StoredModule, check_bits, require_parts
 from hlwq.grids import Grid, Parameters, QuantizedMatrix, ScaleMethod, UniformGrid
 from hlwq.models import ModelLayout
 from hlwq.models.qwen3_5 import QWEN3_5
 from hlwq.packing import pack, unpack
 
 NAME = "mlx"
-ENGINES = "mlx-lm"
 BITS: tuple[int, ...] = (2, 3, 4, 5, 6, 8)
+ENGINES: tuple[Engine, ...] = (
+    Engine("mlx-lm", BITS, "asymmetric or symmetric", "mlx_lm.generate --model {path} --prompt Hello"),
+)
 DEFAULT_SYMMETRIC = False
-SYMMETRIES = "asymmetric (a float bias per group); symmetric"
 FUSED_ALIKE = False
+HOLDS_EMBEDDINGS = True
+STORES_DECODED = False
 GROUP_SIZES = (32, 64, 128)
 
 
@@ -81,10 +84,12 @@ def json_files(config: dict[str, Any], contents: Contents) -> dict[str, dict[str
         if scheme != common:
             section[module_path(module, contents.layout)] = {"group_size": scheme.group_size, "bits": scheme.bits}
     config = {**config, "quantization": section, "quantization_config": section}
+    # mlx-lm has defaults of its own for the tying, and looks for it where the decoder is described.
+    config["tie_word_embeddings"] = contents.layout.tied
+    if "text_config" in config:
+        config["text_config"] = {**config["text_config"], "tie_word_embeddings": contents.layout.tied}
     if contents.layout.family is QWEN3_5:
         config["model_type"] = "qwen3_5"  # of the text-only checkpoints too
-        if "text_config" in config:  # which is where mlx-lm looks for the tying
-            config["text_config"] = {**config["text_config"], "tie_word_embeddings": contents.layout.tied}
     return {"config.json": config}
 
 
@@ -159,3 +164,10 @@ def restored(name: str, tensor: Tensor) -> Tensor:
 def restored_shape(spec: TensorSpec) -> tuple[int, ...]:
     """The shape of `restored(spec.name, …)`."""
     return (spec.shape[0], spec.shape[2], spec.shape[1]) if spec.name.endswith("conv1d.weight") else spec.shape
+
+
+def restored_config(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration as it was before `json_files` called a text-only Qwen3.5 by the name mlx-lm knows."""
+    if config.get("model_type") == "qwen3_5" and "text_config" not in config:
+        return {**config, "model_type": "qwen3_5_text"}
+    return config

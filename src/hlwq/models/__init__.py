@@ -13,7 +13,7 @@ from hlwq.models.qwen2 import QWEN2
 from hlwq.models.qwen3 import QWEN3
 from hlwq.models.qwen3_5 import QWEN3_5
 
-__all__ = ["FAMILIES", "Family", "Layer", "Matrix", "ModelLayout", "describe"]
+__all__ = ["FAMILIES", "Family", "Layer", "Matrix", "ModelLayout", "check_supported", "describe"]
 
 FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_5)
 
@@ -62,8 +62,27 @@ class ModelLayout:
         return required
 
 
+def check_supported(config: dict[str, Any]) -> Family:
+    """The family of a `config.json`.
+
+    Raises:
+        HlwqError: the architecture is not supported, or none is named.
+    """
+    architectures = config.get("architectures")
+    if not architectures:
+        raise HlwqError('config.json names no architectures. Add them, such as "architectures": ["LlamaForCausalLM"].')
+    for family in FAMILIES:
+        if architectures[0] in family.architectures:
+            return family
+    supported = ", ".join(name for family in FAMILIES for name in family.architectures)
+    experts = " Mixture-of-experts models are not supported yet." if "Moe" in architectures[0] else ""
+    raise HlwqError(
+        f"config.json: architecture {architectures[0]} is not supported.{experts} Supported are: {supported}."
+    )
+
+
 def describe(config: dict[str, Any], names: Collection[str]) -> ModelLayout:
-    """Find the family of a checkpoint and lay out its decoder.
+    """Lay out the decoder of a checkpoint.
 
     Args:
         config: the parsed `config.json`.
@@ -72,14 +91,7 @@ def describe(config: dict[str, Any], names: Collection[str]) -> ModelLayout:
     Raises:
         HlwqError: the architecture is not supported, or the configuration or the embedding is incomplete.
     """
-    architectures = config.get("architectures") or ["(none named)"]
-    family = next((family for family in FAMILIES if architectures[0] in family.architectures), None)
-    if family is None:
-        supported = ", ".join(name for family in FAMILIES for name in family.architectures)
-        experts = " Mixture-of-experts models are not supported yet." if "Moe" in architectures[0] else ""
-        raise HlwqError(
-            f"config.json: architecture {architectures[0]} is not supported.{experts} Supported are: {supported}."
-        )
+    family = check_supported(config)
     text_config = config.get("text_config") or config
     prefix = next((prefix for prefix in family.prefixes if f"{prefix}embed_tokens.weight" in names), None)
     if prefix is None:
@@ -91,5 +103,5 @@ def describe(config: dict[str, Any], names: Collection[str]) -> ModelLayout:
         layers = family.layers(text_config)
         assert text_config["vocab_size"]
     except KeyError as error:
-        raise HlwqError(f"config.json lacks {error}, which {architectures[0]} needs.") from None
+        raise HlwqError(f"config.json lacks {error}, which {family.name} needs.") from None
     return ModelLayout(family, text_config, prefix, layers, bool(tied))

@@ -85,7 +85,7 @@ def attention(
     hidden = config["hidden_size"]
     width = config.get("head_dim") or head_dim or hidden // config["num_attention_heads"]
     queries = config["num_attention_heads"] * width
-    keys = config.get("num_key_value_heads", config["num_attention_heads"]) * width
+    keys = (config.get("num_key_value_heads") or config["num_attention_heads"]) * width
     fused = "self_attn.qkv_proj"
     return Layer(
         steps=(
