@@ -49,7 +49,7 @@ RECIPES = {
     for recipe in (
         Recipe("rtn", "round to nearest, 4 bits, group 64", (_INT4,), ("gptq", "mlx", "dense")),
         Recipe("hlwq", "HLWQ, 5 bits (2 to 8), group 128", (_HLWQ5,), ("hlwq", "dense")),
-        Recipe("hlwq-mlx", "HLWQ 5 bits, decoded, then MLX 4 bits, group 64", (_HLWQ5, _INT4), ("mlx", "dense")),
+        Recipe("hlwq-mlx", "HLWQ 5 bits, decoded, then MLX 4 bits, group 64", (_HLWQ5, _INT4), ("mlx",)),
         Recipe("hlwq-int4", "HLWQ 5 bits, decoded, then INT4, group 64", (_HLWQ5, _INT4), ("gptq", "dense")),
     )
 }

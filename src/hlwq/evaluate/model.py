@@ -35,7 +35,7 @@ def load_model(path: Path, device: str = "cpu") -> tuple[Any, Any]:
     config = transformers.AutoConfig.for_model(checkpoint.config["model_type"])
     config = type(config).from_dict(checkpoint.config)
     weights = {name: checkpoint.read(name).to(torch.bfloat16) for name in checkpoint.tensors}
-    with _quiet(transformers):
+    with quiet_transformers():
         with torch.device("meta"):  # for the class and the text configuration that it uses, no weights
             skeleton = transformers.AutoModelForCausalLM.from_config(config)
         skeleton.config.tie_word_embeddings = tied
@@ -70,8 +70,9 @@ def _transformers() -> Any:
 
 
 @contextlib.contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """Without the loading bar and the hints on kernels that are not installed."""
+def quiet_transformers() -> Iterator[None]:
+    """Without its loading bars, and its hints on long texts and on kernels that are not installed."""
+    transformers = _transformers()
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

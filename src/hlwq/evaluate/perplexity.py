@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hlwq.errors import HlwqError
-from hlwq.evaluate.model import load_model
+from hlwq.evaluate.model import load_model, quiet_transformers
 from hlwq.sources import locate
 
 Protocol = Literal["windowed", "chunked"]
@@ -86,10 +86,11 @@ def perplexity(
     if progress:
         progress(0, 1, "loading the model")
     loaded, tokenizer = load_model(locate(model), device)
-    tokens = torch.tensor(tokenizer(contents, verbose=False)["input_ids"])
-    return perplexity_of_tokens(
-        loaded, tokens, protocol=protocol, context=context, stride=stride, limit=limit, progress=progress
-    )
+    with quiet_transformers():
+        tokens = torch.tensor(tokenizer(contents)["input_ids"])
+        return perplexity_of_tokens(
+            loaded, tokens, protocol=protocol, context=context, stride=stride, limit=limit, progress=progress
+        )
 
 
 def perplexity_of_tokens(
