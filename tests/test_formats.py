@@ -529,3 +529,12 @@ def test_mlx_is_told_whether_embeddings_are_tied(family: str, tied: bool, tmp_pa
     written = mlx.json_files(reader.config, plan.contents())["config.json"]
     assert written["tie_word_embeddings"] is tied
     assert written.get("text_config", written)["tie_word_embeddings"] is tied
+
+
+def test_mlx_is_told_the_rotary_base_of_transformers_5_configurations(tmp_path: Path) -> None:
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    source = make_checkpoint(tmp_path / "model", "llama", rope_parameters={**scaling, "rope_theta": 500000.0})
+    reader = Reader(source)
+    plan = make_plan(reader, recipe_named("rtn"), "mlx")
+    written = mlx.json_files(reader.config, plan.contents())["config.json"]
+    assert (written["rope_theta"], written["rope_scaling"]) == (500000.0, scaling)

@@ -208,7 +208,10 @@ def _check_mlx(reader: Reader, layout: ModelLayout, modules: dict[str, StoredMod
         _line(engine, "groups of 32, 64 or 128", groups, again),
         _line(engine, "config.json says whether embeddings are tied", untold, again),
     ]
-    if layout.family is QWEN3_5:
+    if layout.family is not QWEN3_5:
+        unread = list(mlx.rope_as_before(config))
+        lines.append(_line(engine, "rope_theta and rope_scaling stand at the top level", unread, again))
+    else:
         interval = text.get("full_attention_interval", 4)
         full = [kind == "full_attention" for kind in layer_types(text)]
         odd = [f"layer {i}" for i, is_full in enumerate(full) if is_full != ((i + 1) % interval == 0)]

@@ -10,17 +10,18 @@ from torch import Tensor
 
 from hlwq.evaluate.model import load_model
 
-TOLERANCE = 0.06
-"""Mean absolute difference of the prompt's log-probabilities, in nats. Engines compute in bfloat16: correct ones
-stay below 0.03. Each of the mistakes in `MISTAKES` moves it past three times the tolerance, which is tested."""
+TOLERANCE = {("vllm", "smollm2"): 0.08, ("vllm", "hybrid"): 0.03, ("mlx", "smollm2"): 0.01, ("mlx", "hybrid"): 0.01}
+"""Mean absolute difference of the prompt's log-probabilities, in nats. vLLM computes in bfloat16, whose noise grows
+with the layers (30 against 4); mlx-lm is asked to compute in float32, since its CPU kernels sum in the weights' dtype.
+Each of the mistakes in `MISTAKES` moves the result past four times the tolerance, which is tested."""
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "in_proj_qkv", "out_proj")
 
 
 def reference(directory: Path, prompt: str, mistake: str | None = None) -> tuple[list[int], Tensor]:
     """The prompt's token ids, and the log-probability of each but the first, by transformers on the decoded weights."""
-    model, tokenizer = load_model(directory)
-    tokens = tokenizer(prompt)["input_ids"][:128]
+    model, tokenizer = load_model(directory, dtype=torch.float32)
+    tokens = tokenizer(prompt)["input_ids"][:96]
     if mistake is not None:
         MISTAKES[mistake](model)
     with torch.inference_mode():
@@ -30,7 +31,9 @@ def reference(directory: Path, prompt: str, mistake: str | None = None) -> tuple
 
 
 def difference(logprobs: list[float], expected: Tensor) -> float:
-    return float((torch.tensor(logprobs) - expected).abs().mean())
+    mean = float((torch.tensor(logprobs) - expected).abs().mean())
+    print(f"mean absolute difference of log-probabilities: {mean:.4f}")
+    return mean
 
 
 def _linears(model: Any) -> list[torch.nn.Linear]:

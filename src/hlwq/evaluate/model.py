@@ -15,15 +15,16 @@ from hlwq.models import describe
 from hlwq.sources import DecodedCheckpoint
 
 
-def load_model(path: Path, device: str = "cpu") -> tuple[Any, Any]:
-    """Load a dense, hlwq, gptq or mlx directory into transformers; codes are decoded to the model's dtype.
+def load_model(path: Path, device: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:
+    """Load a dense, hlwq, gptq or mlx directory into transformers, with its codes decoded.
 
     Args:
         path: the directory.
         device: where the model goes.
+        dtype: of its weights. float32 holds decoded weights exactly.
 
     Returns:
-        The model, in evaluation mode and bfloat16, and its tokenizer.
+        The model, in evaluation mode, and its tokenizer.
 
     Raises:
         HlwqError: transformers is not installed, the directory cannot be read, or the device cannot be used.
@@ -34,13 +35,13 @@ def load_model(path: Path, device: str = "cpu") -> tuple[Any, Any]:
     tied = describe(checkpoint.config, checkpoint.tensors).tied
     config = transformers.AutoConfig.for_model(checkpoint.config["model_type"])
     config = type(config).from_dict(checkpoint.config)
-    weights = {name: checkpoint.read(name).to(torch.bfloat16) for name in checkpoint.tensors}
+    weights = {name: checkpoint.read(name).to(dtype) for name in checkpoint.tensors}
     with quiet_transformers():
         with torch.device("meta"):  # for the class and the text configuration that it uses, no weights
             skeleton = transformers.AutoModelForCausalLM.from_config(config)
         skeleton.config.tie_word_embeddings = tied
         model, loading = type(skeleton).from_pretrained(
-            None, config=skeleton.config, state_dict=weights, dtype=torch.bfloat16, output_loading_info=True
+            None, config=skeleton.config, state_dict=weights, dtype=dtype, output_loading_info=True
         )
     if loading["missing_keys"]:  # transformers would fill them at random
         raise HlwqError(f"{path}: tensors are missing: {', '.join(sorted(loading['missing_keys'])[:3])}.")

@@ -90,7 +90,22 @@ def json_files(config: dict[str, Any], contents: Contents) -> dict[str, dict[str
         config["text_config"] = {**config["text_config"], "tie_word_embeddings": contents.layout.tied}
     if contents.layout.family is QWEN3_5:
         config["model_type"] = "qwen3_5"  # of the text-only checkpoints too
+    else:
+        config |= rope_as_before(config)
     return {"config.json": config}
+
+
+def rope_as_before(config: dict[str, Any]) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling` at the top level, where mlx-lm reads them.
+
+    transformers 5 moved both into `rope_parameters`; without them mlx-lm takes its own default in silence.
+    """
+    parameters = dict(config.get("rope_parameters") or {})
+    theta = parameters.pop("rope_theta", None)
+    found = {} if theta is None else {"rope_theta": theta}
+    if parameters.get("rope_type", "default") != "default":
+        found["rope_scaling"] = parameters
+    return {key: value for key, value in found.items() if key not in config}
 
 
 def module_path(module: str, layout: ModelLayout) -> str:
