@@ -36,13 +36,13 @@ def test_rotating_twice_is_the_identity_and_once_is_not(size: int) -> None:
     values = torch.rand(5, 512, generator=torch.Generator().manual_seed(2))
     once = rotate_blocks(values, size)
     assert torch.equal(once, values) == (size == 1)
-    torch.testing.assert_close(rotate_blocks(once, size), values, rtol=0, atol=1e-6)
+    assert (rotate_blocks(once, size) - values).norm() < 1e-6 * values.norm()
 
 
 def test_rotation_keeps_each_blocks_norm() -> None:
     values = torch.randn(4, 256, generator=torch.Generator().manual_seed(3))
     before, after = (each.unflatten(-1, (-1, 64)).norm(dim=-1) for each in (values, rotate_blocks(values, 64)))
-    torch.testing.assert_close(after, before, rtol=1e-6, atol=0)
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("size", [-4, 0, 3, 48, 96])
