@@ -162,7 +162,7 @@ def inspect(
     if as_json:
         _print_json(asdict(found))
         return
-    table = Table("tensor", "shape", "stored as", "group", "bytes", "relative error")
+    table = Table("tensor", "shape", "stored as", "group", "bytes", "rel. squared error")
     for tensor in found.tensors:
         stored = f"{tensor.bits} bits" if tensor.bits else tensor.dtype
         error = "" if tensor.relative_error is None else f"{tensor.relative_error:.3g}"
@@ -202,7 +202,9 @@ def eval_perplexity(
         ProtocolChoice.windowed
     ),
     context: Annotated[int, typer.Option(help="Tokens in a window or chunk.")] = 2048,
-    stride: Annotated[int | None, typer.Option(help="For windowed: tokens scored per window (default 512).")] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="For windowed: tokens scored per window (default 512, or half the context).")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many windows or chunks, from the start.")] = None,
     device: Device = "cpu",
     as_json: Json = False,
@@ -218,7 +220,7 @@ def eval_perplexity(
             text,
             protocol=protocol.value,
             context=context,
-            stride=512 if stride is None else stride,
+            stride=min(512, max(1, context // 2)) if stride is None else stride,
             limit=limit,
             device=device,
             progress=report,
@@ -248,7 +250,9 @@ def demo(
     if as_json:
         _print_json([asdict(row) for row in rows])
         return
-    table = Table("recipe", "format", "perplexity", "loss above BF16 (95 %)", "relative error", "bits/weight", "bytes")
+    table = Table(
+        "recipe", "format", "perplexity", "loss above BF16 (95 %)", "rel. squared error", "bits/weight", "bytes"
+    )
     for row in rows:
         table.add_row(
             row.recipe,
@@ -326,7 +330,7 @@ def main() -> None:
         messages.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
         sys.exit(1)
     except KeyboardInterrupt:
-        messages.print("interrupted", highlight=False)
+        messages.print("interrupted; repeat the command to go on where it stopped", highlight=False)
         sys.exit(130)
 
 
@@ -462,7 +466,7 @@ def _print_result(result: QuantizeResult, as_json: bool) -> None:
     per_weight = summary["bits_per_quantized_weight"]
     worst = sorted(result.relative_errors.items(), key=lambda item: -item[1])[:3]
     if worst:
-        table = Table("largest relative errors", "")
+        table = Table("largest relative squared errors", "")
         for module, error in worst:
             table.add_row(module, f"{error:.4g}")
         output.print(table)

@@ -81,7 +81,9 @@ def inspect(
     checkpoint = DecodedCheckpoint(path)
     source = DecodedCheckpoint(locate(against)) if against is not None else None
     manifest = read_json(path / "hlwq.json") if (path / "hlwq.json").is_file() else {}
-    recorded = manifest.get("modules", {})
+    # After a conversion the recorded errors are against its input, not against the original.
+    converted = "made_by" in manifest.get("origin", {})
+    recorded = {} if converted else manifest.get("modules", {})
     reports = []
     for done, (name, spec) in enumerate(checkpoint.tensors.items()):
         if progress:

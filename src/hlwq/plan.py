@@ -301,7 +301,7 @@ def _check_fused(layout: ModelLayout, chosen: set[str]) -> None:
             outside = [module for module in modules if module not in chosen]
             raise HlwqError(
                 f"engines run {', '.join(modules)} as one matrix ({fused}), so all or none can be quantized. "
-                f"Let the pattern match {', '.join(outside)} too, or write --format mlx or dense."
+                f"Exclude {', '.join(inside)} too, or include {', '.join(outside)}; or write --format mlx or dense."
             )
 
 
