@@ -232,14 +232,18 @@ class Writer:
         tensors: Iterable[TensorSpec],
         arguments: dict[str, Any],
         shard_bytes: int = DEFAULT_SHARD_BYTES,
+        json_files: dict[str, dict[str, Any]] | None = None,
     ) -> None:
         """Start, or go on with, the directory `out`.
+
+        `OUT.partial` can be opened by a `Reader` from the beginning; tensors not yet written read as zeros.
 
         Args:
             out: the directory that will appear; absent or empty.
             tensors: everything that will be written, in the order in which the shards shall hold it.
             arguments: what determines the bytes. A run goes on only with the same arguments.
             shard_bytes: the most that a shard holds, unless a single tensor is larger.
+            json_files: `config.json` and the like, by name.
 
         Raises:
             HlwqError: `out` is not empty, an interrupted run had other arguments, or the disk is too small.
@@ -247,11 +251,17 @@ class Writer:
         self.out = out = out.absolute()
         self.partial = out.with_name(out.name + ".partial")
         self._shards = _split_into_shards(list(tensors), shard_bytes)
+        self._json_files = dict(json_files or {})
         self._place: dict[str, tuple[str, int, TensorSpec]] = {}
         headers: dict[str, bytes] = {}
         for file, shard in self._shards.items():
             headers[file], offsets = _header(shard)
             self._place |= {spec.name: (file, offsets[spec.name], spec) for spec in shard}
+        if len(self._shards) > 1:
+            total = sum(spec.nbytes for _, _, spec in self._place.values())
+            weight_map = {name: file for name, (file, _, _) in sorted(self._place.items())}
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            self._json_files["model.safetensors.index.json"] = index
         self._written: set[str] = set()
         self._committed: dict[str, Any] = {}
         refuse_unless_empty(out)
@@ -278,14 +288,17 @@ class Writer:
                     stream.truncate(len(header) + sum(spec.nbytes for spec in self._shards[file]))
                     stream.flush()
                     os.fsync(stream.fileno())
+            for name, value in self._json_files.items():
+                write_json(self.partial / name, value)
             # The arguments come last: with them in place, the shards are.
             write_json(self.partial / "arguments.json", arguments)
 
     def _discard_unstarted(self) -> None:
         """Remove what a run left that stopped before its shards were laid out, and nothing else."""
         files = list(self.partial.iterdir())
+        ours = {*self._shards, *self._json_files, "arguments.json"}
         for file in files:
-            if file.name not in self._shards and file.name != "arguments.json.tmp":
+            if file.name.removesuffix(".tmp") not in ours:
                 raise HlwqError(
                     f"{self.partial} holds {file.name}, but no record of a run that could go on. "
                     "Look at it, and delete it to start afresh."
@@ -297,12 +310,8 @@ class Writer:
     def _resume(self, arguments: dict[str, Any]) -> None:
         remedy = f"Repeat the run with its arguments, or delete {self.partial} to start afresh."
         before, now = read_json(self.partial / "arguments.json"), json.loads(json.dumps(arguments))
-        for key in sorted(before.keys() | now.keys()):
-            if before.get(key) != now.get(key):
-                raise HlwqError(
-                    f"{self.partial} was left by a run with other arguments: {key} was {before.get(key)!r}, "
-                    f"now it is {now.get(key)!r}. {remedy}"
-                )
+        if difference := first_difference(before, now):
+            raise HlwqError(f"{self.partial} was left by a run with other arguments: {difference}. {remedy}")
         if self._journal.is_file():
             # A last line without its end was being written when the run was killed.
             complete = self._journal.read_bytes().rpartition(b"\n")
@@ -361,7 +370,7 @@ class Writer:
 
         Args:
             side_files: copied byte for byte, by their paths inside the directory.
-            json_files: written anew, by name.
+            json_files: written anew, by name, beside those given at the start.
 
         Raises:
             HlwqError: the disk is full.
@@ -377,11 +386,6 @@ class Writer:
                 _sync(copy)
             for name, value in json_files.items():
                 write_json(self.partial / name, value)
-            if len(self._shards) > 1:
-                total = sum(spec.nbytes for _, _, spec in self._place.values())
-                weight_map = {name: file for name, (file, _, _) in sorted(self._place.items())}
-                index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-                write_json(self.partial / "model.safetensors.index.json", index)
 
     def publish(self) -> None:
         """Rename `OUT.partial` to `OUT`, then remove the run's own records: killed in between, nothing is lost."""
@@ -460,6 +464,21 @@ def _header(tensors: list[TensorSpec]) -> tuple[bytes, dict[str, int]]:
     start = 8 + len(text)
     offsets = {spec.name: start + entries[spec.name]["data_offsets"][0] for spec in tensors}
     return struct.pack("<Q", len(text)) + text, offsets
+
+
+def first_difference(before: Any, now: Any, where: str = "") -> str:
+    """The first place where two JSON values differ, in words; empty if they are equal."""
+    if before == now:
+        return ""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted(before.keys() | now.keys()):
+            if found := first_difference(before.get(key), now.get(key), f"{where}.{key}" if where else key):
+                return found
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for index, (old, new) in enumerate(zip(before, now, strict=True)):
+            if found := first_difference(old, new, f"{where}[{index}]"):
+                return found
+    return f"{where} was {json.dumps(before, ensure_ascii=False)}, now it is {json.dumps(now, ensure_ascii=False)}"
 
 
 @contextmanager

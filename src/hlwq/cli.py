@@ -20,6 +20,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from hlwq.calibration import Calibration
 from hlwq.check import CheckLine, check_directory
 from hlwq.errors import HlwqError
 from hlwq.formats import FORMATS
@@ -93,6 +94,28 @@ def quantize(
     ] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Keep modules matching this regular expression.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Quantize by GPTQ's loop a recipe that rounds to nearest.")
+    ] = False,
+    calibration: Annotated[
+        list[str] | None,
+        typer.Option(help="A .txt, .jsonl or .parquet file or a hub data set to calibrate on; several mix."),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration samples (default 512).")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens in a sample (default 512).")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the choice of samples (default 0).")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Samples run together: more is faster and takes more memory (default: 2 GB).")
+    ] = None,
+    offload_activations: Annotated[
+        bool, typer.Option("--offload-activations", help="Keep samples on disk between layers, not in memory.")
+    ] = False,
+    desc_act: Annotated[
+        bool, typer.Option("--desc-act", help="Groups by importance of columns. vLLM refuses it; GPTQModel does not.")
+    ] = False,
+    foem_beta: Annotated[float | None, typer.Option(help="FOEM's β: 0 to 1, 0.2 in foem and hlwq-v7.")] = None,
+    gptaq_alpha: Annotated[float | None, typer.Option(help="GPTAQ's α: 0 to 1, 0.25 as published.")] = None,
+    damping: Annotated[float | None, typer.Option(help="Share of its mean added to the Hessian's diagonal.")] = None,
     device: Device = "cpu",
     max_shard_size: Annotated[str, typer.Option(help="The most that one safetensors file holds.")] = "5GB",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and its cost; write nothing.")] = False,
@@ -109,14 +132,38 @@ def quantize(
         include=include or (),
         exclude=exclude or (),
         revision=revision,
+        calibrate=calibrate or None,
+        desc_act=desc_act or None,
+        foem_beta=foem_beta,
+        gptaq_alpha=gptaq_alpha,
+        damping=damping,
     )
+    about_samples: dict[str, Any] = dict(
+        sources=tuple(calibration or ()),
+        samples=samples,
+        sequence_length=sequence_length,
+        seed=seed,
+        batch_size=batch_size,
+        offload_activations=offload_activations,
+    )
+    given = {name: value for name, value in about_samples.items() if value is not None and value is not False}
+    chosen = Calibration(**given) if given.get("sources") or len(given) > 1 else None
     if dry_run:
         _, plan = plan_for(source, recipe, **options)
-        _print_plan(plan, as_json)
+        _print_plan(plan, chosen, as_json)
         return
     shard_bytes = _bytes_of(max_shard_size)
     with _progress("quantizing") as report:
-        result = run_quantize(source, out, recipe, device=device, shard_bytes=shard_bytes, progress=report, **options)
+        result = run_quantize(
+            source,
+            out,
+            recipe,
+            calibration=chosen,
+            device=device,
+            shard_bytes=shard_bytes,
+            progress=report,
+            **options,
+        )
     _print_result(result, as_json)
 
 
@@ -393,7 +440,7 @@ def _print_checks(lines: list[CheckLine]) -> None:
     output.print(table)
 
 
-def _plan_summary(plan: Plan) -> dict[str, Any]:
+def _plan_summary(plan: Plan, calibration: Calibration | None = None) -> dict[str, Any]:
     per_weight, per_parameter = plan.bits_per_weight()
     return {
         "family": plan.layout.family.name,
@@ -402,13 +449,13 @@ def _plan_summary(plan: Plan) -> dict[str, Any]:
         "output_bytes": plan.output_bytes(),
         "bits_per_quantized_weight": per_weight,
         "bits_per_parameter": per_parameter,
-        "peak_memory_estimate": plan.peak_memory(),
+        "peak_memory_estimate": plan.peak_memory(calibration),
         "remarks": list(plan.remarks),
     }
 
 
-def _print_plan(plan: Plan, as_json: bool) -> None:
-    summary = _plan_summary(plan)
+def _print_plan(plan: Plan, calibration: Calibration | None, as_json: bool) -> None:
+    summary = _plan_summary(plan, calibration)
     if as_json:
         tensors = [
             {
@@ -458,6 +505,7 @@ def _print_result(result: QuantizeResult, as_json: bool) -> None:
         "seconds": result.seconds,
         "peak_memory": result.peak_memory,
         "relative_errors": result.relative_errors,
+        "output_errors": result.output_errors,
         "checks": [asdict(line) for line in result.checks],
     }
     if as_json:

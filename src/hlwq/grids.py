@@ -6,7 +6,8 @@ same functions serve a whole matrix (out, groups, group) and one column (out, 1)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from math import sqrt
 from typing import Literal
 
@@ -19,6 +20,11 @@ from hlwq.lloyd import codebook
 
 CHUNK_WEIGHTS = 1 << 20
 """Rows of a matrix are worked on in chunks that fit the processor's cache: faster, and memory stays bounded."""
+
+SHRINKING = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6)
+"""Fractions of a group's range that `fit_weighted` tries: clipping the largest weight can serve the others better."""
+REFITS = 3
+"""Rounds of least squares after that; more change little."""
 
 ScaleMethod = Literal["signed", "absmax"]
 Basis = Literal["identity", "hadamard"]
@@ -66,19 +72,62 @@ class UniformGrid:
         Raises:
             HlwqError: a scale overflows the storage dtype.
         """
-        top, middle = 2**self.bits - 1, 2 ** (self.bits - 1)
         if self.symmetric:
             extreme = weights.gather(-1, weights.abs().argmax(-1, keepdim=True))
-            scale = -extreme / middle if self.scale_method == "signed" else extreme.abs() / (middle - 1)
-            scale = self._stored(scale)
-            return Parameters(scale, -middle * scale)
+            middle = 2 ** (self.bits - 1)
+            return self._symmetric(-extreme / middle if self.scale_method == "signed" else extreme.abs() / (middle - 1))
         if self.integer_zero:
-            high = weights.amax(-1, keepdim=True).clamp(min=0)
-            low = weights.amin(-1, keepdim=True).clamp(max=0)
-            scale = self._stored((high - low) / top)
-            zero = torch.where(scale > 0, -low / scale, 0).round().clamp(0, top)
-            return Parameters(scale, -zero * scale)
+            return self._with_zero(*_range_with_zero(weights))
         return self._fit_affine(weights)
+
+    def candidates(self, weights: Tensor) -> Iterator[Parameters]:
+        """Parameters that `fit_weighted` chooses among: the group's range, shrunk by several fractions."""
+        if not self.symmetric and not self.integer_zero:
+            low, high = weights.amin(-1, keepdim=True), weights.amax(-1, keepdim=True)
+            middle, half = (high + low) / 2, (high - low) / 2
+            for fraction in SHRINKING:
+                scale = self._stored(2 * half * fraction / (2**self.bits - 1))
+                yield Parameters(scale, self._stored(middle - half * fraction))
+        elif self.symmetric:
+            scale = self.fit(weights).scale
+            for fraction in SHRINKING:
+                yield self._symmetric(scale * fraction)
+                if self.scale_method == "signed":  # the side with one level more may serve the smaller weights better
+                    yield self._symmetric(-scale * fraction)
+        else:
+            low, high = _range_with_zero(weights)
+            for fraction in SHRINKING:
+                yield self._with_zero(low * fraction, high * fraction)
+
+    def refit(self, weights: Tensor, codes: Tensor, importance: Tensor, parameters: Parameters) -> Parameters:
+        """The parameters of least weighted squared error for codes already chosen; an integer zero stays."""
+        assert parameters.bias is not None
+        if self.symmetric or self.integer_zero:
+            # A group of scale 0 has lost its zero, and needs none.
+            zero = -(parameters.bias / torch.where(parameters.scale == 0, 1, parameters.scale)).round()
+            steps = codes - (2 ** (self.bits - 1) if self.symmetric else zero)
+            scale = _ratio((importance * steps * weights).sum(-1, True), (importance * steps * steps).sum(-1, True))
+            if self.symmetric:
+                return self._symmetric(scale)
+            scale = self._stored(scale)
+            return Parameters(scale, -zero * scale)
+        levels, share = codes.float(), importance / importance.sum(-1, keepdim=True)
+        mean_level, mean = (share * levels).sum(-1, True), (share * weights).sum(-1, True)
+        slope = _ratio(
+            (share * (levels - mean_level) * weights).sum(-1, True), (share * (levels - mean_level) ** 2).sum(-1, True)
+        )
+        scale = self._stored(slope)
+        return Parameters(scale, self._stored(mean - scale * mean_level))
+
+    def _symmetric(self, scale: Tensor) -> Parameters:
+        stored = self._stored(scale)
+        return Parameters(stored, -(2 ** (self.bits - 1)) * stored)
+
+    def _with_zero(self, low: Tensor, high: Tensor) -> Parameters:
+        top = 2**self.bits - 1
+        scale = self._stored((high - low) / top)
+        zero = torch.where(scale > 0, -low / scale, 0).round().clamp(0, top)
+        return Parameters(scale, -zero * scale)
 
     def _fit_affine(self, weights: Tensor) -> Parameters:
         """The range, anchored at its edge of larger magnitude and stretched so that 0 is a level, as MLX does."""
@@ -140,6 +189,18 @@ class LloydGrid:
             norm = (weights * levels).sum(-1, keepdim=True) / (levels * levels).sum(-1, keepdim=True)
         return Parameters(round_to_storage(norm, self.storage))
 
+    def candidates(self, weights: Tensor) -> Iterator[Parameters]:
+        """Norms that `fit_weighted` chooses among: the group's own, and others near it."""
+        norm = torch.linalg.vector_norm(weights, dim=-1, keepdim=True)
+        for fraction in (1.0, 0.9, 1.1):
+            yield Parameters(round_to_storage(norm * fraction, self.storage))
+
+    def refit(self, weights: Tensor, codes: Tensor, importance: Tensor, parameters: Parameters) -> Parameters:
+        """The norm of least weighted squared error for codes already chosen."""
+        levels = self.decode(codes, Parameters(torch.ones_like(parameters.scale)))
+        norm = _ratio((importance * levels * weights).sum(-1, True), (importance * levels * levels).sum(-1, True))
+        return Parameters(round_to_storage(norm.clamp(min=0), self.storage))
+
     def round(self, weights: Tensor, parameters: Parameters) -> Tensor:
         """The nearest codes, uint8 (…, group), for float32 weights (…, group)."""
         norm = parameters.scale
@@ -156,6 +217,45 @@ class LloydGrid:
 Grid = UniformGrid | LloydGrid
 
 
+def fit_weighted(grid: Grid, weights: Tensor, importance: Tensor) -> Parameters:
+    """Parameters chosen by the squared error that they leave, each weight counting by its importance.
+
+    The best of the grid's candidates, improved by alternating between codes and least squares; every step is kept
+    group by group only where it helps, so the result is never worse than any candidate.
+
+    Args:
+        grid: what a group can be rounded to.
+        weights: float32 (…, group).
+        importance: float32, broadcastable to `weights`, positive.
+
+    Raises:
+        HlwqError: a parameter overflows the storage dtype.
+    """
+    best: Parameters | None = None
+    least = torch.tensor(torch.inf, device=weights.device)
+
+    def consider(parameters: Parameters) -> None:
+        nonlocal best, least
+        difference = grid.decode(grid.round(weights, parameters), parameters) - weights
+        error = (difference.square_() * importance).sum(-1, keepdim=True)
+        if best is None:
+            best, least = parameters, error
+            return
+        better = error < least
+        least = torch.where(better, error, least)
+        bias = None
+        if parameters.bias is not None and best.bias is not None:
+            bias = torch.where(better, parameters.bias, best.bias)
+        best = Parameters(torch.where(better, parameters.scale, best.scale), bias)
+
+    for candidate in grid.candidates(weights):
+        consider(candidate)
+    assert best is not None
+    for _ in range(REFITS):
+        consider(grid.refit(weights, grid.round(weights, best), importance, best))
+    return best
+
+
 @dataclass(frozen=True)
 class QuantizedMatrix:
     """A weight matrix as codes: what a solver returns and a format writes.
@@ -165,15 +265,38 @@ class QuantizedMatrix:
         parameters: each (out, groups).
         grid: what the codes mean.
         basis: the coordinates that were rounded. `hadamard`: decoded blocks are rotated back.
+        group_of_column: int64 (in,), where groups are not runs of neighbouring columns (`desc_act`); else None.
     """
 
     codes: Tensor
     parameters: Parameters
     grid: Grid
     basis: Basis = "identity"
+    group_of_column: Tensor | None = None
+
+    def cpu(self) -> QuantizedMatrix:
+        """The same matrix with its tensors on the CPU."""
+        bias, group = self.parameters.bias, self.group_of_column
+        parameters = Parameters(self.parameters.scale.cpu(), None if bias is None else bias.cpu())
+        group = None if group is None else group.cpu()
+        return replace(self, codes=self.codes.cpu(), parameters=parameters, group_of_column=group)
+
+    def split_rows(self, sizes: Sequence[int]) -> list[QuantizedMatrix]:
+        """The matrices that were stacked to be quantized together; `sizes` are their numbers of rows."""
+        bias = self.parameters.bias
+        biases = [None] * len(sizes) if bias is None else bias.split(list(sizes))
+        scales = self.parameters.scale.split(list(sizes))
+        return [
+            replace(self, codes=codes, parameters=Parameters(*parameters))
+            for codes, *parameters in zip(self.codes.split(list(sizes)), scales, biases, strict=True)
+        ]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The decoded weights, (out, in), computed in float32 and returned in `dtype`."""
+        if self.group_of_column is not None:
+            scale, bias = self.parameters.scale, self.parameters.bias
+            spread = Parameters(scale[:, self.group_of_column], None if bias is None else bias[:, self.group_of_column])
+            return self.grid.decode(self.codes, spread).to(dtype)
         weights = torch.empty(self.codes.shape, dtype=dtype, device=self.codes.device)
         rows = max(1, CHUNK_WEIGHTS // max(1, self.codes.shape[1]))
         for start in range(0, len(weights), rows):
@@ -186,6 +309,15 @@ class QuantizedMatrix:
         codes = self.codes[rows].unflatten(-1, (-1, self.grid.group_size))
         weights = self.grid.decode(codes, parameters).flatten(-2)
         return rotate_blocks(weights, self.grid.group_size) if self.basis == "hadamard" else weights
+
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    return torch.where(denominator > 0, numerator / denominator, 0)
+
+
+def _range_with_zero(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The least and the largest of each group, or 0 if that is farther out: an integer zero stands between them."""
+    return weights.amin(-1, keepdim=True).clamp(max=0), weights.amax(-1, keepdim=True).clamp(min=0)
 
 
 def round_to_storage(values: Tensor, storage: tuple[torch.dtype, ...]) -> Tensor:

@@ -7,12 +7,15 @@ from collections.abc import Collection, Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from hlwq.checkpoint import TensorSpec
+from hlwq.calibration import Calibration
+from hlwq.checkpoint import DTYPES, TensorSpec
 from hlwq.errors import HlwqError
 from hlwq.formats import Contents, Format, Scheme, format_named
 from hlwq.grids import CHUNK_WEIGHTS, Basis, Grid, LloydGrid, UniformGrid
+from hlwq.layers import activation_bytes, default_batch_size
 from hlwq.models import Matrix, ModelLayout, describe
 from hlwq.recipes import Recipe, Stage
+from hlwq.solvers.gptq import GptqOptions
 
 SOURCE_DTYPES = ("BF16", "F16", "F32")
 GROUP_SIZES = (128, 64, 32)
@@ -38,6 +41,7 @@ class PlannedTensor:
         unit: the part of the run that handles it: a decoder layer, or what is outside the layers.
         steps: for `quantize`: the grid and basis of each stage.
         outputs: the tensors written for it.
+        gptq: for `quantize`: how it is calibrated, or None.
     """
 
     spec: TensorSpec
@@ -46,6 +50,7 @@ class PlannedTensor:
     unit: str
     steps: tuple[tuple[Grid, Basis], ...] = ()
     outputs: tuple[TensorSpec, ...] = ()
+    gptq: GptqOptions | None = None
 
     @property
     def module(self) -> str:
@@ -56,7 +61,8 @@ class PlannedTensor:
     def scheme(self) -> Scheme:
         """How it is stored, for `quantize`."""
         grid = self.steps[-1][0]
-        return Scheme(grid.bits, grid.group_size, grid.symmetric if isinstance(grid, UniformGrid) else None)
+        symmetric = grid.symmetric if isinstance(grid, UniformGrid) else None
+        return Scheme(grid.bits, grid.group_size, symmetric, self.gptq is not None and self.gptq.desc_act)
 
 
 @dataclass(frozen=True)
@@ -84,8 +90,10 @@ class Plan:
         return [tensor for tensor in self.tensors if tensor.action == "quantize"]
 
     def units(self) -> list[str]:
-        """The units in which the work is done and recorded, in order."""
-        return list(dict.fromkeys(tensor.unit for tensor in self.tensors if tensor.action != "drop"))
+        """The units in which the work is done and recorded: the layers in order, then the rest."""
+        units = {tensor.unit for tensor in self.tensors if tensor.action != "drop"}
+        layers = [layer_unit(index) for index in range(len(self.layout.layers))]
+        return [unit for unit in (*layers, REST) if unit in units]
 
     def outputs(self) -> Iterator[TensorSpec]:
         """Every tensor that will be written."""
@@ -111,18 +119,38 @@ class Plan:
         everything = sum(tensor.spec.parameters for tensor in self.tensors if tensor.action != "drop")
         return 8 * stored / weights if weights else None, 8 * self.output_bytes() / everything
 
-    def peak_memory(self) -> int:
-        """Bytes that the work will need at most, estimated: the largest tensor and what is made of it."""
+    def peak_memory(self, calibration: Calibration | None = None) -> int:
+        """Bytes that the work will need at most, estimated; of a calibrated recipe, with this calibration."""
         interpreter, chunk = 400 << 20, 60 * CHUNK_WEIGHTS  # measured: Python with torch; float32 work per chunk
         largest = 0
         for tensor in self.tensors:
-            if tensor.action == "quantize":
+            if tensor.action == "quantize" and tensor.gptq is None:
                 # The source, a byte for each code, and twice the encoded form while its chunks are joined.
                 need = tensor.spec.nbytes + tensor.spec.parameters + 2 * sum(spec.nbytes for spec in tensor.outputs)
                 largest = max(largest, need)
             elif tensor.action == "copy":
                 largest = max(largest, tensor.spec.nbytes)
+        if self.recipe.gptq is not None:
+            largest = max(largest, self._calibration_memory(calibration or Calibration(), self.recipe.gptq))
         return interpreter + chunk + largest
+
+    def _calibration_memory(self, calibration: Calibration, gptq: GptqOptions) -> int:
+        """A layer, the samples between layers, the activations of a batch, and the largest problem of the solver."""
+        transformers, width = 300 << 20, DTYPES[self.dtype].itemsize
+        copies = 2 if gptq.gptaq_alpha else 1
+        states = calibration.samples * calibration.sequence_length * self.layout.text_config["hidden_size"] * width
+        batch = calibration.batch_size or default_batch_size(self.layout, calibration.sequence_length)
+        activations = activation_bytes(self.layout, calibration.sequence_length) * min(batch, calibration.samples)
+        weights = solver = 0
+        for layer in self.layout.layers:
+            weights = max(weights, width * sum(matrix.shape[0] * matrix.shape[1] for matrix in layer.matrices()))
+            for step in layer.steps:
+                columns = step[0].shape[1]
+                # Of float32: the Hessian, its damped copy, factor and inverse; the weights, their latent form, errors.
+                rows = sum(matrix.shape[0] for matrix in step)
+                solver = max(solver, 4 * columns * (5 * columns + 4 * rows))
+        stored = 0 if calibration.offload_activations else copies * states
+        return transformers + copies * weights + stored + max(activations, solver)
 
 
 def make_plan(
@@ -157,6 +185,7 @@ def make_plan(
     if modules and not output_format.HOLDS_EMBEDDINGS:  # what the source had as codes is then written decoded
         chosen -= set(_embeddings(layout))
     _check_chosen(layout, output_format, chosen)
+    _check_desc_act(recipe, output_format)
     matrices, required = _decoder_matrices(layout), layout.required_tensors()
     planned, fallbacks = [], {}
     for spec in source.tensors.values():
@@ -174,7 +203,8 @@ def make_plan(
                 if each.group_size != stage.group_size:
                     fallbacks[spec.shape[1], stage.group_size] = each.group_size
             outputs = tuple(output_format.outputs(module, (spec.shape[0], spec.shape[1]), grid, embedding.dtype))
-            planned.append(PlannedTensor(spec, "quantize", "", unit, steps, outputs))
+            gptq = recipe.gptq if module in matrices else None
+            planned.append(PlannedTensor(spec, "quantize", "", unit, steps, outputs, gptq))
         else:
             planned.append(
                 PlannedTensor(spec, "copy", _why_kept(spec.name, layout, matrices, required), unit, (), (spec,))
@@ -183,6 +213,10 @@ def make_plan(
         f"group {size} where in_features is {width}, which {wanted} does not divide"
         for (width, wanted), size in fallbacks.items()
     ]
+    if recipe.gptq and chosen.intersection(_embeddings(layout)):
+        remarks.append("the embedding and the output head are rounded to nearest: only layers are calibrated")
+    if recipe.gptq and recipe.gptq.desc_act and output_format.NAME == "gptq":
+        remarks.append("vLLM 0.32 and later refuse desc_act: run it in GPTQModel, or leave --desc-act out")
     if layout.tied and "lm_head.weight" in source.tensors:
         remarks.append("lm_head.weight is dropped: config.json ties it to the embedding")
     return Plan(layout, recipe, output_format, embedding.dtype, tuple(planned), tuple(remarks))
@@ -272,6 +306,15 @@ def _check_chosen(layout: ModelLayout, output_format: Format, chosen: set[str]) 
         _check_fused(layout, chosen)
 
 
+def _check_desc_act(recipe: Recipe, output_format: Format) -> None:
+    if recipe.gptq is None or not recipe.gptq.desc_act:
+        return
+    if not output_format.HOLDS_DESC_ACT:
+        raise HlwqError(f"format {output_format.NAME} has no place for --desc-act. Use --format gptq, or leave it out.")
+    if recipe.stages[-1].basis != "identity":
+        raise HlwqError("--desc-act needs columns that are rounded as they are, not Hadamard-rotated. Leave it out.")
+
+
 def _matching(pattern: str, option: str, candidates: set[str], source: Source, chosen: set[str], idle: str) -> set[str]:
     try:
         expression = re.compile(pattern)
@@ -328,9 +371,14 @@ def _step(stage: Stage, spec: TensorSpec, output_format: Format, dtype: str, *, 
     return output_format.uniform_grid(stage.bits, group_size, symmetric, scale_method, dtype), stage.basis
 
 
+def layer_unit(index: int) -> str:
+    """The unit of a decoder layer."""
+    return f"layer {index}"
+
+
 def _unit(name: str, layout: ModelLayout) -> str:
     match = re.match(re.escape(layout.prefix) + r"layers\.(\d+)\.", name)
-    return f"layer {match[1]}" if match else REST
+    return layer_unit(int(match[1])) if match and int(match[1]) < len(layout.layers) else REST
 
 
 def _why_kept(name: str, layout: ModelLayout, matrices: dict[str, Matrix], required: Container[str]) -> str:

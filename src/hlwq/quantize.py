@@ -8,25 +8,32 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Unpack
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from hlwq.calibration import Calibration, Samples, load_samples
 from hlwq.check import CheckLine, check_directory, has_tokenizer
-from hlwq.checkpoint import DEFAULT_SHARD_BYTES, DTYPES, Reader, Writer, read_json, refuse_unless_empty
+from hlwq.checkpoint import DEFAULT_SHARD_BYTES, DTYPES, Reader, Writer, check_disk, read_json, refuse_unless_empty
 from hlwq.devices import torch_device
 from hlwq.errors import HlwqError
-from hlwq.grids import CHUNK_WEIGHTS, Basis, Grid, Parameters, QuantizedMatrix, ScaleMethod
-from hlwq.plan import Plan, PlannedTensor, make_plan, plan_decoding
-from hlwq.recipes import Recipe, override, recipe_named
+from hlwq.grids import CHUNK_WEIGHTS, Basis, Grid, Parameters, QuantizedMatrix
+from hlwq.layers import LayerRunner, default_batch_size
+from hlwq.plan import Plan, PlannedTensor, layer_unit, make_plan, plan_decoding
+from hlwq.recipes import Overrides, Recipe, override, recipe_named
+from hlwq.solvers.gptq import Gram, output_error, quantize_gptq
 from hlwq.solvers.nearest import quantize_nearest
 from hlwq.sources import DecodedCheckpoint, locate, open_dense
+from hlwq.transformers_models import load_tokenizer, quiet_transformers
 from hlwq.version import __version__
 
+SPILL_FILE = "activations"
+"""Calibration samples between two layers, inside `OUT.partial`."""
 Progress = Callable[[int, int, str], None]
 """Called with the parameters done, the parameters in all, and what is being worked on."""
 
@@ -40,6 +47,7 @@ class QuantizeResult:
         plan: what was done to each tensor.
         nbytes: bytes of the safetensors files.
         relative_errors: ‖W − Ŵ‖² / ‖W‖² of each quantized module.
+        output_errors: ‖(W − Ŵ) X‖² / ‖W X‖² on the calibration data, of each module that was calibrated.
         checks: what each engine demands, and whether it is met.
         seconds: wall-clock time of the work.
         peak_memory: the most memory the process has held, in bytes.
@@ -49,6 +57,7 @@ class QuantizeResult:
     plan: Plan
     nbytes: int
     relative_errors: dict[str, float]
+    output_errors: dict[str, float]
     checks: list[CheckLine]
     seconds: float
     peak_memory: int
@@ -59,22 +68,18 @@ def plan_for(
     recipe: str | Recipe,
     *,
     format: str | None = None,
-    bits: int | None = None,
-    group_size: int | None = None,
-    symmetric: bool | None = None,
-    scale_method: ScaleMethod | None = None,
     include_embeddings: bool = False,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     revision: str | None = None,
+    **overrides: Unpack[Overrides],
 ) -> tuple[Reader, Plan]:
     """Open a source and plan what `quantize` would do with the same arguments, reading no weights.
 
     Raises:
         HlwqError: see `locate`, `open_dense`, `override` and `make_plan`.
     """
-    chosen = recipe_named(recipe) if isinstance(recipe, str) else recipe
-    chosen = override(chosen, bits=bits, group_size=group_size, symmetric=symmetric, scale_method=scale_method)
+    chosen = override(recipe_named(recipe) if isinstance(recipe, str) else recipe, **overrides)
     reader = open_dense(locate(source, revision))
     plan = make_plan(reader, chosen, format, include_embeddings=include_embeddings, include=include, exclude=exclude)
     return reader, plan
@@ -86,17 +91,15 @@ def quantize(
     recipe: str | Recipe = "rtn",
     *,
     format: str | None = None,
-    bits: int | None = None,
-    group_size: int | None = None,
-    symmetric: bool | None = None,
-    scale_method: ScaleMethod | None = None,
     include_embeddings: bool = False,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     revision: str | None = None,
+    calibration: Calibration | None = None,
     device: str = "cpu",
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Progress | None = None,
+    **overrides: Unpack[Overrides],
 ) -> QuantizeResult:
     """Quantize a checkpoint into a new directory.
 
@@ -105,17 +108,15 @@ def quantize(
         out: the directory to make; absent or empty. It appears when it is complete and checked.
         recipe: a name of `RECIPES`, or a `Recipe` of your own.
         format: `gptq`, `mlx`, `hlwq` or `dense`; by default the recipe's usual one.
-        bits: of the codes in the file (the recipe's last stage).
-        group_size: of the codes in the file.
-        symmetric: of the codes in the file; by default GPTQ is symmetric and MLX is not.
-        scale_method: `signed` or `absmax`, for symmetric uniform codes.
         include_embeddings: quantize the embedding and the output head too.
         include: regular expressions of modules, kept by default, to quantize.
         exclude: regular expressions of modules to keep.
         revision: of the hub id.
+        calibration: which data a calibrated recipe uses.
         device: where to compute: `cpu`, `cuda`, `mps`.
         shard_bytes: the most that one safetensors file holds.
         progress: told how far the work is.
+        overrides: parameters of the codes in the file, see `Overrides`.
 
     Raises:
         HlwqError: the request cannot be met; the message says why and what to do.
@@ -125,14 +126,11 @@ def quantize(
         source,
         recipe,
         format=format,
-        bits=bits,
-        group_size=group_size,
-        symmetric=symmetric,
-        scale_method=scale_method,
         include_embeddings=include_embeddings,
         include=include,
         exclude=exclude,
         revision=revision,
+        **overrides,
     )
     # A hub snapshot's directory is named after its commit.
     commit = reader.path.name if not Path(source).exists() else None
@@ -143,7 +141,18 @@ def quantize(
         "include": list(include),
         "exclude": list(exclude),
     }
-    return run_plan(reader, plan, Path(out), origin=origin, device=device, shard_bytes=shard_bytes, progress=progress)
+    if calibration is not None and plan.recipe.gptq is None:
+        raise HlwqError(f"Calibration data changes nothing: recipe {plan.recipe.name} rounds to nearest.")
+    return run_plan(
+        reader,
+        plan,
+        Path(out),
+        origin=origin,
+        calibration=calibration,
+        device=device,
+        shard_bytes=shard_bytes,
+        progress=progress,
+    )
 
 
 def convert(
@@ -151,12 +160,9 @@ def convert(
     out: str | Path,
     format: str,
     *,
-    bits: int | None = None,
-    group_size: int | None = None,
-    symmetric: bool | None = None,
-    scale_method: ScaleMethod | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
+    **overrides: Unpack[Overrides],
 ) -> QuantizeResult:
     """Turn a quantized directory into another format, without the model it was made from.
 
@@ -167,12 +173,9 @@ def convert(
         directory: what `quantize` wrote; any format can be decoded.
         out: the directory to make; absent or empty.
         format: `gptq`, `mlx` or `dense`.
-        bits: of the codes in the new file.
-        group_size: of the codes in the new file.
-        symmetric: of the codes in the new file.
-        scale_method: `signed` or `absmax`, for symmetric codes.
         device: where to compute.
         progress: told how far the work is.
+        overrides: parameters of the codes in the new file, see `Overrides`.
 
     Raises:
         HlwqError: the directory cannot be read, or the format cannot be made from it.
@@ -188,15 +191,14 @@ def convert(
         raise HlwqError(f"{directory} is in format {format} already.")
     if format == "hlwq":
         raise HlwqError("To make an HLWQ checkpoint, quantize the original: hlwq quantize SOURCE OUT --recipe hlwq.")
-    options = dict(bits=bits, group_size=group_size, symmetric=symmetric, scale_method=scale_method)
     if format == "dense":
-        if given := [name for name, value in options.items() if value is not None]:
+        if given := [name for name, value in overrides.items() if value is not None]:
             raise HlwqError(f"{given[0]} changes nothing: to format dense, codes are only decoded.")
         plan = plan_decoding(decoded)
     else:
-        recipe = override(
-            recipe_named("rtn"), bits=bits, group_size=group_size, symmetric=symmetric, scale_method=scale_method
-        )
+        if overrides.get("calibrate"):
+            raise HlwqError("A conversion only rounds. To calibrate, quantize the original.")
+        recipe = override(recipe_named("rtn"), **overrides)
         plan = make_plan(decoded, recipe, format, modules=decoded.quantized_modules())
     manifest = path / "hlwq.json"
     origin = {"source": str(directory), "made_by": read_json(manifest) if manifest.is_file() else None}
@@ -222,6 +224,7 @@ def run_plan(
     out: Path,
     *,
     origin: dict[str, Any],
+    calibration: Calibration | None = None,
     device: str = "cpu",
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Progress | None = None,
@@ -233,6 +236,7 @@ def run_plan(
         plan: what becomes of each tensor.
         out: the directory to make.
         origin: where the checkpoint came from, for `hlwq.json`.
+        calibration: which data a calibrated recipe uses.
         device: where to compute.
         shard_bytes: the most that one safetensors file holds.
         progress: told how far the work is.
@@ -245,49 +249,57 @@ def run_plan(
     if not has_tokenizer(reader.path):
         raise HlwqError(f"{reader.path} has no tokenizer, which engines need. Copy the original's beside the weights.")
     target = torch_device(device)
+    report = progress or _silent
+    samples: Samples | None = None
+    if plan.recipe.gptq is not None:
+        calibration = calibration or Calibration()
+        report(0, 1, "reading calibration data")
+        tokenizer = load_tokenizer(reader.path)
+        with quiet_transformers():
+            samples = load_samples(calibration, tokenizer)
+        plan = replace(plan, remarks=(*plan.remarks, *filter(None, [samples.remark])))
+        batch_size = calibration.batch_size or default_batch_size(plan.layout, calibration.sequence_length)
+        calibration = replace(calibration, batch_size=min(batch_size, calibration.samples))
     recipe = {
         "origin": origin,
         "recipe": plan.recipe.name,
         "stages": [asdict(stage) for stage in plan.recipe.stages],
+        # The size of a batch decides in which order sums are taken, and so their last bits.
+        "calibration": {**samples.origin, "batch_size": calibration.batch_size} if samples and calibration else None,
         "format": plan.format.NAME,
         "kept": [tensor.module for tensor in plan.tensors if tensor.action == "copy" and tensor.reason == "excluded"],
         "device": target.type,
-        "versions": {"hlwq": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": _versions(calibrated=samples is not None),
     }
     arguments = {**recipe, "shard_bytes": shard_bytes, "tensors": _digest(plan), "files": _stamps(reader.path)}
-    writer = Writer(out, plan.outputs(), arguments, shard_bytes)
+    json_files = plan.format.json_files(reader.config, plan.contents())
+    writer = Writer(out, plan.outputs(), arguments, shard_bytes, json_files)
     _check_dropped(reader, plan)
-    errors: dict[str, float] = {}
-    done, total = 0, sum(tensor.spec.parameters for tensor in plan.tensors if tensor.action != "drop")
+    work = _Work(reader, plan, writer, target, report)
+    layers = {}
+    if samples is not None and calibration is not None:
+        layers = {layer_unit(index): index for index in range(len(plan.layout.layers))}
+        calibrated = _CalibratedLayers(work, samples, calibration)
+    errors: dict[str, dict[str, float]] = {}
     for unit in plan.units():
         tensors = [tensor for tensor in plan.tensors if tensor.unit == unit and tensor.action != "drop"]
-        record: dict[str, float] | None = writer.committed(unit)
+        record: dict[str, dict[str, float]] | None = writer.committed(unit)
         if record is None:
-            record = {}
+            record = calibrated.quantize(layers[unit], tensors) if unit in layers else {}
             for tensor in tensors:
-                if progress:
-                    progress(done, total, tensor.module)
-                values = reader.read(tensor.spec.name)
                 if tensor.action == "copy":
-                    _write_copy(writer, tensor, values)
-                else:
-                    record[tensor.module] = _write_quantized(writer, plan, tensor, values, target)
-                done += tensor.spec.parameters
+                    work.copy(tensor)
+                elif tensor.module not in record:
+                    record[tensor.module] = work.quantize_nearest(tensor)
             writer.commit(unit, [spec.name for tensor in tensors for spec in tensor.outputs], record)
         else:
-            done += sum(tensor.spec.parameters for tensor in tensors)
+            work.done += sum(tensor.spec.parameters for tensor in tensors)
         errors |= record
-    if progress:
-        progress(total, total, "checking")
+    report(work.total, work.total, "checking")
     schemes = plan.contents().quantized
-    manifest = {
-        **recipe,
-        "modules": {
-            module: {**asdict(schemes[module]), "relative_squared_error": errors[module]} for module in schemes
-        },
-    }
-    json_files = plan.format.json_files(reader.config, plan.contents())
-    writer.finish(reader.side_files(), {**json_files, "hlwq.json": manifest})
+    modules = {module: {**asdict(schemes[module]), **errors[module]} for module in schemes}
+    _remove_spilled(writer)
+    writer.finish(reader.side_files(), {"hlwq.json": {**recipe, "modules": modules}})
     checks = check_directory(writer.partial)
     _refuse_if_unusable(checks)
     writer.publish()
@@ -295,11 +307,170 @@ def run_plan(
         out=out,
         plan=plan,
         nbytes=sum(file.stat().st_size for file in out.glob("*.safetensors")),
-        relative_errors=errors,
+        relative_errors={module: each["relative_squared_error"] for module, each in errors.items()},
+        output_errors={
+            module: each["relative_output_error"] for module, each in errors.items() if "relative_output_error" in each
+        },
         checks=checks,
         seconds=time.monotonic() - started,
         peak_memory=peak_memory(),
     )
+
+
+class _Work:
+    """Doing what a plan says to single tensors, and telling how far it is.
+
+    Attributes:
+        done: parameters handled so far, of `total`.
+    """
+
+    def __init__(
+        self, reader: WeightSource, plan: Plan, writer: Writer, device: torch.device, report: Progress
+    ) -> None:
+        self.reader, self.plan, self.writer, self.device, self.report = reader, plan, writer, device, report
+        self.done = 0
+        self.total = sum(tensor.spec.parameters for tensor in plan.tensors if tensor.action != "drop")
+
+    def copy(self, tensor: PlannedTensor) -> None:
+        """Write a tensor as it is."""
+        self.report(self.done, self.total, tensor.spec.name)
+        values = self.reader.read(tensor.spec.name)
+        with _naming(tensor):
+            for chunk in values.reshape(-1).split(CHUNK_WEIGHTS):
+                _check_finite(chunk)
+        # The dtype changes only where the source decodes codes; then the file gets the model's own.
+        self.writer.write(tensor.spec.name, values.to(DTYPES[tensor.spec.dtype]))
+        self.done += tensor.spec.parameters
+
+    def quantize_nearest(self, tensor: PlannedTensor) -> dict[str, float]:
+        """Quantize a tensor without calibration; returns its errors."""
+        self.report(self.done, self.total, tensor.module)
+        with _naming(tensor):
+            matrix, error = quantize_matrix(
+                self.reader.read(tensor.spec.name), tensor.steps, self.device, self.stored_dtype
+            )
+        self.write(tensor, matrix)
+        return {"relative_squared_error": error}
+
+    def write(self, tensor: PlannedTensor, matrix: QuantizedMatrix) -> None:
+        """Write a quantized tensor as the format has it."""
+        for name, part in self.plan.format.encode(tensor.module, matrix, self.plan.dtype).items():
+            self.writer.write(name, part)
+        self.done += tensor.spec.parameters
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """What decoded weights are rounded to where they are stored decoded."""
+        return DTYPES[self.plan.dtype] if self.plan.format.STORES_DECODED else torch.float32
+
+
+class _CalibratedLayers:
+    """Quantizing decoder layers in their order, the calibration samples going through what is quantized already."""
+
+    def __init__(self, work: _Work, samples: Samples, calibration: Calibration) -> None:
+        self._work, self._samples, self._calibration = work, samples, calibration
+        # What is written is read back: the next layer is given what engines will compute with, and a run that was
+        # interrupted goes on from the same weights.
+        self._written = DecodedCheckpoint(work.writer.partial)
+        self._runner: LayerRunner | None = None
+
+    def quantize(self, index: int, tensors: Sequence[PlannedTensor]) -> dict[str, dict[str, float]]:
+        """Quantize one layer, running those that an earlier run wrote before it; returns each module's errors."""
+        runner = self._runner = self._runner or self._started()
+        while runner.index < index:
+            self._work.report(self._work.done, self._work.total, f"catching up: layer {runner.index}")
+            runner.advance(self._written.read, self._work.reader.read)
+        layout = self._work.plan.layout
+        prefix = layout.layer_prefix(index)
+        planned = {tensor.module.removeprefix(prefix): tensor for tensor in tensors if tensor.action == "quantize"}
+        errors: dict[str, dict[str, float]] = {}
+
+        def solve(layer: nn.Module, names: Sequence[str], gram: Gram) -> None:
+            errors.update(self._solve(layer, [(name, planned[name]) for name in names], gram))
+
+        steps = [[matrix.name for matrix in step if matrix.name in planned] for step in layout.layers[index].steps]
+        self._work.report(self._work.done, self._work.total, f"layer {index}")
+        runner.quantize(self._work.reader.read, [step for step in steps if step], solve)
+        return errors
+
+    def _solve(
+        self, layer: nn.Module, matrices: Sequence[tuple[str, PlannedTensor]], gram: Gram
+    ) -> Iterator[tuple[str, dict[str, float]]]:
+        """Quantize matrices that share an input, write them, and put into the layer what the file then says."""
+        weights = [layer.get_parameter(f"{name}.weight").float() for name, _ in matrices]
+        first = matrices[0][1]
+        grid, basis = first.steps[-1]
+        with _naming(first):
+            for values in weights:
+                _check_finite(values)
+            solved = quantize_gptq(torch.cat(weights), gram, grid, basis, first.gptq)
+        parts = solved.split_rows([len(values) for values in weights])
+        for (name, tensor), values, part in zip(matrices, weights, parts, strict=True):
+            self._work.write(tensor, part.cpu())
+            stored = self._written.read(tensor.spec.name)
+            parameter = layer.get_parameter(f"{name}.weight")
+            difference = stored.to(values) - values
+            parameter.data = stored.to(parameter)
+            signal = output_error(values, gram.hessian)
+            loss = output_error(difference, gram.hessian) / signal if signal else 0.0
+            self._work.report(self._work.done, self._work.total, f"{tensor.module}, output error {loss:.2e}")
+            squared = _sum_of_squares(values)
+            yield (
+                tensor.module,
+                {
+                    "relative_squared_error": _sum_of_squares(difference) / squared if squared else 0.0,
+                    "relative_output_error": loss,
+                },
+            )
+
+    def _started(self) -> LayerRunner:
+        work, calibration, tokens = self._work, self._calibration, self._samples.tokens
+        gptq = work.plan.recipe.gptq
+        assert gptq is not None
+        spill = None
+        if calibration.offload_activations:
+            copies = 2 if gptq.gptaq_alpha else 1
+            width = work.plan.layout.text_config["hidden_size"] * 4
+            check_disk(work.writer.partial, copies * tokens.numel() * width)
+            spill = work.writer.partial / SPILL_FILE
+        return LayerRunner(
+            work.reader.config,
+            work.plan.layout,
+            tokens,
+            self._embed,
+            device=work.device,
+            dtype=DTYPES[work.plan.dtype],
+            batch_size=calibration.batch_size,
+            spill=spill,
+            keep_original=gptq.gptaq_alpha > 0,
+        )
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        """Rows of the embedding, as the file will hold it."""
+        name = f"{self._work.plan.layout.embedding}.weight"
+        rows = self._work.reader.read(name)[ids]
+        planned = next(tensor for tensor in self._work.plan.tensors if tensor.spec.name == name)
+        if planned.action == "quantize":
+            matrix, _ = quantize_matrix(rows, planned.steps, self._work.device)
+            rows = matrix.dequantize(DTYPES[self._work.plan.dtype])
+        return rows
+
+
+def _remove_spilled(writer: Writer) -> None:
+    for file in writer.partial.glob(SPILL_FILE + "*"):
+        file.unlink()
+
+
+def _silent(done: int, total: int, item: str) -> None:
+    pass
+
+
+def _versions(*, calibrated: bool) -> dict[str, str]:
+    """Of everything that has a say in the bytes."""
+    found = {"hlwq": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    if calibrated:
+        found["transformers"] = version("transformers")
+    return found
 
 
 def quantize_matrix(
@@ -361,23 +532,6 @@ def _check_dropped(reader: WeightSource, plan: Plan) -> None:
                     f"config.json ties {tensor.spec.name} to the embedding, but the two differ. "
                     "Set tie_word_embeddings to false there, or delete the tensor."
                 )
-
-
-def _write_copy(writer: Writer, tensor: PlannedTensor, values: Tensor) -> None:
-    with _naming(tensor):
-        for chunk in values.reshape(-1).split(CHUNK_WEIGHTS):
-            _check_finite(chunk)
-    # The dtype changes only where the source decodes codes; then the file gets the model's own.
-    writer.write(tensor.spec.name, values.to(DTYPES[tensor.spec.dtype]))
-
-
-def _write_quantized(writer: Writer, plan: Plan, tensor: PlannedTensor, values: Tensor, device: torch.device) -> float:
-    stored_dtype = DTYPES[plan.dtype] if plan.format.STORES_DECODED else torch.float32
-    with _naming(tensor):
-        matrix, error = quantize_matrix(values, tensor.steps, device, stored_dtype)
-    for name, part in plan.format.encode(tensor.module, matrix, plan.dtype).items():
-        writer.write(name, part)
-    return error
 
 
 @contextmanager

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from hlwq.errors import HlwqError
-from hlwq.evaluate.model import load_model, quiet_transformers
+from hlwq.evaluate.model import load_model
 from hlwq.sources import locate
+from hlwq.transformers_models import quiet_transformers
 
 Protocol = Literal["windowed", "chunked"]
 

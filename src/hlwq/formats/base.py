@@ -22,11 +22,13 @@ class Scheme:
         bits: of a code.
         group_size: weights that share parameters.
         symmetric: for uniform grids; None where the word has no meaning.
+        desc_act: groups are formed of columns anywhere in the matrix.
     """
 
     bits: int
     group_size: int
     symmetric: bool | None = None
+    desc_act: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ class Format(Protocol):
     DEFAULT_SYMMETRIC: bool  # of uniform codes, where the user does not say
     FUSED_ALIKE: bool  # engines run some matrices as one, whose members must have one scheme
     HOLDS_EMBEDDINGS: bool  # the embedding and the output head can be stored as codes
+    HOLDS_DESC_ACT: bool  # groups can be formed of columns anywhere in the matrix
     STORES_DECODED: bool  # the file holds decoded weights, in the model's dtype
 
     def lloyd_grid(self, bits: int, group_size: int) -> Grid:

@@ -25,6 +25,7 @@ ENGINES: tuple[Engine, ...] = (
 DEFAULT_SYMMETRIC = True
 FUSED_ALIKE = False
 HOLDS_EMBEDDINGS = True
+HOLDS_DESC_ACT = True
 STORES_DECODED = True
 
 

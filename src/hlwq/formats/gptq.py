@@ -1,9 +1,10 @@
 """GPTQ: INT4 or INT8 that vLLM and GPTQModel load.
 
 For a linear of shape (out, in): `qweight` int32 (in·bits/32, out), codes packed along `in`; `qzeros` int32
-(groups, out·bits/32), packed along `out`; `scales` float16 (groups, out); `g_idx` int32 (in). Symmetric files are v1,
-whose `qzeros` store zero − 1. Asymmetric files are v2, which stores the zero itself: vLLM refuses those anyway, and
-GPTQModel trusts v1 only with symmetric codes, since tools disagree on what a zero of 0 becomes there.
+(groups, out·bits/32), packed along `out`; `scales` float16 (groups, out); `g_idx` int32 (in), each column's group.
+Symmetric files are v1, whose `qzeros` store zero − 1. Asymmetric files are v2, which stores the zero itself: vLLM
+refuses those anyway, and GPTQModel trusts v1 only with symmetric codes, since tools disagree on what a zero of 0
+becomes there.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ ENGINES: tuple[Engine, ...] = (
 DEFAULT_SYMMETRIC = True
 FUSED_ALIKE = True
 HOLDS_EMBEDDINGS = False
+HOLDS_DESC_ACT = True
 STORES_DECODED = False
 GROUP_SIZES = (32, 64, 128)
 
@@ -86,12 +88,14 @@ def encode(module: str, matrix: QuantizedMatrix, dtype: str) -> dict[str, Tensor
     zeros = torch.where(empty, 2 ** (bits - 1), -parameters.bias / torch.where(empty, 1, parameters.scale))
     symmetric = isinstance(matrix.grid, UniformGrid) and matrix.grid.symmetric
     stored = zeros.round().to(torch.int16) - (1 if symmetric else 0)
-    columns = matrix.codes.shape[1]
+    group_of_column = matrix.group_of_column
+    if group_of_column is None:
+        group_of_column = torch.arange(matrix.codes.shape[1]) // matrix.grid.group_size
     return {
         f"{module}.qweight": pack(matrix.codes, bits).view(torch.int32).T.contiguous(),
         f"{module}.qzeros": pack(stored.to(torch.uint8).T.contiguous(), bits).view(torch.int32),
         f"{module}.scales": parameters.scale.T.to(torch.float16).contiguous(),
-        f"{module}.g_idx": torch.arange(columns, dtype=torch.int32) // matrix.grid.group_size,
+        f"{module}.g_idx": group_of_column.to(torch.int32),
     }
 
 
@@ -102,7 +106,7 @@ def json_files(config: dict[str, Any], contents: Contents) -> dict[str, dict[str
         "quant_method": "gptq",
         "bits": common.bits,
         "group_size": common.group_size,
-        "desc_act": False,
+        "desc_act": common.desc_act,
         "sym": common.symmetric,
         "lm_head": False,
         "checkpoint_format": "gptq" if common.symmetric else "gptq_v2",
@@ -195,10 +199,9 @@ def dequantize(reader: Reader, module: str, scheme: Scheme) -> Tensor:
     scales = reader.read(f"{module}.scales").to(torch.float32)
     parameters = Parameters(scales.T, -(zeros * scales).T)
     grid = UniformGrid(bits, scheme.group_size, bool(scheme.symmetric))
-    group_of = torch.arange(codes.shape[1]) // scheme.group_size
+    group_of_column = None
     if f"{module}.g_idx" in reader.tensors:
         stored = reader.read(f"{module}.g_idx").long()
-        if not torch.equal(stored, group_of):  # desc_act: a weight's group is wherever its column says
-            assert parameters.bias is not None
-            return codes * parameters.scale[:, stored] + parameters.bias[:, stored]
-    return QuantizedMatrix(codes, parameters, grid).dequantize()
+        if not torch.equal(stored, torch.arange(codes.shape[1]) // scheme.group_size):
+            group_of_column = stored
+    return QuantizedMatrix(codes, parameters, grid, group_of_column=group_of_column).dequantize()

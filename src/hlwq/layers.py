@@ -1,0 +1,290 @@
+"""Running a model one decoder layer at a time on calibration data, with one layer's weights in memory.
+
+The layers are transformers' own modules, called as transformers calls them: masks, rotary embeddings and the state of
+linear attention are those of the real model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hlwq.models import ModelLayout
+from hlwq.solvers.gptq import Gram
+from hlwq.transformers_models import build_skeleton, quiet_transformers
+
+ACTIVATION_BYTES = 2 << 30
+"""What the activations of samples that run together may take, unless a batch size is given."""
+BYTES_PER_FEATURE = 8
+"""Of those, for each token and output of a linear layer: its values, and what is computed from them meanwhile."""
+GRAM_TOKENS = 1 << 13
+"""Tokens whose inputs are held in float32 at once."""
+GRAM_STRIPES = 8
+
+Read = Callable[[str], Tensor]
+"""Gives a tensor of a checkpoint by its name."""
+Solve = Callable[[nn.Module, Sequence[str], Gram], None]
+"""Given a layer, paths of modules in it that share an input, and its second moments: replaces their weights."""
+
+
+class LayerRunner:
+    """Calibration samples on their way through the layers of a model.
+
+    Attributes:
+        index: the layer that they have reached.
+    """
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        layout: ModelLayout,
+        tokens: Tensor,
+        embed: Callable[[Tensor], Tensor],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        batch_size: int | None = None,
+        spill: Path | None = None,
+        keep_original: bool = False,
+    ) -> None:
+        """Embed the samples.
+
+        Args:
+            config: the model's `config.json`.
+            layout: the model.
+            tokens: int64 (samples, sequence_length).
+            embed: gives the embeddings, (n, hidden), of token ids (n,).
+            device: where layers run.
+            dtype: of the model; layers run in it, or in float32 on a CPU that would be slower so.
+            batch_size: samples that run together; None for as many as `ACTIVATION_BYTES` hold.
+            spill: a file to keep the samples in between layers, instead of memory.
+            keep_original: run the samples through the original weights too, beside the quantized ones.
+        """
+        self.index = 0
+        self._layout, self._device = layout, device
+        self._dtype = dtype if device.type != "cpu" or _fast_on_cpu(dtype) else torch.float32
+        self._decoder = build_skeleton(config, tied=layout.tied).get_decoder()
+        self._decoder.norm = nn.Identity()
+        rotary = self._decoder.rotary_emb
+        self._decoder.rotary_emb = type(rotary)(config=rotary.config).to(device)
+        samples, length = tokens.shape
+        size = batch_size or default_batch_size(layout, length)
+        self._batches = [slice(start, min(start + size, samples)) for start in range(0, samples, size)]
+        counts = {batch.stop - batch.start for batch in self._batches}
+        self._arguments = {count: self._layer_arguments(count, length) for count in counts}
+        ids, places = tokens.unique(return_inverse=True)
+        rows = embed(ids).to(self._dtype)
+        shape = (samples, length, rows.shape[1])
+        self._states = _States(shape, self._dtype, spill)
+        self._originals: _States | None = None
+        if keep_original:
+            self._originals = _States(shape, self._dtype, spill and spill.with_name(spill.name + "-original"))
+        for batch in self._batches:
+            for states in filter(None, (self._states, self._originals)):
+                states.write(batch, rows[places[batch]])
+
+    @torch.no_grad()
+    def advance(self, read: Read, read_original: Read) -> None:
+        """Run the next layer with weights that were quantized before.
+
+        Args:
+            read: where those weights come from.
+            read_original: where the original weights come from; used if the originals run beside.
+        """
+        with self._loaded(read) as layer:
+            self._run_all(layer, self._states, self._batches)
+        if self._originals is not None:
+            with self._loaded(read_original) as layer:
+                self._run_all(layer, self._originals, self._batches)
+        self.index += 1
+
+    @torch.no_grad()
+    def quantize(self, read: Read, steps: Iterable[Sequence[str]], solve: Solve) -> None:
+        """Run the next layer, and have the modules of each step quantized when the forward pass reaches them.
+
+        The last batch runs through the layer once and pauses at each step, while the step's inputs, which depend on
+        what is quantized by then, are gathered from it and from the other batches, which are run up to there. Then
+        `solve` replaces the weights and the pass goes on with them. A single batch thus needs a single pass.
+
+        Args:
+            read: where the layer's weights come from.
+            steps: paths of modules inside the layer that share an input, in the order of evaluation.
+            solve: called for each step.
+        """
+        *others, last = self._batches
+        with self._loaded(read) as layer:
+            original = None if self._originals is None else deepcopy(layer)
+
+            def gather(module: str, inputs: Tensor) -> Gram:
+                width = inputs.shape[-1]
+                gram = Gram(torch.zeros(width, width, device=self._device))
+                if original is not None:
+                    gram.cross = torch.zeros_like(gram.hessian)
+                for batch in (last, *others):
+                    if batch is not last:
+                        inputs = self._inputs(layer, self._states, batch, module)
+                    if original is not None and self._originals is not None:
+                        _accumulate(gram, inputs, self._inputs(original, self._originals, batch, module))
+                    else:
+                        _accumulate(gram, inputs)
+                _mirror(gram.hessian)
+                return gram
+
+            def pause_at(step: Sequence[str]) -> None:
+                _before(layer, step, lambda inputs: solve(layer, step, gather(step[0], inputs)))
+
+            for step in steps:
+                pause_at(step)
+            outputs = self._run(layer, self._states, last)
+            self._run_all(layer, self._states, others)
+            self._states.write(last, outputs)
+            if original is not None and self._originals is not None:
+                self._run_all(original, self._originals, self._batches)
+        self.index += 1
+
+    @contextmanager
+    def _loaded(self, read: Read) -> Iterator[nn.Module]:
+        """The next layer with its weights, which are let go afterwards."""
+        layer: nn.Module = self._decoder.layers[self.index]
+        prefix = self._layout.layer_prefix(self.index)
+        weights = {name: read(prefix + name).to(self._device, self._dtype) for name in layer.state_dict()}
+        layer.load_state_dict(weights, assign=True)
+        del weights
+        try:
+            yield layer
+        finally:
+            layer.to("meta")
+
+    def _run(self, layer: nn.Module, states: _States, batch: slice) -> Tensor:
+        positional, named = self._arguments[batch.stop - batch.start][self.index]
+        with quiet_transformers():
+            outputs = layer(states.read(batch).to(self._device), *positional, **named)
+        result: Tensor = outputs[0] if isinstance(outputs, tuple) else outputs
+        return result
+
+    def _run_all(self, layer: nn.Module, states: _States, batches: Sequence[slice]) -> None:
+        for batch in batches:
+            states.write(batch, self._run(layer, states, batch))
+
+    def _inputs(self, layer: nn.Module, states: _States, batch: slice, module: str) -> Tensor:
+        """What a module of the layer is given; the pass ends there."""
+
+        def stop(inputs: Tensor) -> None:
+            raise _Reached(inputs)
+
+        _before(layer, [module], stop)
+        try:
+            self._run(layer, states, batch)
+        except _Reached as reached:
+            return reached.inputs
+        raise AssertionError(f"{module} was not reached")
+
+    def _layer_arguments(self, samples: int, length: int) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """What the model passes to each layer beside the hidden states, for so many samples."""
+        arguments = []
+
+        def record(hidden: Tensor, *positional: Any, **named: Any) -> Tensor:
+            arguments.append((positional, named))
+            return hidden
+
+        for layer in self._decoder.layers:
+            layer.forward = record
+        hidden = torch.zeros(samples, length, self._layout.text_config["hidden_size"], dtype=self._dtype)
+        with quiet_transformers(), torch.no_grad():
+            self._decoder(inputs_embeds=hidden.to(self._device), use_cache=False)
+        for layer in self._decoder.layers:
+            del layer.forward
+        return arguments
+
+
+def default_batch_size(layout: ModelLayout, sequence_length: int) -> int:
+    """How many samples run together, such that their activations take about `ACTIVATION_BYTES`."""
+    return max(1, ACTIVATION_BYTES // activation_bytes(layout, sequence_length))
+
+
+def activation_bytes(layout: ModelLayout, sequence_length: int) -> int:
+    """An estimate of what one sample's activations take in its way through a layer."""
+    features = max(sum(matrix.shape[0] for matrix in layer.matrices()) for layer in layout.layers)
+    return BYTES_PER_FEATURE * features * sequence_length
+
+
+class _Reached(Exception):
+    def __init__(self, inputs: Tensor) -> None:
+        self.inputs = inputs
+
+
+def _before(layer: nn.Module, modules: Sequence[str], act: Callable[[Tensor], None]) -> None:
+    """Call `act` with its inputs once, when the forward pass reaches the first of some modules."""
+    handles: list[Any] = []
+
+    def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        for handle in handles:
+            handle.remove()
+        act(inputs[0])
+
+    handles += [layer.get_submodule(module).register_forward_pre_hook(hook) for module in modules]
+
+
+def _accumulate(gram: Gram, inputs: Tensor, originals: Tensor | None = None) -> None:
+    """Add inputs, (…, in), to the upper part of the Hessian, and what the originals differ by to the cross moments."""
+    width = inputs.shape[-1]
+    stripe = -(-width // GRAM_STRIPES)
+    rows = inputs.reshape(-1, width).split(GRAM_TOKENS)
+    original_rows = [None] * len(rows) if originals is None else originals.reshape(-1, width).split(GRAM_TOKENS)
+    for part, original in zip(rows, original_rows, strict=True):
+        values = part.float()
+        for start in range(0, width, stripe):  # XᵀX is symmetric: half of it is enough
+            columns = slice(start, start + stripe)
+            gram.hessian[columns, start:].addmm_(values[:, columns].T, values[:, start:])
+        if original is not None and gram.cross is not None:
+            gram.cross.addmm_((original.float() - values).T, values)
+
+
+def _mirror(matrix: Tensor) -> None:
+    """Copy the upper part of a square matrix to the lower, in place."""
+    stripe = -(-len(matrix) // GRAM_STRIPES)
+    for start in range(0, len(matrix), stripe):
+        stop = start + stripe
+        matrix[stop:, start:stop] = matrix[start:stop, stop:].T
+
+
+class _States:
+    """The hidden states of all samples between two layers, in memory or in a file, read and written by batches."""
+
+    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, file: Path | None) -> None:
+        self._shape, self._dtype, self._file = shape, dtype, file
+        if file is None:
+            self._rows = torch.empty(shape, dtype=dtype)
+        else:
+            file.write_bytes(b"")
+            self._sample_bytes = shape[1] * shape[2] * dtype.itemsize
+
+    def read(self, batch: slice) -> Tensor:
+        if self._file is None:
+            return self._rows[batch]
+        # Not mapped: the pages of a mapped file count as this process's memory.
+        with self._file.open("rb") as stream:
+            stream.seek(batch.start * self._sample_bytes)
+            contents = bytearray(stream.read((batch.stop - batch.start) * self._sample_bytes))
+        return torch.frombuffer(contents, dtype=self._dtype).reshape(-1, *self._shape[1:])
+
+    def write(self, batch: slice, states: Tensor) -> None:
+        if self._file is None:
+            self._rows[batch] = states
+            return
+        with self._file.open("r+b") as stream:
+            stream.seek(batch.start * self._sample_bytes)
+            stream.write(states.cpu().contiguous().view(torch.uint8).numpy().data)
+
+
+def _fast_on_cpu(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies matrices of a dtype by instructions of its own, instead of one number at a time."""
+    if dtype is torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype is torch.float32

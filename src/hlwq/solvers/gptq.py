@@ -1,0 +1,197 @@
+"""GPTQ, with FOEM and GPTAQ as terms of the same loop: round column by column, make up for each error in the rest.
+
+Everything is in the coordinates that are rounded: in the `hadamard` basis both the weights and the Hessian are rotated
+first, W' = W R and H' = Rᵀ H R, which leaves ‖(W − Ŵ) X‖ as it was since R is orthogonal. With a `LloydGrid` that is
+calibrated HLWQ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hlwq.errors import HlwqError
+from hlwq.grids import Basis, Grid, Parameters, QuantizedMatrix, fit_weighted
+from hlwq.hadamard import rotate_blocks
+
+DAMPING_TRIES = 6
+"""How often damping is raised tenfold before a Hessian is given up."""
+
+
+@dataclass(frozen=True)
+class GptqOptions:
+    """What the loop does beyond plain GPTQ (Frantar et al., arXiv 2210.17323).
+
+    Attributes:
+        foem_beta: β of FOEM (arXiv 2507.11017): how far each column is drawn back to its original weights before it is
+            rounded, and how much of its drift is left out of the error that is passed on. 0 is plain GPTQ.
+        gptaq_alpha: α of GPTAQ (arXiv 2504.02692): how much of the difference between the inputs of the original model
+            and those of the quantized prefix is made up for. 0 leaves it out.
+        desc_act: form the groups of columns of similar importance, wherever those stand in the matrix. Otherwise
+            groups are runs of neighbouring columns, taken in the order of their importance.
+        damping: added to the Hessian's diagonal, as a fraction of its mean.
+    """
+
+    foem_beta: float = 0.0
+    gptaq_alpha: float = 0.0
+    desc_act: bool = False
+    damping: float = 0.01
+
+
+@dataclass
+class Gram:
+    """Second moments of a linear layer's inputs, summed over tokens.
+
+    Attributes:
+        hessian: XᵀX, float32 (in, in), X being the inputs (tokens, in) that the quantized prefix gives.
+        cross: (X̃ − X)ᵀX, float32 (in, in), X̃ being those of the original model; None unless GPTAQ wants it.
+    """
+
+    hessian: Tensor
+    cross: Tensor | None = None
+
+
+def quantize_gptq(
+    weights: Tensor, gram: Gram, grid: Grid, basis: Basis = "identity", options: GptqOptions | None = None
+) -> QuantizedMatrix:
+    """Quantize a matrix so that its outputs on the calibration data change least.
+
+    Rows are independent given the Hessian: matrices that share an input can be stacked and solved at once.
+
+    Args:
+        weights: float32 (out, in); `in` a multiple of `grid.group_size`.
+        gram: of the inputs, on the same device.
+        grid: what a group can be rounded to. Its parameters are fitted when the loop reaches the group, by squared
+            error weighted with the Hessian.
+        basis: the coordinates to round in.
+        options: the loop's terms.
+
+    Raises:
+        HlwqError: the Hessian stays singular whatever the damping, or a group's parameters overflow.
+    """
+    options = options or GptqOptions()
+    size = grid.group_size
+    hessian, cross = gram.hessian, gram.cross if options.gptaq_alpha else None
+    if basis == "hadamard":
+        weights = rotate_blocks(weights, size)
+        hessian = _rotate_both_sides(hessian, size)
+        cross = None if cross is None else _rotate_both_sides(cross, size)
+    order = _column_order(hessian.diagonal(), size, options.desc_act)
+    hessian = hessian[order][:, order]
+    factor = inverse_factor(hessian, options.damping)
+    # GPTAQ, eq. 18: what each column owes the later ones for the difference of its inputs.
+    owed = None
+    if cross is not None:
+        owed = options.gptaq_alpha * (cross[order][:, order] @ factor.T).triu_(1) @ factor
+
+    # Columns as rows, so that a column is contiguous.
+    latent = weights.T[order].contiguous()
+    original = latent.clone() if options.foem_beta else latent
+    codes = torch.empty(latent.shape, dtype=torch.uint8, device=weights.device)
+    fitted: list[Parameters] = []
+    for start in range(0, len(latent), size):
+        group = slice(start, start + size)
+        parameters = fit_weighted(grid, latent[group].T.contiguous(), hessian.diagonal()[group])
+        fitted.append(parameters)
+        _solve_group(latent, original, codes, group, parameters, grid, factor, owed, options.foem_beta)
+
+    place = order.argsort()
+    scale = torch.cat([parameters.scale for parameters in fitted], dim=1)
+    biases = [parameters.bias for parameters in fitted if parameters.bias is not None]
+    bias = torch.cat(biases, dim=1) if biases else None
+    if options.desc_act:
+        return QuantizedMatrix(codes[place].T.contiguous(), Parameters(scale, bias), grid, basis, place // size)
+    # The order keeps runs of columns whole: the run that starts at column c was solved as group place[c] // size.
+    runs = place[::size] // size
+    parameters = Parameters(scale[:, runs], None if bias is None else bias[:, runs])
+    return QuantizedMatrix(codes[place].T.contiguous(), parameters, grid, basis)
+
+
+def _solve_group(
+    latent: Tensor,
+    original: Tensor,
+    codes: Tensor,
+    group: slice,
+    parameters: Parameters,
+    grid: Grid,
+    factor: Tensor,
+    owed: Tensor | None,
+    beta: float,
+) -> None:
+    """Round the columns of one group, passing each error on within it, and then all of them to the later columns.
+
+    Algorithm 1 of GPTQ with the lazy batch as wide as the group. FOEM's terms are the two with β.
+    """
+    stop = group.stop
+    errors = torch.empty_like(latent[group])
+    rounded_from = torch.empty_like(errors) if owed is not None else None
+    for i in range(group.start, stop):
+        column = latent[i]
+        chosen = grid.round(column[:, None], parameters)
+        codes[i] = chosen[:, 0]
+        error = column - grid.decode(chosen, parameters)[:, 0]
+        if beta:
+            error -= beta * (column - original[i])
+        error /= factor[i, i]
+        errors[i - group.start] = error
+        later = latent[i + 1 : stop]
+        later.addr_(factor[i, i + 1 : stop], error, alpha=-1)
+        if owed is not None and rounded_from is not None:
+            rounded_from[i - group.start] = column
+            later.addr_(owed[i, i + 1 : stop], column)
+        if beta and i + 1 < len(latent):
+            latent[i + 1].lerp_(original[i + 1], beta)
+    latent[stop:].addmm_(factor[group, stop:].T, errors, alpha=-1)
+    if owed is not None and rounded_from is not None:
+        latent[stop:].addmm_(owed[group, stop:].T, rounded_from)
+
+
+def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
+    """The upper triangular U with UᵀU = (H + λ·mean(diag H)·I)⁻¹, by one Cholesky factorisation.
+
+    With J the reversal of the order, JHJ = LLᵀ gives H = AAᵀ where A = JLJ is upper triangular, so U = A⁻¹.
+
+    Args:
+        hessian: float32 (n, n), symmetric, positive semidefinite. Columns that were never active (a zero diagonal)
+            count as average ones without any correlation: they are rounded to nearest.
+        damping: λ, raised tenfold as often as the factorisation fails.
+
+    Raises:
+        HlwqError: it fails however large λ.
+    """
+    diagonal = hessian.diagonal()
+    mean = diagonal.mean()
+    if not torch.isfinite(mean) or mean <= 0:
+        raise HlwqError("the inputs of this layer are all zero or not finite on the calibration data. Use other data.")
+    for attempt in range(DAMPING_TRIES):
+        damped = hessian.flip(0, 1)
+        damped.diagonal().add_(damping * 10**attempt * mean)
+        damped.diagonal()[(diagonal == 0).flip(0)] = mean
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            identity = torch.eye(len(hessian), device=hessian.device)
+            inverse: Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+            return inverse
+    raise HlwqError("the Hessian of this layer's inputs is singular. Use more calibration samples, or raise --damping.")
+
+
+def output_error(difference: Tensor, hessian: Tensor) -> float:
+    """‖D X‖² summed over the calibration tokens, D (out, in) being a difference of weights: tr(D H Dᵀ)."""
+    return float(((difference @ hessian) * difference).sum(-1).cpu().sum(dtype=torch.float64))
+
+
+def _column_order(importance: Tensor, group_size: int, desc_act: bool) -> Tensor:
+    """Columns from the most important to the least; unless `desc_act`, groups stay whole and are ordered so too."""
+    if desc_act:
+        return importance.argsort(descending=True, stable=True)
+    groups = importance.unflatten(0, (-1, group_size))
+    within = groups.argsort(dim=1, descending=True, stable=True)
+    within += group_size * torch.arange(len(groups), device=importance.device)[:, None]
+    order: Tensor = within[groups.sum(1).argsort(descending=True, stable=True)]
+    return order.flatten()
+
+
+def _rotate_both_sides(matrix: Tensor, block_size: int) -> Tensor:
+    return rotate_blocks(rotate_blocks(matrix, block_size).T, block_size).T

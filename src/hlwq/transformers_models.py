@@ -1,0 +1,64 @@
+"""What is taken from transformers, an extra: tokenizers, and models built without weights."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hlwq.errors import HlwqError
+
+
+def require_transformers() -> Any:
+    """The module, or an HlwqError that says how to install it."""
+    try:
+        import transformers
+    except ImportError:
+        raise HlwqError("This needs transformers. Run: pip install 'hlwq[eval]'") from None
+    return transformers
+
+
+def load_tokenizer(path: Path) -> Any:
+    """Load the tokenizer of a directory.
+
+    Raises:
+        HlwqError: transformers is not installed, or there is no tokenizer.
+    """
+    try:
+        return require_transformers().AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise HlwqError(
+            f"{path} has no tokenizer that loads ({str(error).splitlines()[0]}). Copy the original's."
+        ) from None
+
+
+def build_skeleton(config: dict[str, Any], *, tied: bool) -> Any:
+    """The causal language model of a `config.json`, on the meta device: all of its modules, none of its weights.
+
+    Raises:
+        HlwqError: transformers is not installed.
+    """
+    transformers = require_transformers()
+    parsed = transformers.AutoConfig.for_model(config["model_type"])
+    parsed = type(parsed).from_dict(config)
+    with quiet_transformers(), torch.device("meta"):
+        skeleton = transformers.AutoModelForCausalLM.from_config(parsed)
+    skeleton.config.tie_word_embeddings = tied
+    return skeleton.eval()
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without its loading bars, and its hints on long texts and on kernels that are not installed."""
+    transformers = require_transformers()
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        transformers.logging.enable_progress_bar()
