@@ -176,7 +176,10 @@ def _read(source: str, calibration: Calibration) -> tuple[dict[str, Any], list[A
         raise HlwqError(f"--calibration {source} does not exist.")
     facts = {"sha256": hash_file(path)}
     if path.suffix == ".parquet":
-        return facts, list(_datasets().Dataset.from_parquet(str(path), keep_in_memory=True))
+        try:
+            return facts, list(_datasets().Dataset.from_parquet(str(path), keep_in_memory=True))
+        except Exception as error:  # the library's own, of many kinds
+            raise HlwqError(f"--calibration {source} cannot be read: {_first_line(error)}") from None
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
@@ -208,9 +211,9 @@ def _from_hub(name: str, calibration: Calibration) -> tuple[dict[str, Any], list
         split = "train" if "train" in splits or len(splits) > 1 else splits[0]
         data = datasets.load_dataset(name, split=split)
     except Exception as error:  # the library lets many through: of the network, of the hub, of the files
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise HlwqError(
-            f"--calibration {name} is no file here, and the hub did not give it: {reason} Name a local file instead."
+            f"--calibration {name} is no file here, and the hub did not give it: {_first_line(error)} "
+            "Name a local file instead."
         ) from None
     # Only so many rows as could be needed: shuffled here, since a data set can be far larger than the memory.
     chosen = data.shuffle(seed=calibration.seed).select(range(min(len(data), 4 * calibration.samples)))
@@ -226,6 +229,10 @@ def _pieces(text: str, characters: int) -> Iterator[str]:
             end = len(text)
         yield text[start:end]
         start = end + 1
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _datasets() -> Any:

@@ -63,8 +63,8 @@ def quantize_gptq(
     Args:
         weights: float32 (out, in); `in` a multiple of `grid.group_size`.
         gram: of the inputs, on the same device.
-        grid: what a group can be rounded to. Its parameters are fitted when the loop reaches the group, by squared
-            error weighted with the Hessian.
+        grid: what a group can be rounded to. Its parameters are fitted when the loop reaches the group, by the squared
+            errors that later columns cannot make up for.
         basis: the coordinates to round in.
         options: the loop's terms.
 
@@ -91,9 +91,11 @@ def quantize_gptq(
     original = latent.clone() if options.foem_beta else latent
     codes = torch.empty(latent.shape, dtype=torch.uint8, device=weights.device)
     fitted: list[Parameters] = []
+    # What the loss of a column's error is once the later columns have made up for it.
+    importance = factor.diagonal().square().reciprocal()
     for start in range(0, len(latent), size):
         group = slice(start, start + size)
-        parameters = fit_weighted(grid, latent[group].T.contiguous(), hessian.diagonal()[group])
+        parameters = fit_weighted(grid, latent[group].T.contiguous(), importance[group])
         fitted.append(parameters)
         _solve_group(latent, original, codes, group, parameters, grid, factor, owed, options.foem_beta)
 
@@ -129,6 +131,8 @@ def _solve_group(
     rounded_from = torch.empty_like(errors) if owed is not None else None
     for i in range(group.start, stop):
         column = latent[i]
+        if beta:
+            column.lerp_(original[i], beta)
         chosen = grid.round(column[:, None], parameters)
         codes[i] = chosen[:, 0]
         error = column - grid.decode(chosen, parameters)[:, 0]
@@ -141,8 +145,6 @@ def _solve_group(
         if owed is not None and rounded_from is not None:
             rounded_from[i - group.start] = column
             later.addr_(owed[i, i + 1 : stop], column)
-        if beta and i + 1 < len(latent):
-            latent[i + 1].lerp_(original[i + 1], beta)
     latent[stop:].addmm_(factor[group, stop:].T, errors, alpha=-1)
     if owed is not None and rounded_from is not None:
         latent[stop:].addmm_(owed[group, stop:].T, rounded_from)

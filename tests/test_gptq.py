@@ -1,0 +1,232 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_grids import GRIDS, GROUP_KINDS, every_grid, groups_of
+from torch import Tensor
+
+from hlwq import HlwqError
+from hlwq.grids import Basis, Grid, LloydGrid, Parameters, UniformGrid, fit_weighted
+from hlwq.solvers.gptq import GptqOptions, Gram, inverse_factor, output_error, quantize_gptq
+from hlwq.solvers.nearest import quantize_nearest
+
+INT4 = UniformGrid(4, 32)
+
+
+def correlated_inputs(width: int, tokens: int = 2000, seed: int = 0) -> Tensor:
+    """Inputs as layers have them: a few directions and a few columns carry most of the energy."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(width, width, generator=generator) * torch.rand(width, 1, generator=generator) ** 3
+    scales = 10 ** torch.randn(width, generator=generator).mul(0.5)
+    return (torch.randn(tokens, width, generator=generator) @ mixing) * scales
+
+
+def problem(rows: int = 48, width: int = 128, seed: int = 0) -> tuple[Tensor, Gram]:
+    inputs = correlated_inputs(width, seed=seed)
+    weights = torch.randn(rows, width, generator=torch.Generator().manual_seed(seed + 1))
+    noise = torch.randn(inputs.shape, generator=torch.Generator().manual_seed(seed + 2)) * 0.1 * inputs.std(0)
+    return weights, Gram(inputs.T @ inputs, noise.T @ inputs)
+
+
+def loss(weights: Tensor, gram: Gram, grid: Grid, basis: Basis = "identity", **options: float) -> float:
+    matrix = quantize_gptq(weights, gram, grid, basis, GptqOptions(**options))  # type: ignore[arg-type]
+    return output_error(weights - matrix.dequantize(), gram.hessian)
+
+
+@every_grid
+def test_outputs_change_less_than_by_rounding_to_nearest(grid: Grid, basis: Basis) -> None:
+    weights, gram = problem()
+    nearest = output_error(weights - quantize_nearest(weights, grid, basis).dequantize(), gram.hessian)
+    assert loss(weights, gram, grid, basis) < 0.6 * nearest
+
+
+@pytest.mark.parametrize("options", [{}, {"foem_beta": 0.3}, {"gptaq_alpha": 0.5}, {"foem_beta": 0.3, "gptaq_alpha": 0.5}])
+@pytest.mark.parametrize("desc_act", [False, True])
+def test_agrees_with_the_textbook(options: dict[str, float], desc_act: bool) -> None:
+    """The loop without its lazy batches: every column's error goes to all later columns at once, in float64."""
+    weights, gram = problem(rows=16, width=64)
+    chosen = GptqOptions(desc_act=desc_act, **options)
+    matrix = quantize_gptq(weights, gram, INT4, "identity", chosen)
+    expected = textbook(weights, gram, INT4, chosen)
+    # float32 and float64 may round a tie differently, after which a row goes its own way.
+    same = ((matrix.dequantize() - expected).abs() < 1e-3).all(1)
+    assert same.float().mean() > 0.75
+
+
+def textbook(weights: Tensor, gram: Gram, grid: Grid, options: GptqOptions) -> Tensor:
+    size, diagonal = grid.group_size, gram.hessian.diagonal()
+    if options.desc_act:
+        order = diagonal.argsort(descending=True)
+    else:
+        groups = sorted(range(0, len(diagonal), size), key=lambda start: -float(diagonal[start : start + size].sum()))
+        runs = [start + diagonal[start : start + size].argsort(descending=True) for start in groups]
+        order = torch.cat(runs)
+    hessian = gram.hessian.double()[order][:, order]
+    damped = hessian + options.damping * hessian.diagonal().mean() * torch.eye(len(order))
+    factor = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    assert gram.cross is not None
+    owed = options.gptaq_alpha * (gram.cross.double()[order][:, order] @ factor.T).triu(1) @ factor
+    original = weights.double()[:, order]
+    latent, decoded = original.clone(), torch.zeros_like(original)
+    for column in range(len(order)):
+        if column % size == 0:
+            group = slice(column, column + size)
+            parameters = fit_weighted(grid, latent[:, group].float(), factor.diagonal()[group].float() ** -2)
+        latent[:, column] -= options.foem_beta * (latent[:, column] - original[:, column])
+        value = latent[:, column].clone()
+        decoded[:, column] = grid.decode(grid.round(value[:, None].float(), parameters), parameters)[:, 0]
+        error = value - decoded[:, column] - options.foem_beta * (value - original[:, column])
+        later = slice(column + 1, None)
+        latent[:, later] -= (error / factor[column, column])[:, None] * factor[column, later]
+        latent[:, later] += value[:, None] * owed[column, later]
+    result = torch.empty_like(decoded)
+    result[:, order] = decoded
+    return result.float()
+
+
+def test_without_correlations_it_is_rounding_to_nearest() -> None:
+    weights = torch.randn(16, 64)
+    importance = torch.rand(64) + 0.1
+    matrix = quantize_gptq(weights, Gram(importance.diag()), INT4)
+    damped = importance + 0.01 * importance.mean()
+    for start in (0, 32):
+        groups = weights[:, start : start + 32]
+        parameters = fit_weighted(INT4, groups, damped[start : start + 32])
+        assert torch.equal(matrix.codes[:, start : start + 32], INT4.round(groups, parameters))
+
+
+def test_rows_can_be_stacked() -> None:
+    weights, gram = problem()
+    stacked = quantize_gptq(weights, gram, INT4).split_rows([10, 38])
+    for part, rows in zip(stacked, weights.split([10, 38]), strict=True):
+        alone = quantize_gptq(rows, gram, INT4)
+        assert (part.dequantize() - alone.dequantize()).abs().gt(1e-3).float().mean() < 0.01
+        assert part.codes.shape == rows.shape
+
+
+def test_calibrated_hlwq_beats_data_free_hlwq_and_its_error_is_the_same_in_either_basis() -> None:
+    weights, gram = problem(width=256)
+    grid = LloydGrid(4, 64)
+    nearest = output_error(weights - quantize_nearest(weights, grid, "hadamard").dequantize(), gram.hessian)
+    assert loss(weights, gram, grid, "hadamard") < 0.5 * nearest
+    # A rotation of the inputs' columns is the identity basis seen from elsewhere.
+    from hlwq.hadamard import rotate_blocks
+
+    rotated = Gram(rotate_blocks(rotate_blocks(gram.hessian, 64).T, 64).T)
+    assert loss(rotate_blocks(weights, 64), rotated, grid) == pytest.approx(loss(weights, gram, grid, "hadamard"), rel=0.02)
+
+
+@pytest.mark.parametrize("options", [{"foem_beta": 0.2}, {"gptaq_alpha": 0.25}, {"desc_act": True}, {"damping": 0.1}])
+def test_each_option_changes_the_result(options: dict[str, float]) -> None:
+    weights, gram = problem()
+    plain = quantize_gptq(weights, gram, INT4)
+    other = quantize_gptq(weights, gram, INT4, options=GptqOptions(**options))  # type: ignore[arg-type]
+    assert not torch.equal(plain.dequantize(), other.dequantize())
+
+
+def test_gptaq_makes_up_for_the_difference_of_the_inputs() -> None:
+    """Its target is the original model's output: W X̃, not W X."""
+    inputs, generator = correlated_inputs(128), torch.Generator().manual_seed(7)
+    originals = inputs @ (torch.eye(128) + 0.02 * torch.randn(128, 128, generator=generator))
+    gram = Gram(inputs.T @ inputs, (originals - inputs).T @ inputs)
+    weights = torch.randn(32, 128, generator=generator)
+
+    def distance(alpha: float) -> float:
+        decoded = quantize_gptq(weights, gram, UniformGrid(8, 32), options=GptqOptions(gptaq_alpha=alpha)).dequantize()
+        return float((inputs @ decoded.T - originals @ weights.T).square().sum())
+
+    assert distance(1.0) < 0.6 * distance(0.0)
+
+
+def test_desc_act_groups_columns_of_like_importance() -> None:
+    weights, gram = problem()
+    matrix = quantize_gptq(weights, gram, INT4, options=GptqOptions(desc_act=True))
+    assert matrix.group_of_column is not None
+    assert matrix.group_of_column.bincount().tolist() == [32] * 4
+    diagonal = gram.hessian.diagonal()
+    for group in range(3):
+        ahead, behind = (diagonal[matrix.group_of_column == each].mean() for each in (group, group + 1))
+        assert ahead > behind
+
+
+def test_columns_that_were_never_active_are_rounded_to_nearest() -> None:
+    inputs = correlated_inputs(64)
+    inputs[:, [3, 40]] = 0
+    weights = torch.randn(16, 64)
+    matrix = quantize_gptq(weights, Gram(inputs.T @ inputs), UniformGrid(8, 32))
+    difference = (matrix.dequantize() - weights)[:, [3, 40]].abs()
+    step = matrix.parameters.scale.abs()
+    assert (difference <= step * 1.01).all()
+
+
+def test_a_singular_hessian_is_damped_until_it_can_be_factored() -> None:
+    direction = torch.ones(1, 64) * 1e3
+    gram = Gram(direction.T @ direction - 1e-1 * torch.eye(64))
+    with pytest.raises(torch.linalg.LinAlgError):
+        torch.linalg.cholesky(gram.hessian)
+    assert torch.isfinite(quantize_gptq(torch.randn(8, 64), gram, INT4, options=GptqOptions(damping=1e-9)).dequantize()).all()
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_inputs_that_say_nothing_are_refused(value: float) -> None:
+    with pytest.raises(HlwqError, match="all zero or not finite"):
+        quantize_gptq(torch.randn(8, 64), Gram(torch.full((64, 64), value)), INT4)
+
+
+def test_inverse_factor_is_the_upper_factor_of_the_damped_inverse() -> None:
+    hessian = problem()[1].hessian.double()
+    factor = inverse_factor(hessian.float(), 0.01).double()
+    assert torch.equal(factor, factor.triu())
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian))
+    assert torch.allclose(factor.T @ factor @ damped, torch.eye(len(hessian), dtype=torch.float64), atol=1e-4)
+
+
+def test_output_error_is_that_of_the_outputs() -> None:
+    inputs, difference = correlated_inputs(32), torch.randn(5, 32)
+    expected = float((inputs @ difference.T).double().square().sum())
+    assert output_error(difference, inputs.T @ inputs) == pytest.approx(expected, rel=1e-4)
+
+
+def weighted_error(grid: Grid, groups: Tensor, importance: Tensor, parameters: Parameters) -> Tensor:
+    decoded = grid.decode(grid.round(groups, parameters), parameters)
+    return ((decoded - groups).square() * importance).sum(-1)
+
+
+@every_grid
+@pytest.mark.parametrize("kind", GROUP_KINDS)
+def test_weighted_fit_is_never_worse_than_the_range(grid: Grid, basis: Basis, kind: str) -> None:
+    groups = groups_of(kind, (200, 32))
+    importance = torch.rand(32, generator=torch.Generator().manual_seed(1)) ** 4
+    fitted = weighted_error(grid, groups, importance, fit_weighted(grid, groups, importance))
+    start = next(iter(grid.candidates(groups)))
+    assert (fitted <= weighted_error(grid, groups, importance, start) * (1 + 1e-5)).all()
+    if kind == "gaussian":
+        assert fitted.sum() < 0.85 * weighted_error(grid, groups, importance, grid.fit(groups)).sum()
+
+
+@every_grid
+def test_weighted_parameters_fit_the_file(grid: Grid, basis: Basis) -> None:
+    both = replace(grid, storage=(torch.bfloat16, torch.float16))
+    groups = torch.cat([groups_of("gaussian", (50, 32)), torch.zeros(1, 32)])
+    parameters = fit_weighted(both, groups, torch.ones(32))
+    for values in filter(lambda each: each is not None, (parameters.scale, parameters.bias)):
+        assert values is not None
+        if values is parameters.scale or not getattr(grid, "integer_zero", True):
+            assert torch.equal(values, values.bfloat16().half().float())
+    assert (both.decode(both.round(groups, parameters), parameters)[-1] == 0).all()
+    if getattr(grid, "symmetric", False):
+        assert parameters.bias is not None
+        assert torch.equal(parameters.bias, -8 * parameters.scale)
+
+
+def test_importance_decides() -> None:
+    groups = groups_of("gaussian", (100, 32))
+    focus = torch.full((32,), 1e-3)
+    focus[5] = 1.0
+    for grid, _ in GRIDS.values():
+        parameters = fit_weighted(grid, groups, focus)
+        error = (grid.decode(grid.round(groups, parameters), parameters) - groups).square()[:, 5].sum()
+        plain = fit_weighted(grid, groups, torch.ones(32))
+        assert error < 0.7 * (grid.decode(grid.round(groups, plain), plain) - groups).square()[:, 5].sum()

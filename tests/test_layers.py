@@ -1,0 +1,136 @@
+"""The layer runner against the whole model as transformers runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import FAMILY_NAMES, make_checkpoint
+from torch import Tensor, nn
+
+from hlwq.checkpoint import Reader
+from hlwq.evaluate.model import load_model
+from hlwq.layers import LayerRunner
+from hlwq.models import ModelLayout, describe
+from hlwq.solvers.gptq import Gram
+
+TOKENS = torch.randint(0, 96, (5, 70), generator=torch.Generator().manual_seed(0))
+every_family = pytest.mark.parametrize("family", FAMILY_NAMES)
+
+
+@pytest.fixture(params=FAMILY_NAMES)
+def source(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Reader:
+    monkeypatch.setattr("hlwq.evaluate.model.load_tokenizer", lambda path: None)  # these have none
+    return Reader(make_checkpoint(tmp_path / "model", request.param))
+
+
+def runner_of(source: Reader, **options: Any) -> tuple[LayerRunner, ModelLayout]:
+    layout = describe(source.config, source.tensors)
+    embedding = source.read(f"{layout.embedding}.weight")
+    device = torch.device("cpu")
+    runner = LayerRunner(
+        source.config, layout, TOKENS, lambda ids: embedding[ids], device=device, dtype=torch.float32, **options
+    )
+    return runner, layout
+
+
+def whole_model(source: Reader) -> Any:
+    return load_model(source.path, dtype=torch.float32)[0]
+
+
+def states(runner: LayerRunner) -> Tensor:
+    return runner._states.read(slice(0, len(TOKENS)))
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_size": 2}, {"spill": True}, {"batch_size": 2, "spill": True}])
+def test_layers_compute_what_the_model_computes(source: Reader, options: dict[str, Any], tmp_path: Path) -> None:
+    if "spill" in options:
+        options = {**options, "spill": tmp_path / "activations"}
+    runner, layout = runner_of(source, **options)
+    with torch.no_grad():
+        expected = whole_model(source)(input_ids=TOKENS, output_hidden_states=True).hidden_states
+    for index in range(len(layout.layers) - 1):  # the last one's output is behind the norm there
+        assert torch.allclose(states(runner), expected[index], atol=1e-4)
+        runner.advance(source.read, source.read)
+    assert torch.allclose(states(runner), expected[len(layout.layers) - 1], atol=1e-4)
+    assert runner.index == len(layout.layers) - 1
+
+
+def test_members_of_a_step_share_their_input(source: Reader) -> None:
+    model, (_, layout) = whole_model(source), runner_of(source)
+    seen: dict[str, Tensor] = {}
+
+    def record(name: str) -> Any:
+        return lambda module, inputs: seen.__setitem__(name, inputs[0])
+
+    for index, layer in enumerate(layout.layers):
+        for matrix in layer.matrices():
+            module = model.get_decoder().layers[index].get_submodule(matrix.name)
+            module.register_forward_pre_hook(record(f"{index} {matrix.name}"))
+    with torch.no_grad():
+        model(input_ids=TOKENS)
+    for index, layer in enumerate(layout.layers):
+        for step in layer.steps:
+            first, *others = [seen[f"{index} {matrix.name}"] for matrix in step]
+            assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_size": 2}])
+@pytest.mark.parametrize("keep_original", [False, True])
+def test_steps_are_given_what_the_quantized_part_makes(
+    source: Reader, options: dict[str, Any], keep_original: bool
+) -> None:
+    """Two layers with all matrices halved on the way, against whole models with the weights of that moment."""
+    runner, layout = runner_of(source, keep_original=keep_original, **options)
+    grams: list[tuple[str, Gram]] = []
+
+    def halve(layer: nn.Module, names: Sequence[str], gram: Gram) -> None:
+        grams.append((names[0], gram))
+        for name in names:
+            parameter = layer.get_parameter(f"{name}.weight")
+            parameter.data = parameter / 2
+
+    for index in range(2):
+        runner.quantize(source.read, [[m.name for m in step] for step in layout.layers[index].steps], halve)
+    model, original = whole_model(source), whole_model(source)
+    for index in range(2):
+        layer, layer_before = (each.get_decoder().layers[index] for each in (model, original))
+        for step in layout.layers[index].steps:
+            name, gram = grams.pop(0)
+            assert name == step[0].name
+            inputs, originals = inputs_of(model, layer, name), inputs_of(original, layer_before, name)
+            assert torch.allclose(gram.hessian, inputs.T @ inputs, rtol=1e-3, atol=1e-3)
+            assert torch.equal(gram.hessian, gram.hessian.T)
+            if keep_original:
+                assert gram.cross is not None
+                assert torch.allclose(gram.cross, (originals - inputs).T @ inputs, rtol=1e-2, atol=1e-2)
+            for matrix in step:
+                layer.get_parameter(f"{matrix.name}.weight").data /= 2
+    assert not grams
+
+
+def inputs_of(model: Any, layer: nn.Module, name: str) -> Tensor:
+    seen: list[Tensor] = []
+    handle = layer.get_submodule(name).register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        model(input_ids=TOKENS)
+    handle.remove()
+    return seen[0].flatten(0, 1)
+
+
+def test_one_layer_has_weights_at_a_time(source: Reader) -> None:
+    runner, layout = runner_of(source)
+    loaded: list[list[bool]] = []
+
+    def look(layer: nn.Module, names: Sequence[str], gram: Gram) -> None:
+        layers = runner._decoder.layers
+        loaded.append([not next(each.parameters()).is_meta for each in layers])
+
+    for index in range(2):
+        runner.quantize(source.read, [[layout.layers[index].steps[0][0].name]], look)
+    count = len(layout.layers)
+    assert loaded == [[place == index for place in range(count)] for index in range(2)]
+    assert all(parameter.is_meta for parameter in runner._decoder.parameters())
