@@ -13,7 +13,24 @@ from hlwq.calibration import EMBEDDED, Calibration, load_samples
 from hlwq.demo import bundled_model
 from hlwq.transformers_models import load_tokenizer
 
-WORDS = "the cat sat on a mat and saw the sea while rain fell over every town in the north of our old land".split()
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "and",
+    "saw",
+    "the",
+    "sea",
+    "while",
+    "rain",
+    "fell",
+    "over",
+    "our",
+    "land",
+]
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +39,9 @@ def tokenizer() -> Any:
 
 
 def prose(sentences: int) -> list[str]:
-    return [" ".join(WORDS[(i * 7 + j * (i % 5 + 1)) % len(WORDS)] for j in range(12)) + f" {i}." for i in range(sentences)]
+    return [
+        " ".join(WORDS[(i * 7 + j * (i % 5 + 1)) % len(WORDS)] for j in range(12)) + f" {i}." for i in range(sentences)
+    ]
 
 
 def write_text(file: Path) -> Path:
@@ -41,8 +60,12 @@ def write_parquet(file: Path) -> Path:
     return file
 
 
-@pytest.mark.parametrize(("name", "write"), [("a.txt", write_text), ("a.jsonl", write_rows), ("a.parquet", write_parquet)])
-def test_each_kind_of_file_gives_full_samples(name: str, write: Callable[[Path], Path], tmp_path: Path, tokenizer: Any) -> None:
+@pytest.mark.parametrize(
+    ("name", "write"), [("a.txt", write_text), ("a.jsonl", write_rows), ("a.parquet", write_parquet)]
+)
+def test_each_kind_of_file_gives_full_samples(
+    name: str, write: Callable[[Path], Path], tmp_path: Path, tokenizer: Any
+) -> None:
     file = write(tmp_path / name)
     samples = load_samples(Calibration((str(file),), 6, 64), tokenizer)
     assert samples.tokens.shape == (6, 64)
@@ -84,7 +107,8 @@ def test_chats_go_through_the_template(key: str, tmp_path: Path, tokenizer: Any)
     file.write_text("\n".join(json.dumps({key: chat}) for _ in range(30)))
     samples = load_samples(Calibration((str(file),), 2, 64), tokenizer)
     expected = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "What is rain?"}, {"role": "assistant", "content": "Water that falls."}], tokenize=False
+        [{"role": "user", "content": "What is rain?"}, {"role": "assistant", "content": "Water that falls."}],
+        tokenize=False,
     )
     ids = tokenizer(expected, add_special_tokens=False)["input_ids"]
     assert samples.tokens.flatten()[: len(ids)].tolist() == ids
@@ -109,11 +133,11 @@ def test_without_a_network_the_embedded_texts_serve_and_say_so(monkeypatch: pyte
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     samples = load_samples(Calibration((), 4, 64), tokenizer)
-    assert "Name better data with --calibration" in samples.remark
+    assert "Name better data with --calibration" in samples.warning
     assert samples.origin["sources"][0]["source"] == EMBEDDED
     named = load_samples(Calibration((EMBEDDED,), 4, 64), tokenizer)
     assert torch.equal(samples.tokens, named.tokens)
-    assert not named.remark
+    assert not named.warning
 
 
 @pytest.mark.parametrize(

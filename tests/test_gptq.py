@@ -42,7 +42,9 @@ def test_outputs_change_less_than_by_rounding_to_nearest(grid: Grid, basis: Basi
     assert loss(weights, gram, grid, basis) < 0.6 * nearest
 
 
-@pytest.mark.parametrize("options", [{}, {"foem_beta": 0.3}, {"gptaq_alpha": 0.5}, {"foem_beta": 0.3, "gptaq_alpha": 0.5}])
+@pytest.mark.parametrize(
+    "options", [{}, {"foem_beta": 0.3}, {"gptaq_alpha": 0.5}, {"foem_beta": 0.3, "gptaq_alpha": 0.5}]
+)
 @pytest.mark.parametrize("desc_act", [False, True])
 def test_agrees_with_the_textbook(options: dict[str, float], desc_act: bool) -> None:
     """The loop without its lazy batches: every column's error goes to all later columns at once, in float64."""
@@ -115,7 +117,9 @@ def test_calibrated_hlwq_beats_data_free_hlwq_and_its_error_is_the_same_in_eithe
     from hlwq.hadamard import rotate_blocks
 
     rotated = Gram(rotate_blocks(rotate_blocks(gram.hessian, 64).T, 64).T)
-    assert loss(rotate_blocks(weights, 64), rotated, grid) == pytest.approx(loss(weights, gram, grid, "hadamard"), rel=0.02)
+    assert loss(rotate_blocks(weights, 64), rotated, grid) == pytest.approx(
+        loss(weights, gram, grid, "hadamard"), rel=0.02
+    )
 
 
 @pytest.mark.parametrize("options", [{"foem_beta": 0.2}, {"gptaq_alpha": 0.25}, {"desc_act": True}, {"damping": 0.1}])
@@ -166,7 +170,9 @@ def test_a_singular_hessian_is_damped_until_it_can_be_factored() -> None:
     gram = Gram(direction.T @ direction - 1e-1 * torch.eye(64))
     with pytest.raises(torch.linalg.LinAlgError):
         torch.linalg.cholesky(gram.hessian)
-    assert torch.isfinite(quantize_gptq(torch.randn(8, 64), gram, INT4, options=GptqOptions(damping=1e-9)).dequantize()).all()
+    assert torch.isfinite(
+        quantize_gptq(torch.randn(8, 64), gram, INT4, options=GptqOptions(damping=1e-9)).dequantize()
+    ).all()
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan")])

@@ -60,12 +60,12 @@ class Samples:
     Attributes:
         tokens: int64 (samples, sequence_length).
         origin: where they came from, with hashes, for `hlwq.json`.
-        remark: what the user should know; empty if nothing.
+        warning: what the user should know before the work; empty if nothing.
     """
 
     tokens: Tensor
     origin: dict[str, Any]
-    remark: str = ""
+    warning: str = ""
 
 
 def load_samples(calibration: Calibration, tokenizer: Any) -> Samples:
@@ -79,7 +79,7 @@ def load_samples(calibration: Calibration, tokenizer: Any) -> Samples:
     Raises:
         HlwqError: a source cannot be read or holds no text, or there is too little of it.
     """
-    remark = ""
+    warning = ""
     sources = list(calibration.sources)
     if len(set(sources)) < len(sources):
         raise HlwqError("The same --calibration is named twice, which changes nothing. Name each once.")
@@ -90,7 +90,7 @@ def load_samples(calibration: Calibration, tokenizer: Any) -> Samples:
         try:
             read = [(HUB_DEFAULT, *_from_hub(HUB_DEFAULT, calibration))]
         except HlwqError as error:
-            remark = (
+            warning = (
                 f"calibrated on the reference documentation of Python, since {HUB_DEFAULT} could not be had: it is "
                 f"English about one subject. Name better data with --calibration. ({error})"
             )
@@ -111,7 +111,7 @@ def load_samples(calibration: Calibration, tokenizer: Any) -> Samples:
         "seed": calibration.seed,
         "tokens_sha256": sha256(tokens.numpy().tobytes()).hexdigest(),
     }
-    return Samples(tokens, origin, remark)
+    return Samples(tokens, origin, warning)
 
 
 def _packed(source: str, documents: Iterable[Any], tokenizer: Any, wanted: int, length: int) -> Tensor:

@@ -7,12 +7,13 @@ import os
 import re
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
@@ -22,7 +23,7 @@ from rich.table import Table
 
 from hlwq.calibration import Calibration
 from hlwq.check import CheckLine, check_directory
-from hlwq.errors import HlwqError
+from hlwq.errors import HlwqError, HlwqWarning
 from hlwq.formats import FORMATS
 from hlwq.models import FAMILIES
 from hlwq.plan import Plan
@@ -371,6 +372,7 @@ def _global_options(
 
 def main() -> None:
     """Run the command line: a user's mistake is one line on standard error and exit status 1."""
+    warnings.showwarning = _show_warning
     try:
         app()
     except HlwqError as error:
@@ -379,6 +381,19 @@ def main() -> None:
     except KeyboardInterrupt:
         messages.print("interrupted; repeat the command to go on where it stopped", highlight=False)
         sys.exit(130)
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Our own warnings as one line, like errors; those of libraries not at all."""
+    if issubclass(category, HlwqWarning):
+        messages.print(f"[yellow]warning:[/yellow] {escape(str(message))}", soft_wrap=True, highlight=False)
 
 
 def _bytes_of(size: str) -> int:
@@ -411,7 +426,7 @@ def _progress(title: str) -> Iterator[Report]:
                 said = time.monotonic()
                 left = (said - started) * (total - done) / done
                 text = f"{title}: {100 * done / total:.0f} %, {said - started:.0f} s, about {left:.0f} s left ({item})"
-                messages.print(text, markup=False, highlight=False)
+                messages.print(text, markup=False, highlight=False, soft_wrap=True)
 
         yield report
 
@@ -450,7 +465,7 @@ def _plan_summary(plan: Plan, calibration: Calibration | None = None) -> dict[st
         "bits_per_quantized_weight": per_weight,
         "bits_per_parameter": per_parameter,
         "peak_memory_estimate": plan.peak_memory(calibration),
-        "remarks": list(plan.remarks),
+        "remarks": [*plan.remarks, *plan.warnings],
     }
 
 
@@ -495,6 +510,8 @@ def _print_plan(plan: Plan, calibration: Calibration | None, as_json: bool) -> N
     )
     for remark in plan.remarks:
         output.print(f"note: {remark}", highlight=False)
+    for warning in plan.warnings:
+        output.print(f"warning: {warning}", highlight=False)
 
 
 def _print_result(result: QuantizeResult, as_json: bool) -> None:
@@ -513,7 +530,9 @@ def _print_result(result: QuantizeResult, as_json: bool) -> None:
         return
     per_weight = summary["bits_per_quantized_weight"]
     worst = sorted(result.relative_errors.items(), key=lambda item: -item[1])[:3]
-    if worst:
+    if result.output_errors:
+        _print_layers(result.output_errors)
+    elif worst:
         table = Table("largest relative squared errors", "")
         for module, error in worst:
             table.add_row(module, f"{error:.4g}")
@@ -533,6 +552,20 @@ def _print_result(result: QuantizeResult, as_json: bool) -> None:
     failing = {line.engine for line in result.checks if not line.passed}
     for engine, command in commands(result.out, result.plan.format.NAME, without=failing):
         output.print(f"  {engine}: {escape(command)}", soft_wrap=True, highlight=False)
+
+
+def _print_layers(output_errors: dict[str, float]) -> None:
+    """The layers, that whose outputs changed most first."""
+    layers: dict[str, dict[str, float]] = {}
+    for module, error in output_errors.items():
+        _, layer, name = re.split(r"(?<=layers)\.(\d+)\.", module)
+        layers.setdefault(layer, {})[name] = error
+    table = Table("layer", "largest relative output error", "in", "mean over its matrices")
+    for layer, errors in sorted(layers.items(), key=lambda item: -max(item[1].values())):
+        name, error = max(errors.items(), key=lambda item: item[1])
+        table.add_row(layer, f"{error:.2e}", name, f"{sum(errors.values()) / len(errors):.2e}")
+    output.print(table)
+    output.print("Relative output error: ‖(W − Ŵ) X‖² / ‖W X‖² on the calibration data.", highlight=False)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The one exception that a user's mistake raises."""
+"""The one exception that a user's mistake raises, and the one warning."""
 
 from __future__ import annotations
 
@@ -9,3 +9,7 @@ class HlwqError(Exception):
     The command line prints it as one line and exits with status 1; anything else that escapes is a
     bug and keeps its traceback.
     """
+
+
+class HlwqWarning(UserWarning):
+    """What a user should know before the work is done."""

@@ -75,7 +75,8 @@ class Plan:
         format: what is written.
         dtype: the model's own dtype.
         tensors: one entry for each tensor of the source, in its order.
-        remarks: what the user should know, one line each.
+        remarks: what the user may want to know, one line each.
+        warnings: what the user should know before the work is done, one line each.
     """
 
     layout: ModelLayout
@@ -84,6 +85,7 @@ class Plan:
     dtype: str
     tensors: tuple[PlannedTensor, ...]
     remarks: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
 
     def quantized(self) -> list[PlannedTensor]:
         """The tensors that will be quantized."""
@@ -215,11 +217,12 @@ def make_plan(
     ]
     if recipe.gptq and chosen.intersection(_embeddings(layout)):
         remarks.append("the embedding and the output head are rounded to nearest: only layers are calibrated")
+    warnings = []
     if recipe.gptq and recipe.gptq.desc_act and output_format.NAME == "gptq":
-        remarks.append("vLLM 0.32 and later refuse desc_act: run it in GPTQModel, or leave --desc-act out")
+        warnings.append("vLLM 0.32 and later refuse desc_act: run the result in GPTQModel, or leave --desc-act out")
     if layout.tied and "lm_head.weight" in source.tensors:
         remarks.append("lm_head.weight is dropped: config.json ties it to the embedding")
-    return Plan(layout, recipe, output_format, embedding.dtype, tuple(planned), tuple(remarks))
+    return Plan(layout, recipe, output_format, embedding.dtype, tuple(planned), tuple(remarks), tuple(warnings))
 
 
 def plan_decoding(source: Source) -> Plan:

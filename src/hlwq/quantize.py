@@ -6,6 +6,7 @@ import platform
 import resource
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +22,7 @@ from hlwq.calibration import Calibration, Samples, load_samples
 from hlwq.check import CheckLine, check_directory, has_tokenizer
 from hlwq.checkpoint import DEFAULT_SHARD_BYTES, DTYPES, Reader, Writer, check_disk, read_json, refuse_unless_empty
 from hlwq.devices import torch_device
-from hlwq.errors import HlwqError
+from hlwq.errors import HlwqError, HlwqWarning
 from hlwq.grids import CHUNK_WEIGHTS, Basis, Grid, Parameters, QuantizedMatrix
 from hlwq.layers import LayerRunner, default_batch_size
 from hlwq.plan import Plan, PlannedTensor, layer_unit, make_plan, plan_decoding
@@ -250,6 +251,8 @@ def run_plan(
         raise HlwqError(f"{reader.path} has no tokenizer, which engines need. Copy the original's beside the weights.")
     target = torch_device(device)
     report = progress or _silent
+    for warning in plan.warnings:
+        warnings.warn(warning, HlwqWarning, stacklevel=2)
     samples: Samples | None = None
     if plan.recipe.gptq is not None:
         calibration = calibration or Calibration()
@@ -257,7 +260,8 @@ def run_plan(
         tokenizer = load_tokenizer(reader.path)
         with quiet_transformers():
             samples = load_samples(calibration, tokenizer)
-        plan = replace(plan, remarks=(*plan.remarks, *filter(None, [samples.remark])))
+        if samples.warning:
+            warnings.warn(samples.warning, HlwqWarning, stacklevel=2)
         batch_size = calibration.batch_size or default_batch_size(plan.layout, calibration.sequence_length)
         calibration = replace(calibration, batch_size=min(batch_size, calibration.samples))
     recipe = {
