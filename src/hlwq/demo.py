@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
+from hlwq.calibration import EMBEDDED, Calibration
 from hlwq.evaluate.perplexity import Perplexity, paired_difference, perplexity
 from hlwq.inspect import inspect
 from hlwq.quantize import quantize
@@ -16,6 +17,15 @@ BASELINE = "(unquantized)"
 CONTEXT = 512
 """Tokens per chunk: what the bundled model was trained with."""
 CHUNKS = 64
+CALIBRATION = Calibration((EMBEDDED,), samples=64, sequence_length=CONTEXT)
+JOBS = [
+    (recipe, format_name, calibrate)
+    for recipe in RECIPES.values()
+    for calibrate in ((False, True) if recipe.name == "hlwq" else (False,))
+    for format_name in recipe.formats
+    if format_name != "dense"
+]
+"""Recipe, format, and whether a recipe that rounds to nearest is calibrated."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +57,9 @@ def held_out_text() -> Path:
 
 
 def run_demo(out: Path, progress: Callable[[int, int, str], None]) -> list[DemoRow]:
-    """Quantize the bundled model with each recipe into each of its formats, and measure each result.
+    """Quantize the bundled model with each recipe into each of its formats but dense, and measure each result.
+
+    Dense ones would measure the same. Calibrated ones use the reference documentation of Python.
 
     Args:
         out: where the directories are left, one for each. Those already there are measured as they are.
@@ -60,17 +72,18 @@ def run_demo(out: Path, progress: Callable[[int, int, str], None]) -> list[DemoR
         HlwqError: the disk is full, or a directory there cannot be read.
     """
     model = bundled_model()
-    jobs = [(recipe.name, name) for recipe in RECIPES.values() for name in recipe.formats]
-    total = len(jobs) + 1
+    total = len(JOBS) + 1
     progress(0, total, BASELINE)
     base = _measure(model)
     rows = [_row(BASELINE, "dense", model, base, None)]
-    for done, (recipe, format_name) in enumerate(jobs, 1):
-        progress(done, total, f"{recipe} → {format_name}")
-        directory = out / f"{recipe}-{format_name}"
+    for done, (recipe, format_name, calibrate) in enumerate(JOBS, 1):
+        label = f"{recipe.name} --calibrate" if calibrate else recipe.name
+        progress(done, total, f"{label} → {format_name}")
+        directory = out / f"{label.replace(' --', '-')}-{format_name}"
         if not directory.exists():
-            quantize(model, directory, recipe, format=format_name)
-        rows.append(_row(recipe, format_name, directory, _measure(directory), base))
+            calibration = CALIBRATION if calibrate or recipe.gptq else None
+            quantize(model, directory, recipe, format=format_name, calibrate=calibrate or None, calibration=calibration)
+        rows.append(_row(label, format_name, directory, _measure(directory), base))
     progress(total, total, "done")
     return rows
 
