@@ -184,10 +184,10 @@ def test_a_run_can_be_killed_again_after_a_journal_line_was_cut_short(tmp_path: 
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"recipe": "hlwq"}, "recipe was 'rtn', now it is 'hlwq'"),
-        ({"stages": [{"bits": 8}]}, r"stages was \[{'bits': 4}\], now it is \[{'bits': 8}\]"),
-        ({"revision": "main"}, "revision was None, now it is 'main'"),
-        ({"shard_bytes": 5}, "shard_bytes was None, now it is 5"),
+        ({"recipe": "hlwq"}, 'recipe was "rtn", now it is "hlwq"'),
+        ({"stages": [{"bits": 8}]}, r"stages\[0\].bits was 4, now it is 8"),
+        ({"revision": "main"}, 'revision was not set, now it is "main"'),
+        ({"shard_bytes": 5}, "shard_bytes was not set, now it is 5"),
     ],
 )
 def test_resuming_with_other_arguments_is_refused_and_says_what_differs(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from checkpoints import make_checkpoint
 from safetensors.torch import load_file, save_file
 
 from hlwq.cli import main
+from hlwq.demo import bundled_model
 
 
 def hlwq(*arguments: object, preexec: Callable[[], None] | None = None) -> subprocess.CompletedProcess[str]:
@@ -89,6 +91,11 @@ def unchanged(model: Path) -> None:
     pass
 
 
+def with_tokenizer(model: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(bundled_model() / name, model / name)
+
+
 UP = "model.layers.1.mlp.up_proj.weight"
 MISTAKES = [
     ("truncated shard", truncate_shard, [], ["model-00002-of-00002.safetensors", "Download it again"]),
@@ -121,6 +128,15 @@ MISTAKES = [
     ("idle scale", unchanged, ["--asymmetric", "--scale", "absmax"], ["changes nothing"]),
     ("idle revision", unchanged, ["--revision", "main"], ["--revision main changes nothing"]),
     ("unknown device", unchanged, ["--device", "tpu9"], ["--device tpu9", "--device cpu"]),
+    ("idle calibration", unchanged, ["--samples", "8"], ["Calibration data changes nothing", "rtn"]),
+    ("idle term", unchanged, ["--foem-beta", "0.1"], ["--foem-beta changes nothing in recipe rtn", "--calibrate"]),
+    ("no samples", unchanged, ["--calibrate", "--samples", "0"], ["--samples 0 must be at least 1"]),
+    (
+        "calibration file that is not there",
+        with_tokenizer,
+        ["--calibrate", "--calibration", "absent.txt"],
+        ["absent.txt does not exist"],
+    ),
     ("bad shard size", unchanged, ["--max-shard-size", "big"], ["--max-shard-size big", "5GB"]),
 ]
 
@@ -200,6 +216,23 @@ def test_quantize_inspect_check_convert(model: Path, tmp_path: Path) -> None:
     assert hlwq("check", packed).returncode == 0
     assert hlwq("convert", packed, dense, "--format", "dense").returncode == 0
     assert json.loads(hlwq("inspect", dense, "--json").stdout)["bits_per_quantized_weight"] is None
+
+
+def test_a_calibrated_run_reports_its_layers_and_warns(tmp_path: Path) -> None:
+    model, out = tmp_path / "model", tmp_path / "out"
+    make_checkpoint(model, "llama", vocab_size=2048)
+    with_tokenizer(model)
+    options = ["--recipe", "hlwq-v7", "--samples", "8", "--sequence-length", "64", "--batch-size", "3", "--desc-act"]
+    planned = hlwq("quantize", model, out, *options, "--dry-run")
+    assert "vLLM 0.32 and later refuse desc_act" in planned.stdout
+    process = hlwq("quantize", model, out, *options, "--offload-activations")
+    assert process.returncode == 0
+    assert "warning: calibrated on the reference documentation of Python" in process.stderr
+    assert "warning: vLLM 0.32 and later refuse desc_act" in process.stderr
+    assert "largest relative output error" in process.stdout
+    manifest = json.loads((out / "hlwq.json").read_text())
+    assert manifest["calibration"]["sources"][0]["source"] == "embedded"
+    assert manifest["calibration"]["batch_size"] == 3
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(model: Path, tmp_path: Path) -> None:

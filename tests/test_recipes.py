@@ -1,13 +1,13 @@
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from checkpoints import make_checkpoint
 
-from hlwq import HlwqError, Stage
+from hlwq import GptqOptions, HlwqError, Stage
 from hlwq.checkpoint import Reader
 from hlwq.formats import FORMATS
 from hlwq.plan import make_plan
@@ -21,6 +21,9 @@ INT4_STAGE = Stage("uniform", "identity", 4, 64)
     ("name", "stages", "default_format"),
     [
         ("rtn", (INT4_STAGE,), "gptq"),
+        ("gptq", (replace(INT4_STAGE, group_size=128, gptq=GptqOptions()),), "gptq"),
+        ("foem", (replace(INT4_STAGE, group_size=128, gptq=GptqOptions(foem_beta=0.2)),), "gptq"),
+        ("hlwq-v7", (replace(INT4_STAGE, gptq=GptqOptions(foem_beta=0.2)),), "gptq"),
         ("hlwq", (HLWQ_STAGE,), "hlwq"),
         ("hlwq-mlx", (HLWQ_STAGE, INT4_STAGE), "mlx"),
         ("hlwq-int4", (HLWQ_STAGE, INT4_STAGE), "gptq"),
@@ -32,7 +35,9 @@ def test_named_recipes_are_what_they_are_called(name: str, stages: tuple[Stage, 
 
 
 def test_an_unknown_recipe_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(HlwqError, match=r"no recipe awq\. Recipes are: rtn, hlwq, hlwq-mlx, hlwq-int4\."):
+    with pytest.raises(
+        HlwqError, match=r"no recipe awq\. Recipes are: rtn, gptq, foem, hlwq-v7, hlwq, hlwq-mlx, hlwq-int4\."
+    ):
         recipe_named("awq")
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import hlwq
+from hlwq.demo import held_out_text
 from hlwq.evaluate import paired_difference, perplexity
 from hlwq.sources import DecodedCheckpoint
 
@@ -40,6 +44,26 @@ def test_methods_rank_on_a_real_llm(smollm2: Path, text: Path, tmp_path: Path) -
     for better, worse in pairwise(measured):
         _, low, _ = paired_difference(better, worse)
         assert low > 0
+
+
+@pytest.mark.parametrize(
+    ("recipe", "calibrated", "options"),
+    [("rtn", "hlwq-v7", {}), ("rtn", "gptq", {"group_size": 64, "gptaq_alpha": 0.25}), ("hlwq", "hlwq", {"bits": 4})],
+)
+def test_calibration_pays_on_other_text(
+    recipe: str, calibrated: str, options: dict[str, Any], smollm2: Path, tmp_path: Path
+) -> None:
+    data = hlwq.Calibration(("embedded",), samples=24, sequence_length=512)
+    quantize = functools.partial(hlwq.quantize, smollm2)
+    plain = {name: value for name, value in options.items() if name == "bits"}
+    quantize(tmp_path / "plain", recipe, **plain)
+    quantize(tmp_path / "calibrated", calibrated, calibration=data, calibrate=calibrated == "hlwq" or None, **options)
+    measured = [
+        perplexity(tmp_path / name, held_out_text(), protocol="chunked", context=1024, limit=12)
+        for name in ("calibrated", "plain")
+    ]
+    _, low, _ = paired_difference(*measured)
+    assert low > 0
 
 
 def test_gguf_is_read_as_transformers_dequantizes_it(smollm2: Path) -> None:

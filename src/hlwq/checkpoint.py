@@ -478,7 +478,8 @@ def first_difference(before: Any, now: Any, where: str = "") -> str:
         for index, (old, new) in enumerate(zip(before, now, strict=True)):
             if found := first_difference(old, new, f"{where}[{index}]"):
                 return found
-    return f"{where} was {json.dumps(before, ensure_ascii=False)}, now it is {json.dumps(now, ensure_ascii=False)}"
+    old, new = ("not set" if each is None else json.dumps(each, ensure_ascii=False) for each in (before, now))
+    return f"{where} was {old}, now it is {new}"
 
 
 @contextmanager

@@ -46,7 +46,7 @@ class Recipe:
     @property
     def gptq(self) -> GptqOptions | None:
         """How the last stage, the one that the file stores, is calibrated; None if it is not."""
-        return self.stages[-1].gptq
+        return self.stages[-1].gptq if self.stages else None
 
 
 class Overrides(TypedDict, total=False):

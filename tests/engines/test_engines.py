@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,9 @@ PROMPT = (
 )
 
 
+CALIBRATION = hlwq.Calibration(("embedded",), samples=8, sequence_length=256)
+
+
 @pytest.fixture(scope="module")
 def models(smollm2: Path) -> dict[str, Path]:
     return {"smollm2": smollm2, "hybrid": bundled_model()}
@@ -33,12 +37,14 @@ def prompts() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", ["smollm2", "hybrid"])
-@pytest.mark.parametrize(("engine", "format_name", "recipe"), [("vllm", "gptq", "rtn"), ("mlx", "mlx", "rtn")])
+@pytest.mark.parametrize(("engine", "format_name"), [("vllm", "gptq"), ("mlx", "mlx")])
+@pytest.mark.parametrize(("recipe", "calibration"), [("rtn", None), ("hlwq-v7", CALIBRATION)])
 def test_engine_computes_what_the_codes_say(
     name: str,
     engine: str,
     format_name: str,
     recipe: str,
+    calibration: hlwq.Calibration | None,
     models: dict[str, Path],
     prompts: dict[str, str],
     tmp_path: Path,
@@ -46,7 +52,7 @@ def test_engine_computes_what_the_codes_say(
 ) -> None:
     directory = tmp_path / "quantized"
     # Group 128 does not divide SmolLM2's 576: its modules then differ in their groups.
-    hlwq.quantize(models[name], directory, recipe, format=format_name, group_size=128)
+    hlwq.quantize(models[name], directory, recipe, format=format_name, group_size=128, calibration=calibration)
     tokens, expected = reference(directory, prompts[name])
     report = run_engine(engine, f"{engine}_logprobs.py", directory, tokens)
     assert difference(report["logprobs"], expected) < TOLERANCE[engine, name]
@@ -86,18 +92,20 @@ def test_mistakes_exceed_the_tolerance(
 
 
 @pytest.mark.parametrize(
-    ("name", "options"),
+    ("name", "recipe", "options"),
     [
-        ("smollm2", {"group_size": 128}),
-        ("hybrid", {}),
-        ("hybrid", {"symmetric": False, "exclude": [r"layers\.1\.mlp"]}),
+        ("smollm2", "rtn", {"group_size": 128}),
+        ("hybrid", "rtn", {}),
+        ("hybrid", "rtn", {"symmetric": False, "exclude": [r"layers\.1\.mlp"]}),
+        ("hybrid", "hlwq-v7", {"desc_act": True, "calibration": CALIBRATION}),
+        ("smollm2", "gptq", {"desc_act": True, "calibration": CALIBRATION}),
     ],
 )
 def test_gptqmodel_decodes_the_same_weights(
-    name: str, options: dict[str, object], models: dict[str, Path], tmp_path: Path, run_engine: RunEngine
+    name: str, recipe: str, options: dict[str, Any], models: dict[str, Path], tmp_path: Path, run_engine: RunEngine
 ) -> None:
     directory = tmp_path / "quantized"
-    hlwq.quantize(models[name], directory, "rtn", **options)
+    hlwq.quantize(models[name], directory, recipe, **options)
     theirs = load_file(run_engine("gptqmodel", "gptqmodel_weights.py", directory, suffix=".safetensors"))
     ours = DecodedCheckpoint(directory)
     assert set(theirs) == set(ours.quantized_modules())
