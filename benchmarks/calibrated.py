@@ -39,7 +39,10 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=8, help="chunks of 2048 tokens measured")
     parser.add_argument("--json", help="write the figures there too")
     options = parser.parse_args()
-    source = locate(options.model)
+    source = locate(options.model).absolute()
+    options.calibration, options.gptqmodel = (
+        str(Path(each).absolute()) for each in (options.calibration, options.gptqmodel)
+    )
     with tempfile.TemporaryDirectory() as folder:
         figures = measure(source, options, Path(folder))
     show(figures)
@@ -55,11 +58,11 @@ def measure(source: Path, options: argparse.Namespace, folder: Path) -> dict[str
     tokens.write_text(json.dumps(samples.tokens.tolist()))
     script = Path(__file__).with_name("gptqmodel_quantize.py")
     theirs, ours, report = folder / "gptqmodel", folder / "hlwq-v7", folder / "report.json"
-    their_seconds = run([options.gptqmodel, script, source, tokens, theirs, report])
+    their_seconds = run([options.gptqmodel, script, source, tokens, theirs, report], folder)
     their_memory = json.loads(report.read_text())["peak_memory"]
     arguments = ["quantize", source, ours, "--recipe", "hlwq-v7", "--calibration", options.calibration, "--json"]
     arguments += ["--samples", options.samples, "--sequence-length", options.sequence_length, "--seed", options.seed]
-    our_seconds = run([sys.executable, "-m", "hlwq.cli", *arguments], report)
+    our_seconds = run([sys.executable, "-m", "hlwq.cli", *arguments], folder, stdout=report)
     result = json.loads(report.read_text())
     made_with = json.loads((ours / "hlwq.json").read_text())["calibration"]["tokens_sha256"]
     assert made_with == samples.origin["tokens_sha256"], "the two were not given the same samples"
@@ -76,17 +79,17 @@ def measure(source: Path, options: argparse.Namespace, folder: Path) -> dict[str
     }
 
 
-def run(command: list[object], report: Path | None = None) -> float:
-    """Run a command to its end, with its output in `report`; returns its seconds."""
+def run(command: list[object], folder: Path, stdout: Path | None = None) -> float:
+    """Run a command to its end, in a folder that takes its logs; returns its seconds."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "GPTQMODEL_CPU_WORKERS": str(os.cpu_count())}
     started = time.monotonic()
     process = subprocess.run(
-        [str(each) for each in command], env=environment, capture_output=True, text=True, check=False
+        [str(each) for each in command], env=environment, cwd=folder, capture_output=True, text=True, check=False
     )
     if process.returncode:
         sys.exit(f"{command[0]} failed:\n{process.stdout[-2000:]}\n{process.stderr[-4000:]}")
-    if report is not None:
-        report.write_text(process.stdout)
+    if stdout is not None:
+        stdout.write_text(process.stdout)
     return time.monotonic() - started
 
 
