@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import FAMILY_NAMES, make_checkpoint
+from safetensors.torch import load_file, save_file
 
-from hlwq import Calibration, HlwqError
+from hlwq import Calibration, GptqOptions, HlwqError, Recipe, Stage
 from hlwq.checkpoint import hash_file, read_json
 from hlwq.demo import bundled_model
 from hlwq.errors import HlwqWarning
@@ -24,6 +25,14 @@ from hlwq.quantize import QuantizeResult, plan_for, quantize
 from hlwq.sources import DecodedCheckpoint
 
 DATA = Calibration(("embedded",), samples=12, sequence_length=64)
+
+
+CHAIN = Recipe(
+    "mine",
+    "HLWQ and then GPTQ",
+    (Stage("lloyd", "hadamard", 2, 64), Stage("uniform", "identity", 4, 64, gptq=GptqOptions())),
+    ("gptq",),
+)
 
 
 def make_model(path: Path, family: str, **overrides: Any) -> Path:
@@ -178,6 +187,9 @@ def test_excluded_matrices_stay_and_the_rest_is_calibrated(llama: Path, tmp_path
         ("rtn", {"desc_act": True}, "--desc-act changes nothing in recipe rtn"),
         ("gptq", {"calibrate": True}, "--calibrate changes nothing: recipe gptq is calibrated"),
         ("hlwq-mlx", {"calibrate": True}, "hlwq-mlx rounds twice"),
+        ("gptq", {"calibrate": False}, "Recipe gptq is calibrated"),
+        (CHAIN, {}, "Only a single rounding can be calibrated"),
+        ("gptq", {"calibration": Calibration(("embedded",), 2, 10_000)}, "exceeds the model's own limit of 512"),
         ("gptq", {"foem_beta": 1.5}, "--foem-beta 1.5 must be between 0 and 1"),
         ("gptq", {"damping": 0.0}, "--damping 0.0 must be between 1e-06 and 1"),
         ("gptq", {"desc_act": True, "format": "mlx"}, "format mlx has no place for --desc-act"),
@@ -185,7 +197,7 @@ def test_excluded_matrices_stay_and_the_rest_is_calibrated(llama: Path, tmp_path
     ],
 )
 def test_what_would_change_nothing_or_cannot_be_is_refused(
-    recipe: str, options: dict[str, Any], said: str, llama: Path, tmp_path: Path
+    recipe: str | Recipe, options: dict[str, Any], said: str, llama: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(HlwqError, match=said):
         quantize(llama, tmp_path / "out", recipe, **options)
@@ -216,6 +228,24 @@ def test_a_run_with_other_samples_is_refused_and_the_difference_named(llama: Pat
         with pytest.raises(HlwqError, match=said):
             quantize(llama, out, "hlwq-v7", **change)
     quantize(llama, out, "hlwq-v7", calibration=DATA)
+
+
+def test_an_edited_configuration_is_noticed(tmp_path: Path) -> None:
+    source, out = make_model(tmp_path / "model", "llama"), tmp_path / "out"
+    interrupt_after(1, source, out)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+    with pytest.raises(HlwqError, match="config.rms_norm_eps was 1e-06, now it is 0.001"):
+        quantize(source, out, "hlwq-v7", calibration=DATA)
+
+
+def test_a_damaged_matrix_is_named_among_its_siblings(tmp_path: Path) -> None:
+    source = make_model(tmp_path / "model", "llama")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.self_attn.v_proj.weight"][3, 5] = float("nan")
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(HlwqError, match=r"tensor model\.layers\.1\.self_attn\.v_proj\.weight: .* NaN"):
+        quantize(source, tmp_path / "out", "gptq", calibration=DATA)
 
 
 @pytest.mark.parametrize("options", [{}, {"gptaq_alpha": 0.25}, {"format": "mlx"}])

@@ -133,7 +133,7 @@ def test_without_a_network_the_embedded_texts_serve_and_say_so(monkeypatch: pyte
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     samples = load_samples(Calibration((), 4, 64), tokenizer)
-    assert "Name better data with --calibration" in samples.warning
+    assert "name better data with --calibration" in samples.warning
     assert samples.origin["sources"][0]["source"] == EMBEDDED
     named = load_samples(Calibration((EMBEDDED,), 4, 64), tokenizer)
     assert torch.equal(samples.tokens, named.tokens)
@@ -144,6 +144,9 @@ def test_without_a_network_the_embedded_texts_serve_and_say_so(monkeypatch: pyte
     ("name", "content", "said"),
     [
         ("absent.txt", None, "absent.txt does not exist"),
+        ("a.jsonl", b'{"messages": "hello"}\n', "a chat is not a list of messages"),
+        ("a.jsonl", b'{"conversations": [["a", "b"]]}\n', "a chat is not a list of messages"),
+        ("a.jsonl", b'{"messages": [{"role": "user", "content": 3}]}\n', "a chat is not a list of messages"),
         ("empty.txt", b"", "has 0 tokens in 0 texts, but 4 samples of 64 need 256"),
         ("short.txt", b"only a few words", r"has \d+ tokens in 1 texts, but 4 samples of 64 need 256. Lower --samples"),
         ("binary.txt", b"\xff\xfe\x00", "binary.txt is not a UTF-8 text file"),
@@ -168,6 +171,36 @@ def test_the_same_source_twice_is_refused(tmp_path: Path, tokenizer: Any) -> Non
     file = str(write_text(tmp_path / "a.txt"))
     with pytest.raises(HlwqError, match="named twice"):
         load_samples(Calibration((file, file), 4, 64), tokenizer)
+
+
+def test_a_chat_template_that_refuses_is_named(tmp_path: Path, tokenizer: Any) -> None:
+    from copy import deepcopy
+
+    strict = deepcopy(tokenizer)
+    strict.chat_template = "{{ raise_exception('roles must alternate') }}"
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps({"messages": [{"role": "user", "content": "x"}]}))
+    with pytest.raises(HlwqError, match="chat template refuses a chat: roles must alternate"):
+        load_samples(Calibration((str(file),), 1, 4), strict)
+
+
+def test_text_parts_and_odd_line_ends_inside_rows_are_read(tmp_path: Path, tokenizer: Any) -> None:
+    file = tmp_path / "a.jsonl"
+    parts = [{"type": "text", "text": "rain\u2028sea "}, {"type": "image"}, {"type": "text", "text": "town " * 40}]
+    row = {"messages": [{"role": "user", "content": parts}]}
+    file.write_text(json.dumps(row, ensure_ascii=False), encoding="utf-8")
+    decoded = tokenizer.decode(load_samples(Calibration((str(file),), 1, 32), tokenizer).tokens[0])
+    assert "rain\u2028sea" in decoded
+    assert "town" in decoded
+
+
+def test_without_a_network_fewer_samples_are_taken_if_the_embedded_texts_have_no_more(
+    monkeypatch: pytest.MonkeyPatch, tokenizer: Any
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    samples = load_samples(Calibration(), tokenizer)
+    assert 100 < len(samples.tokens) < 512
+    assert f"calibrating on {len(samples.tokens)} samples" in samples.warning
 
 
 @pytest.mark.parametrize("name", ["samples", "sequence_length", "batch_size"])

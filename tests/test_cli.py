@@ -227,7 +227,7 @@ def test_a_calibrated_run_reports_its_layers_and_warns(tmp_path: Path) -> None:
     assert "vLLM 0.32 and later refuse desc_act" in planned.stdout
     process = hlwq("quantize", model, out, *options, "--offload-activations")
     assert process.returncode == 0
-    assert "warning: calibrated on the reference documentation of Python" in process.stderr
+    assert "warning: calibrating on 8 samples of Python's reference documentation" in process.stderr
     assert "warning: vLLM 0.32 and later refuse desc_act" in process.stderr
     assert "largest relative output error" in process.stdout
     manifest = json.loads((out / "hlwq.json").read_text())

@@ -31,6 +31,7 @@ def runner_of(source: Reader, **options: Any) -> tuple[LayerRunner, ModelLayout]
     layout = describe(source.config, source.tensors)
     embedding = source.read(f"{layout.embedding}.weight")
     device = torch.device("cpu")
+    options = {"batch_size": len(TOKENS), **options}
     runner = LayerRunner(
         source.config, layout, TOKENS, lambda ids: embedding[ids], device=device, dtype=torch.float32, **options
     )

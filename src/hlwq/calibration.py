@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import pydoc_data.topics
 import random
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from hlwq.errors import HlwqError
 HUB_DEFAULT = "neuralmagic/LLM_compression_calibration"
 EMBEDDED = "embedded"
 """Stands for the texts that every Python installation has: its reference documentation, some 460 KB of English."""
+FILE_KINDS = (".txt", ".jsonl", ".parquet")
 CHARACTERS_PER_TOKEN = 8
 """More than most texts have, so that a piece of so many characters per token fills a sample."""
 
@@ -47,10 +48,17 @@ class Calibration:
     offload_activations: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("samples", "sequence_length", "batch_size"):
+        for name, least in (("samples", 1), ("sequence_length", 1), ("batch_size", 1), ("seed", 0)):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise HlwqError(f"--{name.replace('_', '-')} {value} must be at least 1.")
+            if value is not None and value < least:
+                raise HlwqError(f"--{name.replace('_', '-')} {value} must be at least {least}.")
+        if isinstance(self.sources, str):
+            raise HlwqError(f"Calibration(sources=…) takes several: write ({self.sources!r},).")
+        if len(set(self.sources)) < len(self.sources):
+            raise HlwqError("The same --calibration is named twice, which changes nothing. Name each once.")
+        for source in self.sources:
+            if Path(source).suffix in FILE_KINDS and not Path(source).expanduser().is_file():
+                raise HlwqError(f"--calibration {source} does not exist.")
 
 
 @dataclass(frozen=True)
@@ -79,39 +87,42 @@ def load_samples(calibration: Calibration, tokenizer: Any) -> Samples:
     Raises:
         HlwqError: a source cannot be read or holds no text, or there is too little of it.
     """
-    warning = ""
-    sources = list(calibration.sources)
-    if len(set(sources)) < len(sources):
-        raise HlwqError("The same --calibration is named twice, which changes nothing. Name each once.")
-    read: list[tuple[str, dict[str, Any], list[Any]]]
-    if sources:
-        read = [(source, *_read(source, calibration)) for source in sources]
-    else:
+    if not calibration.sources:
         try:
-            read = [(HUB_DEFAULT, *_from_hub(HUB_DEFAULT, calibration))]
+            return load_samples(replace(calibration, sources=(HUB_DEFAULT,)), tokenizer)
         except HlwqError as error:
-            warning = (
-                f"calibrated on the reference documentation of Python, since {HUB_DEFAULT} could not be had: it is "
-                f"English about one subject. Name better data with --calibration. ({error})"
-            )
-            read = [(EMBEDDED, *_embedded(calibration))]
-    share, more = divmod(calibration.samples, len(read))
+            return _embedded_samples(calibration, tokenizer, error)
+    share, more = divmod(calibration.samples, len(calibration.sources))
     if not share:
-        raise HlwqError(f"--samples {calibration.samples} is fewer than the {len(read)} sources of --calibration.")
-    parts = []
-    for index, (source, _, documents) in enumerate(read):
-        random.Random(calibration.seed).shuffle(documents)
-        wanted = share + (index < more)
-        parts.append(_packed(source, documents, tokenizer, wanted, calibration.sequence_length))
+        raise HlwqError(
+            f"--samples {calibration.samples} is fewer than the {len(calibration.sources)} sources of --calibration."
+        )
+    parts, facts = [], []
+    for index, source in enumerate(calibration.sources):
+        found, documents = _read(source, calibration)
+        facts.append({"source": source, **found})
+        parts.append(_packed(source, documents, tokenizer, share + (index < more), calibration.sequence_length))
     tokens = torch.cat(parts)
     origin = {
-        "sources": [{"source": source, **facts} for source, facts, _ in read],
-        "samples": calibration.samples,
+        "sources": facts,
+        "samples": len(tokens),
         "sequence_length": calibration.sequence_length,
         "seed": calibration.seed,
         "tokens_sha256": sha256(tokens.numpy().tobytes()).hexdigest(),
     }
-    return Samples(tokens, origin, warning)
+    return Samples(tokens, origin)
+
+
+def _embedded_samples(calibration: Calibration, tokenizer: Any, error: HlwqError) -> Samples:
+    """As many of the samples wanted as the embedded texts give, with a warning."""
+    text = "\n".join(pydoc_data.topics.topics.values())
+    most = len(tokenizer(text)["input_ids"]) * 19 // 20 // calibration.sequence_length
+    chosen = replace(calibration, sources=(EMBEDDED,), samples=max(1, min(calibration.samples, most)))
+    warning = (
+        f"calibrating on {chosen.samples} samples of Python's reference documentation, since the hub's data could not "
+        f"be had. It is English about one subject: name better data with --calibration. ({error})"
+    )
+    return replace(load_samples(chosen, tokenizer), warning=warning)
 
 
 def _packed(source: str, documents: Iterable[Any], tokenizer: Any, wanted: int, length: int) -> Tensor:
@@ -141,12 +152,23 @@ def _text_of(document: Any, tokenizer: Any, source: str) -> tuple[str, bool]:
     if isinstance(document, str):
         return document, False
     row = document if isinstance(document, dict) else {}
-    for key in ("messages", "conversations"):
-        if row.get(key):
-            messages = [_message(each) for each in row[key]]
-            if getattr(tokenizer, "chat_template", None):
-                return tokenizer.apply_chat_template(messages, tokenize=False), True
+    chat = row.get("messages") or row.get("conversations")
+    if chat:
+        try:
+            messages = [_message(each) for each in chat]
+        except (AttributeError, TypeError, KeyError):
+            raise HlwqError(
+                f"--calibration {source}: a chat is not a list of messages with role and content."
+            ) from None
+        if not getattr(tokenizer, "chat_template", None):
             return "\n".join(message["content"] for message in messages), False
+        try:
+            return tokenizer.apply_chat_template(messages, tokenize=False), True
+        except Exception as error:  # a template raises what it likes
+            raise HlwqError(
+                f"--calibration {source}: the model's chat template refuses a chat: {_first_line(error)}. "
+                "Remove such rows, or give rows with `text`."
+            ) from None
     for key in ("text", "content"):
         if isinstance(row.get(key), str):
             return row[key], False
@@ -157,27 +179,30 @@ def _text_of(document: Any, tokenizer: Any, source: str) -> tuple[str, bool]:
 
 
 def _message(message: dict[str, Any]) -> dict[str, str]:
-    """A chat message in the usual spelling; ShareGPT says `from` and `value`."""
+    """A chat message in the usual spelling, its text parts joined; ShareGPT says `from` and `value`."""
     roles = {"human": "user", "gpt": "assistant"}
-    role = message.get("role") or roles.get(message.get("from", ""), message.get("from", "user"))
-    return {"role": role, "content": message.get("content") or message.get("value") or ""}
+    role = message["role"] if "role" in message else roles.get(message["from"], message["from"])
+    content = message["content"] if "content" in message else message["value"]
+    if isinstance(content, list):
+        content = "\n".join(part["text"] for part in content if part.get("type") == "text")
+    return {"role": role, "content": "" if content is None else content + ""}
 
 
-def _read(source: str, calibration: Calibration) -> tuple[dict[str, Any], list[Any]]:
-    """What identifies a source, and its documents."""
+def _read(source: str, calibration: Calibration) -> tuple[dict[str, Any], Iterable[Any]]:
+    """What identifies a source, and its documents in the order of the seed."""
     path = Path(source).expanduser()
     if source == EMBEDDED:
-        return _embedded(calibration)
-    if path.suffix not in (".txt", ".jsonl", ".parquet"):
+        topics = pydoc_data.topics.topics
+        text = "\n".join(topics[topic] for topic in sorted(topics))
+        return {"sha256": sha256(text.encode()).hexdigest()}, _shuffled(_pieces(text, calibration), calibration)
+    if path.suffix not in FILE_KINDS:
         if path.exists():
             raise HlwqError(f"--calibration {source} must be a .txt, .jsonl or .parquet file, or a hub data set.")
         return _from_hub(source, calibration)
-    if not path.is_file():
-        raise HlwqError(f"--calibration {source} does not exist.")
     facts = {"sha256": hash_file(path)}
     if path.suffix == ".parquet":
         try:
-            return facts, list(_datasets().Dataset.from_parquet(str(path), keep_in_memory=True))
+            return facts, _datasets().Dataset.from_parquet(str(path)).shuffle(seed=calibration.seed)
         except Exception as error:  # the library's own, of many kinds
             raise HlwqError(f"--calibration {source} cannot be read: {_first_line(error)}") from None
     try:
@@ -185,50 +210,47 @@ def _read(source: str, calibration: Calibration) -> tuple[dict[str, Any], list[A
     except UnicodeDecodeError:
         raise HlwqError(f"--calibration {source} is not a UTF-8 text file.") from None
     if path.suffix == ".txt":
-        return facts, list(_pieces(text, calibration.sequence_length * CHARACTERS_PER_TOKEN))
+        return facts, _shuffled(_pieces(text, calibration), calibration)
     rows = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 rows.append(json.loads(line))
             except json.JSONDecodeError as error:
                 raise HlwqError(f"--calibration {source}, line {number} is not valid JSON ({error}).") from None
-    return facts, rows
+    return facts, _shuffled(rows, calibration)
 
 
-def _embedded(calibration: Calibration) -> tuple[dict[str, Any], list[Any]]:
-    text = "\n".join(pydoc_data.topics.topics[topic] for topic in sorted(pydoc_data.topics.topics))
-    pieces = _pieces(text, calibration.sequence_length * CHARACTERS_PER_TOKEN)
-    return {"sha256": sha256(text.encode()).hexdigest()}, list(pieces)
-
-
-def _from_hub(name: str, calibration: Calibration) -> tuple[dict[str, Any], list[Any]]:
+def _from_hub(name: str, calibration: Calibration) -> tuple[dict[str, Any], Iterable[Any]]:
     """Rows of a hub data set's `train` split, or of its only split; no code of its own is ever run."""
     datasets = _datasets()
     try:
         builder = datasets.load_dataset_builder(name)
         splits = list(builder.info.splits or ["train"])
-        split = "train" if "train" in splits or len(splits) > 1 else splits[0]
-        data = datasets.load_dataset(name, split=split)
+        data = datasets.load_dataset(name, split=splits[0] if len(splits) == 1 else "train")
+        return {"fingerprint": data._fingerprint}, data.shuffle(seed=calibration.seed)
     except Exception as error:  # the library lets many through: of the network, of the hub, of the files
         raise HlwqError(
             f"--calibration {name} is no file here, and the hub did not give it: {_first_line(error)} "
             "Name a local file instead."
         ) from None
-    # Only so many rows as could be needed: shuffled here, since a data set can be far larger than the memory.
-    chosen = data.shuffle(seed=calibration.seed).select(range(min(len(data), 4 * calibration.samples)))
-    return {"fingerprint": data._fingerprint}, list(chosen)
 
 
-def _pieces(text: str, characters: int) -> Iterator[str]:
-    """Cut a text at line ends into pieces of at least so many characters; a shorter rest goes with the last."""
-    start = 0
+def _pieces(text: str, calibration: Calibration) -> list[str]:
+    """Cut a text at line ends into pieces that fill a sample each; a shorter rest goes with the last."""
+    characters = calibration.sequence_length * CHARACTERS_PER_TOKEN
+    pieces, start = [], 0
     while start < len(text):
         end = text.find("\n", start + characters)
         if end < 0 or len(text) - end < characters:
             end = len(text)
-        yield text[start:end]
+        pieces.append(text[start:end])
         start = end + 1
+    return pieces
+
+
+def _shuffled(documents: list[Any], calibration: Calibration) -> list[Any]:
+    return random.Random(calibration.seed).sample(documents, len(documents))
 
 
 def _first_line(error: Exception) -> str:

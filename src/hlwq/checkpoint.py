@@ -281,7 +281,7 @@ class Writer:
             self.partial.mkdir()
         except OSError as error:
             raise HlwqError(f"{self.out} cannot be made: {error.strerror}. Choose another output directory.") from None
-        with _disk_errors(self.partial):
+        with disk_errors(self.partial):
             for file, header in headers.items():
                 with (self.partial / file).open("wb") as stream:
                     stream.write(header)
@@ -341,7 +341,7 @@ class Writer:
         if DTYPES[spec.dtype] != tensor.dtype or spec.shape != tuple(tensor.shape):
             raise ValueError(f"{name}: planned {spec.dtype} {spec.shape}, got {tensor.dtype} {tuple(tensor.shape)}")
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        with _disk_errors(self.partial), (self.partial / file).open("r+b") as stream:
+        with disk_errors(self.partial), (self.partial / file).open("r+b") as stream:
             stream.seek(offset)
             stream.write(data.data)
         self._written.add(name)
@@ -355,7 +355,7 @@ class Writer:
             record: JSON-serialisable; a later run gets it back from `committed`.
         """
         names = list(names)
-        with _disk_errors(self.partial):
+        with disk_errors(self.partial):
             for file in {self._place[name][0] for name in names}:
                 with (self.partial / file).open("rb") as stream:
                     os.fsync(stream.fileno())
@@ -378,7 +378,7 @@ class Writer:
         """
         if missing := self._place.keys() - self._written:
             raise ValueError(f"planned tensors were not written: {sorted(missing)[:5]}")
-        with _disk_errors(self.partial):
+        with disk_errors(self.partial):
             for name, file in side_files.items():
                 copy = self.partial / name
                 copy.parent.mkdir(exist_ok=True)
@@ -483,7 +483,8 @@ def first_difference(before: Any, now: Any, where: str = "") -> str:
 
 
 @contextmanager
-def _disk_errors(directory: Path) -> Iterator[None]:
+def disk_errors(directory: Path) -> Iterator[None]:
+    """Turn the errors of a full disk into an HlwqError that says what to do."""
     try:
         yield
     except OSError as error:

@@ -150,7 +150,7 @@ def quantize(
     given = {name: value for name, value in about_samples.items() if value is not None and value is not False}
     chosen = Calibration(**given) if given.get("sources") or len(given) > 1 else None
     if dry_run:
-        _, plan = plan_for(source, recipe, **options)
+        _, plan = plan_for(source, recipe, calibration=chosen, **options)
         _print_plan(plan, chosen, as_json)
         return
     shard_bytes = _bytes_of(max_shard_size)
@@ -455,7 +455,7 @@ def _print_checks(lines: list[CheckLine]) -> None:
     output.print(table)
 
 
-def _plan_summary(plan: Plan, calibration: Calibration | None = None) -> dict[str, Any]:
+def _plan_summary(plan: Plan) -> dict[str, Any]:
     per_weight, per_parameter = plan.bits_per_weight()
     return {
         "family": plan.layout.family.name,
@@ -464,13 +464,12 @@ def _plan_summary(plan: Plan, calibration: Calibration | None = None) -> dict[st
         "output_bytes": plan.output_bytes(),
         "bits_per_quantized_weight": per_weight,
         "bits_per_parameter": per_parameter,
-        "peak_memory_estimate": plan.peak_memory(calibration),
         "remarks": [*plan.remarks, *plan.warnings],
     }
 
 
 def _print_plan(plan: Plan, calibration: Calibration | None, as_json: bool) -> None:
-    summary = _plan_summary(plan, calibration)
+    summary = {**_plan_summary(plan), "peak_memory_estimate": plan.peak_memory(calibration)}
     if as_json:
         tensors = [
             {

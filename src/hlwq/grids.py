@@ -205,12 +205,12 @@ class LloydGrid:
         """The nearest codes, uint8 (…, group), for float32 weights (…, group)."""
         norm = parameters.scale
         inverse = torch.where(norm > 0, sqrt(self.group_size) / norm, 0)
-        boundaries = codebook(self.bits).to(weights.device).boundaries
+        boundaries = codebook(self.bits, weights.device).boundaries
         return torch.bucketize(weights * inverse, boundaries, out_int32=True).to(torch.uint8)
 
     def decode(self, codes: Tensor, parameters: Parameters) -> Tensor:
         """The weights, float32 (…, group), that uint8 codes (…, group) stand for."""
-        centroids = codebook(self.bits).to(codes.device).centroids
+        centroids = codebook(self.bits, codes.device).centroids
         return centroids[codes.int()] * (parameters.scale / sqrt(self.group_size))
 
 
@@ -231,29 +231,30 @@ def fit_weighted(grid: Grid, weights: Tensor, importance: Tensor) -> Parameters:
     Raises:
         HlwqError: a parameter overflows the storage dtype.
     """
-    best: Parameters | None = None
-    least = torch.tensor(torch.inf, device=weights.device)
 
-    def consider(parameters: Parameters) -> None:
-        nonlocal best, least
+    def error_of(parameters: Parameters) -> Tensor:
         difference = grid.decode(grid.round(weights, parameters), parameters) - weights
-        error = (difference.square_() * importance).sum(-1, keepdim=True)
-        if best is None:
-            best, least = parameters, error
-            return
-        better = error < least
-        least = torch.where(better, error, least)
-        bias = None
-        if parameters.bias is not None and best.bias is not None:
-            bias = torch.where(better, parameters.bias, best.bias)
-        best = Parameters(torch.where(better, parameters.scale, best.scale), bias)
+        return (difference.square_() * importance).sum(-1, keepdim=True)
 
-    for candidate in grid.candidates(weights):
-        consider(candidate)
-    assert best is not None
+    candidates = grid.candidates(weights)
+    best = next(candidates)
+    least = error_of(best)
+    for candidate in candidates:
+        best, least = _better(best, least, candidate, error_of(candidate))
     for _ in range(REFITS):
-        consider(grid.refit(weights, grid.round(weights, best), importance, best))
+        try:
+            refitted = grid.refit(weights, grid.round(weights, best), importance, best)
+        except HlwqError:  # a group whose least squares overflow: the candidates serve
+            break
+        best, least = _better(best, least, refitted, error_of(refitted))
     return best
+
+
+def _better(best: Parameters, least: Tensor, other: Parameters, error: Tensor) -> tuple[Parameters, Tensor]:
+    """Of two sets of parameters, group by group, those with the smaller error."""
+    better = error < least
+    bias = None if best.bias is None or other.bias is None else torch.where(better, other.bias, best.bias)
+    return Parameters(torch.where(better, other.scale, best.scale), bias), torch.where(better, error, least)
 
 
 @dataclass(frozen=True)

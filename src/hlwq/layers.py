@@ -6,15 +6,17 @@ linear attention are those of the real model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hlwq.checkpoint import disk_errors
 from hlwq.models import ModelLayout
 from hlwq.solvers.gptq import Gram
 from hlwq.transformers_models import build_skeleton, quiet_transformers
@@ -49,7 +51,7 @@ class LayerRunner:
         *,
         device: torch.device,
         dtype: torch.dtype,
-        batch_size: int | None = None,
+        batch_size: int,
         spill: Path | None = None,
         keep_original: bool = False,
     ) -> None:
@@ -62,7 +64,7 @@ class LayerRunner:
             embed: gives the embeddings, (n, hidden), of token ids (n,).
             device: where layers run.
             dtype: of the model; layers run in it, or in float32 on a CPU that would be slower so.
-            batch_size: samples that run together; None for as many as `ACTIVATION_BYTES` hold.
+            batch_size: samples that run together.
             spill: a file to keep the samples in between layers, instead of memory.
             keep_original: run the samples through the original weights too, beside the quantized ones.
         """
@@ -74,8 +76,8 @@ class LayerRunner:
         rotary = self._decoder.rotary_emb
         self._decoder.rotary_emb = type(rotary)(config=rotary.config).to(device)
         samples, length = tokens.shape
-        size = batch_size or default_batch_size(layout, length)
-        self._batches = [slice(start, min(start + size, samples)) for start in range(0, samples, size)]
+        starts = range(0, samples, batch_size)
+        self._batches = [slice(start, min(start + batch_size, samples)) for start in starts]
         counts = {batch.stop - batch.start for batch in self._batches}
         self._arguments = {count: self._layer_arguments(count, length) for count in counts}
         ids, places = tokens.unique(return_inverse=True)
@@ -97,15 +99,15 @@ class LayerRunner:
             read: where those weights come from.
             read_original: where the original weights come from; used if the originals run beside.
         """
-        with self._loaded(read) as layer:
+        with quiet_transformers(), self._loaded(read) as layer:
             self._run_all(layer, self._states, self._batches)
         if self._originals is not None:
-            with self._loaded(read_original) as layer:
+            with quiet_transformers(), self._loaded(read_original) as layer:
                 self._run_all(layer, self._originals, self._batches)
         self.index += 1
 
     @torch.no_grad()
-    def quantize(self, read: Read, steps: Iterable[Sequence[str]], solve: Solve) -> None:
+    def quantize(self, read: Read, steps: Sequence[Sequence[str]], solve: Solve) -> None:
         """Run the next layer, and have the modules of each step quantized when the forward pass reaches them.
 
         The last batch runs through the layer once and pauses at each step, while the step's inputs, which depend on
@@ -118,22 +120,26 @@ class LayerRunner:
             solve: called for each step.
         """
         *others, last = self._batches
-        with self._loaded(read) as layer:
-            original = None if self._originals is None else deepcopy(layer)
+        original_states = self._originals
+        with quiet_transformers(), self._loaded(read) as layer:
+            original = layer if original_states is None else deepcopy(layer)
+            original_inputs: dict[str, Tensor] = {}
+            if original_states is not None:
+                for step in steps:
+                    _before(original, step, partial(original_inputs.__setitem__, step[0]))
+                original_outputs = self._run(original, original_states, last)
 
             def gather(module: str, inputs: Tensor) -> Gram:
                 width = inputs.shape[-1]
-                gram = Gram(torch.zeros(width, width, device=self._device))
-                if original is not None:
-                    gram.cross = torch.zeros_like(gram.hessian)
-                for batch in (last, *others):
-                    if batch is not last:
-                        inputs = self._inputs(layer, self._states, batch, module)
-                    if original is not None and self._originals is not None:
-                        _accumulate(gram, inputs, self._inputs(original, self._originals, batch, module))
-                    else:
-                        _accumulate(gram, inputs)
-                _mirror(gram.hessian)
+                hessian = torch.zeros(width, width, device=self._device)
+                gram = Gram(hessian, None if original_states is None else torch.zeros_like(hessian))
+                _accumulate(gram, inputs, original_inputs.pop(module, None))
+                for batch in others:
+                    wanted = None
+                    if original_states is not None:
+                        wanted = self._inputs(original, original_states, batch, module)
+                    _accumulate(gram, self._inputs(layer, self._states, batch, module), wanted)
+                _mirror(hessian)
                 return gram
 
             def pause_at(step: Sequence[str]) -> None:
@@ -144,8 +150,9 @@ class LayerRunner:
             outputs = self._run(layer, self._states, last)
             self._run_all(layer, self._states, others)
             self._states.write(last, outputs)
-            if original is not None and self._originals is not None:
-                self._run_all(original, self._originals, self._batches)
+            if original_states is not None:
+                self._run_all(original, original_states, others)
+                original_states.write(last, original_outputs)
         self.index += 1
 
     @contextmanager
@@ -163,8 +170,7 @@ class LayerRunner:
 
     def _run(self, layer: nn.Module, states: _States, batch: slice) -> Tensor:
         positional, named = self._arguments[batch.stop - batch.start][self.index]
-        with quiet_transformers():
-            outputs = layer(states.read(batch).to(self._device), *positional, **named)
+        outputs = layer(states.read(batch).to(self._device), *positional, **named)
         result: Tensor = outputs[0] if isinstance(outputs, tuple) else outputs
         return result
 
@@ -241,9 +247,9 @@ def _accumulate(gram: Gram, inputs: Tensor, originals: Tensor | None = None) -> 
         values = part.float()
         for start in range(0, width, stripe):  # XᵀX is symmetric: half of it is enough
             columns = slice(start, start + stripe)
-            gram.hessian[columns, start:].addmm_(values[:, columns].T, values[:, start:])
+            gram.hessian[columns, start:] += values[:, columns].T @ values[:, start:]
         if original is not None and gram.cross is not None:
-            gram.cross.addmm_((original.float() - values).T, values)
+            gram.cross += (original.float() - values).T @ values
 
 
 def _mirror(matrix: Tensor) -> None:
@@ -278,13 +284,13 @@ class _States:
         if self._file is None:
             self._rows[batch] = states
             return
-        with self._file.open("r+b") as stream:
+        with disk_errors(self._file.parent), self._file.open("r+b") as stream:
             stream.seek(batch.start * self._sample_bytes)
             stream.write(states.cpu().contiguous().view(torch.uint8).numpy().data)
 
 
 def _fast_on_cpu(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies matrices of a dtype by instructions of its own, instead of one number at a time."""
-    if dtype is torch.bfloat16:
+    """Whether torch has fast kernels for products of this dtype on this CPU; the others are ten times slower."""
+    if dtype is torch.bfloat16 and torch.backends.mkldnn.is_available():
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return dtype is torch.float32

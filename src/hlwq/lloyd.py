@@ -26,13 +26,9 @@ class Codebook:
     boundaries: Tensor
     mse: float
 
-    def to(self, device: torch.device) -> Codebook:
-        """The same codebook with its tensors on `device`."""
-        return Codebook(self.centroids.to(device), self.boundaries.to(device), self.mse)
 
-
-@lru_cache(maxsize=16)
-def codebook(bits: int) -> Codebook:
+@lru_cache(maxsize=32)
+def codebook(bits: int, device: torch.device | str = "cpu") -> Codebook:
     """Solve the Lloyd–Max conditions for N(0,1) with 2^bits levels.
 
     With cells (t_i−1, t_i), t_0 = −∞ and t_L = +∞, the conditions are
@@ -41,6 +37,7 @@ def codebook(bits: int) -> Codebook:
 
     Args:
         bits: 1 to 8.
+        device: where its tensors are wanted. They are shared: do not write to them.
 
     Raises:
         HlwqError: `bits` is out of range.
@@ -64,8 +61,8 @@ def codebook(bits: int) -> Codebook:
     centroids = (centroids - centroids.flip(0)) / 2
     _, mass, _, _ = _cells(centroids)
     return Codebook(
-        centroids.to(torch.float32),
-        ((centroids[1:] + centroids[:-1]) / 2).to(torch.float32),
+        centroids.to(torch.float32).to(device),
+        ((centroids[1:] + centroids[:-1]) / 2).to(torch.float32).to(device),
         # For centroids, E[x·c] = E[c²], so E[(x − c)²] = 1 − E[c²].
         float(1 - (centroids**2 * mass).sum()),
     )

@@ -187,7 +187,7 @@ def make_plan(
     if modules and not output_format.HOLDS_EMBEDDINGS:  # what the source had as codes is then written decoded
         chosen -= set(_embeddings(layout))
     _check_chosen(layout, output_format, chosen)
-    _check_desc_act(recipe, output_format)
+    _check_calibrated(recipe, output_format)
     matrices, required = _decoder_matrices(layout), layout.required_tensors()
     planned, fallbacks = [], {}
     for spec in source.tensors.values():
@@ -309,7 +309,9 @@ def _check_chosen(layout: ModelLayout, output_format: Format, chosen: set[str]) 
         _check_fused(layout, chosen)
 
 
-def _check_desc_act(recipe: Recipe, output_format: Format) -> None:
+def _check_calibrated(recipe: Recipe, output_format: Format) -> None:
+    if len(recipe.stages) > 1 and any(stage.gptq for stage in recipe.stages):
+        raise HlwqError(f"Recipe {recipe.name} rounds more than once. Only a single rounding can be calibrated.")
     if recipe.gptq is None or not recipe.gptq.desc_act:
         return
     if not output_format.HOLDS_DESC_ACT:

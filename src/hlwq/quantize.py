@@ -25,12 +25,13 @@ from hlwq.devices import torch_device
 from hlwq.errors import HlwqError, HlwqWarning
 from hlwq.grids import CHUNK_WEIGHTS, Basis, Grid, Parameters, QuantizedMatrix
 from hlwq.layers import LayerRunner, default_batch_size
+from hlwq.models import ModelLayout
 from hlwq.plan import Plan, PlannedTensor, layer_unit, make_plan, plan_decoding
 from hlwq.recipes import Overrides, Recipe, override, recipe_named
 from hlwq.solvers.gptq import Gram, output_error, quantize_gptq
 from hlwq.solvers.nearest import quantize_nearest
 from hlwq.sources import DecodedCheckpoint, locate, open_dense
-from hlwq.transformers_models import load_tokenizer, quiet_transformers
+from hlwq.transformers_models import load_tokenizer, quiet_transformers, require_transformers
 from hlwq.version import __version__
 
 SPILL_FILE = "activations"
@@ -73,6 +74,7 @@ def plan_for(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     revision: str | None = None,
+    calibration: Calibration | None = None,
     **overrides: Unpack[Overrides],
 ) -> tuple[Reader, Plan]:
     """Open a source and plan what `quantize` would do with the same arguments, reading no weights.
@@ -81,6 +83,10 @@ def plan_for(
         HlwqError: see `locate`, `open_dense`, `override` and `make_plan`.
     """
     chosen = override(recipe_named(recipe) if isinstance(recipe, str) else recipe, **overrides)
+    if calibration is not None and chosen.gptq is None:
+        raise HlwqError(f"Calibration data changes nothing: recipe {chosen.name} rounds to nearest.")
+    if chosen.gptq is not None:
+        require_transformers()
     reader = open_dense(locate(source, revision))
     plan = make_plan(reader, chosen, format, include_embeddings=include_embeddings, include=include, exclude=exclude)
     return reader, plan
@@ -131,6 +137,7 @@ def quantize(
         include=include,
         exclude=exclude,
         revision=revision,
+        calibration=calibration,
         **overrides,
     )
     # A hub snapshot's directory is named after its commit.
@@ -142,8 +149,6 @@ def quantize(
         "include": list(include),
         "exclude": list(exclude),
     }
-    if calibration is not None and plan.recipe.gptq is None:
-        raise HlwqError(f"Calibration data changes nothing: recipe {plan.recipe.name} rounds to nearest.")
     return run_plan(
         reader,
         plan,
@@ -197,8 +202,11 @@ def convert(
             raise HlwqError(f"{given[0]} changes nothing: to format dense, codes are only decoded.")
         plan = plan_decoding(decoded)
     else:
-        if overrides.get("calibrate"):
-            raise HlwqError("A conversion only rounds. To calibrate, quantize the original.")
+        for name in ("calibrate", "desc_act", "foem_beta", "gptaq_alpha", "damping"):
+            if overrides.get(name) is not None:
+                raise HlwqError(
+                    f"{name} is for calibrated recipes, and a conversion only rounds. Quantize the original."
+                )
         recipe = override(recipe_named("rtn"), **overrides)
         plan = make_plan(decoded, recipe, format, modules=decoded.quantized_modules())
     manifest = path / "hlwq.json"
@@ -257,13 +265,9 @@ def run_plan(
     if plan.recipe.gptq is not None:
         calibration = calibration or Calibration()
         report(0, 1, "reading calibration data")
-        tokenizer = load_tokenizer(reader.path)
-        with quiet_transformers():
-            samples = load_samples(calibration, tokenizer)
-        if samples.warning:
-            warnings.warn(samples.warning, HlwqWarning, stacklevel=2)
+        samples = _samples_for(plan.layout, calibration, load_tokenizer(reader.path))
         batch_size = calibration.batch_size or default_batch_size(plan.layout, calibration.sequence_length)
-        calibration = replace(calibration, batch_size=min(batch_size, calibration.samples))
+        calibration = replace(calibration, batch_size=min(batch_size, len(samples.tokens)))
     recipe = {
         "origin": origin,
         "recipe": plan.recipe.name,
@@ -275,21 +279,27 @@ def run_plan(
         "device": target.type,
         "versions": _versions(calibrated=samples is not None),
     }
-    arguments = {**recipe, "shard_bytes": shard_bytes, "tensors": _digest(plan), "files": _stamps(reader.path)}
+    arguments = {
+        **recipe,
+        "shard_bytes": shard_bytes,
+        "config": reader.config,
+        "tensors": _digest(plan),
+        "files": _stamps(reader.path),
+    }
     json_files = plan.format.json_files(reader.config, plan.contents())
     writer = Writer(out, plan.outputs(), arguments, shard_bytes, json_files)
     _check_dropped(reader, plan)
     work = _Work(reader, plan, writer, target, report)
-    layers = {}
+    calibrated: _CalibratedLayers | None = None
     if samples is not None and calibration is not None:
-        layers = {layer_unit(index): index for index in range(len(plan.layout.layers))}
-        calibrated = _CalibratedLayers(work, samples, calibration)
+        calibrated = _CalibratedLayers(work, samples.tokens, calibration)
+    layers = {layer_unit(index): index for index in range(len(plan.layout.layers))}
     errors: dict[str, dict[str, float]] = {}
     for unit in plan.units():
         tensors = [tensor for tensor in plan.tensors if tensor.unit == unit and tensor.action != "drop"]
         record: dict[str, dict[str, float]] | None = writer.committed(unit)
         if record is None:
-            record = calibrated.quantize(layers[unit], tensors) if unit in layers else {}
+            record = calibrated.quantize(layers[unit], tensors) if calibrated and unit in layers else {}
             for tensor in tensors:
                 if tensor.action == "copy":
                     work.copy(tensor)
@@ -371,8 +381,8 @@ class _Work:
 class _CalibratedLayers:
     """Quantizing decoder layers in their order, the calibration samples going through what is quantized already."""
 
-    def __init__(self, work: _Work, samples: Samples, calibration: Calibration) -> None:
-        self._work, self._samples, self._calibration = work, samples, calibration
+    def __init__(self, work: _Work, tokens: Tensor, calibration: Calibration) -> None:
+        self._work, self._tokens, self._calibration = work, tokens, calibration
         # What is written is read back: the next layer is given what engines will compute with, and a run that was
         # interrupted goes on from the same weights.
         self._written = DecodedCheckpoint(work.writer.partial)
@@ -390,52 +400,54 @@ class _CalibratedLayers:
         errors: dict[str, dict[str, float]] = {}
 
         def solve(layer: nn.Module, names: Sequence[str], gram: Gram) -> None:
-            errors.update(self._solve(layer, [(name, planned[name]) for name in names], gram))
+            errors.update(self._solve(layer, {name: planned[name] for name in names}, gram))
 
         steps = [[matrix.name for matrix in step if matrix.name in planned] for step in layout.layers[index].steps]
         self._work.report(self._work.done, self._work.total, f"layer {index}")
-        runner.quantize(self._work.reader.read, [step for step in steps if step], solve)
+        try:
+            runner.quantize(self._work.reader.read, [step for step in steps if step], solve)
+        except torch.OutOfMemoryError:
+            raise HlwqError(f"layer {index}: the device has too little memory. Lower --batch-size.") from None
         return errors
 
-    def _solve(
-        self, layer: nn.Module, matrices: Sequence[tuple[str, PlannedTensor]], gram: Gram
-    ) -> Iterator[tuple[str, dict[str, float]]]:
+    def _solve(self, layer: nn.Module, matrices: dict[str, PlannedTensor], gram: Gram) -> dict[str, dict[str, float]]:
         """Quantize matrices that share an input, write them, and put into the layer what the file then says."""
-        weights = [layer.get_parameter(f"{name}.weight").float() for name, _ in matrices]
-        first = matrices[0][1]
-        grid, basis = first.steps[-1]
-        with _naming(first):
-            for values in weights:
-                _check_finite(values)
-            solved = quantize_gptq(torch.cat(weights), gram, grid, basis, first.gptq)
+        weights = []
+        for name, tensor in matrices.items():
+            weights.append(layer.get_parameter(f"{name}.weight").float())
+            with _naming(tensor):
+                _check_finite(weights[-1])
+        first = next(iter(matrices.values()))
+        with _naming(*matrices.values()):
+            solved = quantize_gptq(torch.cat(weights), gram, *first.steps[-1], first.gptq)
         parts = solved.split_rows([len(values) for values in weights])
-        for (name, tensor), values, part in zip(matrices, weights, parts, strict=True):
+        errors = {}
+        for (name, tensor), values, part in zip(matrices.items(), weights, parts, strict=True):
             self._work.write(tensor, part.cpu())
             stored = self._written.read(tensor.spec.name)
             parameter = layer.get_parameter(f"{name}.weight")
             difference = stored.to(values) - values
             parameter.data = stored.to(parameter)
-            signal = output_error(values, gram.hessian)
+            signal, squared = output_error(values, gram.hessian), _sum_of_squares(values)
             loss = output_error(difference, gram.hessian) / signal if signal else 0.0
+            errors[tensor.module] = {
+                "relative_squared_error": _sum_of_squares(difference) / squared if squared else 0.0,
+                "relative_output_error": loss,
+            }
             self._work.report(self._work.done, self._work.total, f"{tensor.module}, output error {loss:.2e}")
-            squared = _sum_of_squares(values)
-            yield (
-                tensor.module,
-                {
-                    "relative_squared_error": _sum_of_squares(difference) / squared if squared else 0.0,
-                    "relative_output_error": loss,
-                },
-            )
+        return errors
 
     def _started(self) -> LayerRunner:
-        work, calibration, tokens = self._work, self._calibration, self._samples.tokens
+        work, calibration, tokens = self._work, self._calibration, self._tokens
         gptq = work.plan.recipe.gptq
         assert gptq is not None
+        assert calibration.batch_size is not None
         spill = None
         if calibration.offload_activations:
             copies = 2 if gptq.gptaq_alpha else 1
             width = work.plan.layout.text_config["hidden_size"] * 4
-            check_disk(work.writer.partial, copies * tokens.numel() * width)
+            # The output's files are laid out already, but take their space only as they are written.
+            check_disk(work.writer.partial, copies * tokens.numel() * width + work.plan.output_bytes())
             spill = work.writer.partial / SPILL_FILE
         return LayerRunner(
             work.reader.config,
@@ -458,6 +470,24 @@ class _CalibratedLayers:
             matrix, _ = quantize_matrix(rows, planned.steps, self._work.device)
             rows = matrix.dequantize(DTYPES[self._work.plan.dtype])
         return rows
+
+
+def _samples_for(layout: ModelLayout, calibration: Calibration, tokenizer: Any) -> Samples:
+    """Calibration samples that the model can be given."""
+    longest = layout.text_config.get("max_position_embeddings")
+    if longest is not None and calibration.sequence_length > longest:
+        raise HlwqError(f"--sequence-length {calibration.sequence_length} exceeds the model's own limit of {longest}.")
+    with quiet_transformers():
+        samples = load_samples(calibration, tokenizer)
+    vocabulary = layout.text_config["vocab_size"]
+    if int(samples.tokens.max()) >= vocabulary:
+        raise HlwqError(
+            f"The tokenizer gives the token {int(samples.tokens.max())}, but the model has {vocabulary}. "
+            "They do not belong together: copy the original's tokenizer."
+        )
+    if samples.warning:
+        warnings.warn(samples.warning, HlwqWarning, stacklevel=2)
+    return samples
 
 
 def _remove_spilled(writer: Writer) -> None:
@@ -539,11 +569,13 @@ def _check_dropped(reader: WeightSource, plan: Plan) -> None:
 
 
 @contextmanager
-def _naming(tensor: PlannedTensor) -> Iterator[None]:
+def _naming(*tensors: PlannedTensor) -> Iterator[None]:
+    """Say in errors which tensor they are about, or which of several it is one of."""
     try:
         yield
     except HlwqError as error:
-        raise HlwqError(f"tensor {tensor.spec.name}: {error}") from None
+        which = "tensor" if len(tensors) == 1 else "one of"
+        raise HlwqError(f"{which} {', '.join(tensor.spec.name for tensor in tensors)}: {error}") from None
 
 
 def _check_finite(values: Tensor) -> None:

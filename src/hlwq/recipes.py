@@ -135,6 +135,8 @@ def override(recipe: Recipe, **overrides: Unpack[Overrides]) -> Recipe:
 
 def _gptq_options(recipe: Recipe, given: dict[str, Any]) -> GptqOptions | None:
     options = recipe.gptq
+    if options is not None and given.get("calibrate") is False:
+        raise HlwqError(f"Recipe {recipe.name} is calibrated. Use rtn or hlwq to round to nearest.")
     if given.get("calibrate"):
         if options is not None:
             raise HlwqError(f"--calibrate changes nothing: recipe {recipe.name} is calibrated.")
@@ -151,7 +153,4 @@ def _gptq_options(recipe: Recipe, given: dict[str, Any]) -> GptqOptions | None:
     if options is None:
         name = next(iter(changed)).replace("_", "-")
         raise HlwqError(f"--{name} changes nothing in recipe {recipe.name}, which is not calibrated. Add --calibrate.")
-    for name, low, high in (("foem_beta", 0, 1), ("gptaq_alpha", 0, 1), ("damping", 1e-6, 1)):
-        if not low <= changed.get(name, low) <= high:
-            raise HlwqError(f"--{name.replace('_', '-')} {changed[name]} must be between {low:g} and {high:g}.")
     return replace(options, **changed)

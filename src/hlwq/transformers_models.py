@@ -17,7 +17,7 @@ def require_transformers() -> Any:
     try:
         import transformers
     except ImportError:
-        raise HlwqError("This needs transformers. Run: pip install 'hlwq[eval]'") from None
+        raise HlwqError("This needs transformers. Run: pip install 'hlwq[calibration,eval]'") from None
     return transformers
 
 
@@ -29,21 +29,25 @@ def load_tokenizer(path: Path) -> Any:
     """
     try:
         return require_transformers().AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise HlwqError(
-            f"{path} has no tokenizer that loads ({str(error).splitlines()[0]}). Copy the original's."
-        ) from None
+    except (OSError, ValueError, ImportError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise HlwqError(f"{path} has no tokenizer that loads ({reason}). Copy the original's.") from None
 
 
 def build_skeleton(config: dict[str, Any], *, tied: bool) -> Any:
     """The causal language model of a `config.json`, on the meta device: all of its modules, none of its weights.
 
     Raises:
-        HlwqError: transformers is not installed.
+        HlwqError: transformers is not installed, or does not know the model.
     """
     transformers = require_transformers()
-    parsed = transformers.AutoConfig.for_model(config["model_type"])
-    parsed = type(parsed).from_dict(config)
+    try:
+        parsed = type(transformers.AutoConfig.for_model(config.get("model_type"))).from_dict(config)
+    except (KeyError, ValueError):
+        raise HlwqError(
+            f"config.json: transformers {transformers.__version__} does not know model_type "
+            f"{config.get('model_type')}. Upgrade transformers, or correct the file."
+        ) from None
     with quiet_transformers(), torch.device("meta"):
         skeleton = transformers.AutoModelForCausalLM.from_config(parsed)
     skeleton.config.tie_word_embeddings = tied
@@ -54,11 +58,12 @@ def build_skeleton(config: dict[str, Any], *, tied: bool) -> Any:
 def quiet_transformers() -> Iterator[None]:
     """Without its loading bars, and its hints on long texts and on kernels that are not installed."""
     transformers = require_transformers()
-    verbosity = transformers.logging.get_verbosity()
+    verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers.logging.set_verbosity(verbosity)
-        transformers.logging.enable_progress_bar()
+        if bars:
+            transformers.logging.enable_progress_bar()

@@ -39,6 +39,12 @@ class GptqOptions:
     desc_act: bool = False
     damping: float = 0.01
 
+    def __post_init__(self) -> None:
+        for name, low, high in (("foem_beta", 0, 1), ("gptaq_alpha", 0, 1), ("damping", 1e-6, 1)):
+            if not low <= getattr(self, name) <= high:
+                option = name.replace("_", "-")
+                raise HlwqError(f"--{option} {getattr(self, name)} must be between {low:g} and {high:g}.")
+
 
 @dataclass
 class Gram:
@@ -78,9 +84,8 @@ def quantize_gptq(
         weights = rotate_blocks(weights, size)
         hessian = _rotate_both_sides(hessian, size)
         cross = None if cross is None else _rotate_both_sides(cross, size)
-    order = _column_order(hessian.diagonal(), size, options.desc_act)
-    hessian = hessian[order][:, order]
-    factor = inverse_factor(hessian, options.damping)
+    order = _column_order(hessian.diagonal().contiguous(), size, options.desc_act)
+    factor = inverse_factor(hessian[order][:, order], options.damping)
     # GPTAQ, eq. 18: what each column owes the later ones for the difference of its inputs.
     owed = None
     if cross is not None:
@@ -145,15 +150,15 @@ def _solve_group(
         if owed is not None and rounded_from is not None:
             rounded_from[i - group.start] = column
             later.addr_(owed[i, i + 1 : stop], column)
-    latent[stop:].addmm_(factor[group, stop:].T, errors, alpha=-1)
+    latent[stop:] -= factor[group, stop:].T @ errors
     if owed is not None and rounded_from is not None:
-        latent[stop:].addmm_(owed[group, stop:].T, rounded_from)
+        latent[stop:] += owed[group, stop:].T @ rounded_from
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     """The upper triangular U with UᵀU = (H + λ·mean(diag H)·I)⁻¹, by one Cholesky factorisation.
 
-    With J the reversal of the order, JHJ = LLᵀ gives H = AAᵀ where A = JLJ is upper triangular, so U = A⁻¹.
+    With J the reversal of the order, JHJ = LLᵀ gives H = AAᵀ where A = JLJ is upper triangular, so U = A⁻¹ = JL⁻¹J.
 
     Args:
         hessian: float32 (n, n), symmetric, positive semidefinite. Columns that were never active (a zero diagonal)
@@ -161,22 +166,28 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
         damping: λ, raised tenfold as often as the factorisation fails.
 
     Raises:
-        HlwqError: it fails however large λ.
+        HlwqError: the Hessian is not finite, or the factorisation fails however large λ.
     """
+    device = hessian.device
+    if device.type == "mps":  # its Cholesky is young, and has been silently wrong
+        hessian = hessian.cpu()
     diagonal = hessian.diagonal()
+    identity = torch.eye(len(hessian), device=hessian.device)
     mean = diagonal.mean()
-    if not torch.isfinite(mean) or mean <= 0:
-        raise HlwqError("the inputs of this layer are all zero or not finite on the calibration data. Use other data.")
+    if mean == 0:
+        return identity.to(device)
+    if not torch.isfinite(mean):
+        raise HlwqError("its inputs are not finite on the calibration data. Is the checkpoint damaged?")
     for attempt in range(DAMPING_TRIES):
         damped = hessian.flip(0, 1)
         damped.diagonal().add_(damping * 10**attempt * mean)
         damped.diagonal()[(diagonal == 0).flip(0)] = mean
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
-            identity = torch.eye(len(hessian), device=hessian.device)
-            inverse: Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
-            return inverse
-    raise HlwqError("the Hessian of this layer's inputs is singular. Use more calibration samples, or raise --damping.")
+            del damped
+            inverse: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
+            return inverse.flip(0, 1).to(device)
+    raise HlwqError("the Hessian of its inputs is singular. Use more calibration samples.")
 
 
 def output_error(difference: Tensor, hessian: Tensor) -> float:
