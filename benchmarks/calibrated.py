@@ -82,6 +82,7 @@ def measure(source: Path, options: argparse.Namespace, folder: Path) -> dict[str
 def run(command: list[object], folder: Path, stdout: Path | None = None) -> float:
     """Run a command to its end, in a folder that takes its logs; returns its seconds."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "GPTQMODEL_CPU_WORKERS": str(os.cpu_count())}
+    environment["CUDA_VISIBLE_DEVICES"] = ""  # both on the CPU, where peak memory is one figure
     started = time.monotonic()
     process = subprocess.run(
         [str(each) for each in command], env=environment, cwd=folder, capture_output=True, text=True, check=False

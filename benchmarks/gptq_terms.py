@@ -31,7 +31,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "GPTAQ, α 0.25": {**INT4, "gptaq_alpha": 0.25},
     "FOEM and GPTAQ": {**INT4, "foem_beta": 0.2, "gptaq_alpha": 0.25},
     "calibrated HLWQ, 4 bits": {**HLWQ, "bits": 4},
+    "calibrated HLWQ, 4 bits, with GPTAQ": {**HLWQ, "bits": 4, "gptaq_alpha": 0.25},
     "calibrated HLWQ, 5 bits": {**HLWQ, "bits": 5},
+    "calibrated HLWQ, 5 bits, with GPTAQ": {**HLWQ, "bits": 5, "gptaq_alpha": 0.25},
 }
 BASELINE = "GPTQ"
 
@@ -48,29 +50,37 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=8, help="chunks measured")
     parser.add_argument("--json", type=Path, required=True, help="figures; those already there are not measured again")
     options = parser.parse_args()
-    figures = json.loads(options.json.read_text()) if options.json.is_file() else {}
-    work = [(name, seed) for seed in options.seeds for name in VARIANTS if f"{name}, seed {seed}" not in figures]
+    if len(options.seeds) < 2:
+        parser.error("an interval needs at least two --seeds")
+    setting = {key: value for key, value in vars(options).items() if key not in ("seeds", "json")}
+    figures: dict[str, Any] = {"setting": setting, "runs": {}}
+    if options.json.is_file():
+        figures = json.loads(options.json.read_text())
+        if figures["setting"] != setting:
+            parser.error(f"{options.json} was measured with {figures['setting']}, not {setting}")
+    runs = figures["runs"]
+    work = [(name, seed) for seed in options.seeds for name in VARIANTS if f"{name}, seed {seed}" not in runs]
     for name, seed in track(work, "measuring", console=Console(stderr=True)):
-        figures[f"{name}, seed {seed}"] = measure(VARIANTS[name], seed, options)
+        runs[f"{name}, seed {seed}"] = measure(VARIANTS[name], seed, options)
         options.json.write_text(json.dumps(figures, indent=2, ensure_ascii=False))
-    show({name: [figures[f"{name}, seed {seed}"] for seed in options.seeds] for name in VARIANTS})
+    show({name: [runs[f"{name}, seed {seed}"] for seed in options.seeds] for name in VARIANTS})
 
 
 def measure(variant: dict[str, Any], seed: int, options: argparse.Namespace) -> dict[str, float]:
     calibration = hlwq.Calibration((options.calibration,), options.samples, options.sequence_length, seed)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
-        result = hlwq.quantize(options.model, out, calibration=calibration, **variant)
+        hlwq.quantize(options.model, out, calibration=calibration, **variant)
         measured = hlwq.evaluate.perplexity(
             out, options.text, protocol="chunked", context=options.context, limit=options.limit
         )
         bits = hlwq.inspect(out).bits_per_quantized_weight
     assert bits is not None
-    return {"loss": math.log(measured.perplexity), "seconds": result.seconds, "bits": bits}
+    return {"loss": math.log(measured.perplexity), "bits": bits}
 
 
 def show(rows: dict[str, list[dict[str, float]]]) -> None:
-    table = Table("", "bits per weight", "perplexity", "per seed", "loss above GPTQ (95 %)", "seconds")
+    table = Table("", "bits per weight", "perplexity", "per seed", "loss above GPTQ (95 %)")
     for name, runs in rows.items():
         losses = [run["loss"] for run in runs]
         difference = ""
@@ -84,7 +94,6 @@ def show(rows: dict[str, list[dict[str, float]]]) -> None:
             f"{fmean(math.exp(loss) for loss in losses):.2f}",
             ", ".join(f"{math.exp(loss):.2f}" for loss in losses),
             difference,
-            f"{fmean(run['seconds'] for run in runs):.0f}",
         )
     Console(width=140).print(table)
 

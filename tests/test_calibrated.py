@@ -235,7 +235,7 @@ def test_an_edited_configuration_is_noticed(tmp_path: Path) -> None:
     interrupt_after(1, source, out)
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
-    with pytest.raises(HlwqError, match="config.rms_norm_eps was 1e-06, now it is 0.001"):
+    with pytest.raises(HlwqError, match=r"config\.rms_norm_eps was 1e-06, now it is 0.001"):
         quantize(source, out, "hlwq-v7", calibration=DATA)
 
 
