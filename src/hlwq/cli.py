@@ -24,6 +24,7 @@ from rich.table import Table
 from hlwq.calibration import Calibration
 from hlwq.check import CheckLine, check_directory
 from hlwq.errors import HlwqError, HlwqWarning
+from hlwq.evaluate.statistics import Estimate
 from hlwq.formats import FORMATS
 from hlwq.models import FAMILIES
 from hlwq.plan import Plan
@@ -63,6 +64,14 @@ class ProtocolChoice(StrEnum):
 
     windowed = "windowed"
     chunked = "chunked"
+
+
+class PromptingChoice(StrEnum):
+    """`--prompting`."""
+
+    auto = "auto"
+    chat = "chat"
+    completion = "completion"
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -242,10 +251,18 @@ def check(
         raise typer.Exit(1)
 
 
+Measured = Annotated[str, typer.Argument(help="A model directory of any format, a hub id, or a .gguf file.")]
+Text = Annotated[Path, typer.Option(help="A UTF-8 text file, such as WikiText-2's raw test split.")]
+ServerUrl = Annotated[
+    str | None,
+    typer.Option("--endpoint", help="Measure this server (http://127.0.0.1:8000/v1) instead of loading MODEL here."),
+]
+
+
 @evaluation.command("perplexity")
 def eval_perplexity(
-    model: Annotated[str, typer.Argument(help="A model directory of any format, a hub id, or a .gguf file.")],
-    text: Annotated[Path, typer.Option(help="A UTF-8 text file, such as WikiText-2's raw test split.")],
+    model: Measured,
+    text: Text,
     protocol: Annotated[ProtocolChoice, typer.Option(help="windowed (the cards') or chunked (GPTQ papers').")] = (
         ProtocolChoice.windowed
     ),
@@ -254,18 +271,21 @@ def eval_perplexity(
         int | None, typer.Option(help="For windowed: tokens scored per window (default 512, or half the context).")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many windows or chunks, from the start.")] = None,
+    endpoint: ServerUrl = None,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Measure perplexity on a text."""
+    from hlwq.evaluate.generation import Endpoint
     from hlwq.evaluate.perplexity import perplexity
 
     if protocol is ProtocolChoice.chunked and stride is not None:
         raise HlwqError("--stride changes nothing with --protocol chunked: chunks do not overlap.")
     with _progress("measuring") as report:
         result = perplexity(
-            model,
+            Endpoint(endpoint) if endpoint else model,
             text,
+            tokenizer_of=model if endpoint else None,
             protocol=protocol.value,
             context=context,
             stride=min(512, max(1, context // 2)) if stride is None else stride,
@@ -283,6 +303,144 @@ def eval_perplexity(
         f"perplexity {result.perplexity:.4f} ({error}; standard error over {len(result.chunk_losses)} {windows})\n"
         f"protocol {result.protocol}{stride_note}; {result.tokens:,} tokens scored"
     )
+
+
+@evaluation.command("divergence")
+def eval_divergence(
+    model: Measured,
+    against: Annotated[str, typer.Option(help="The model that it was made from.")],
+    text: Text,
+    context: Annotated[int, typer.Option(min=2, help="Tokens in a chunk.")] = 2048,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many chunks, from the start.")] = None,
+    endpoint: ServerUrl = None,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Measure how far a model's predictions are from its original's: KL divergence and top-1 agreement."""
+    from hlwq.evaluate.divergence import divergence
+    from hlwq.evaluate.generation import Endpoint
+
+    subject = Endpoint(endpoint) if endpoint else model
+    with _progress("measuring") as report:
+        result = divergence(subject, against, text, context=context, limit=limit, device=device, progress=report)
+    if as_json:
+        _print_json(asdict(result))
+        return
+    least = "at least " if result.lower_bound else ""
+    output.print(
+        f"KL(base ‖ model) {least}{_interval(result.mean, 4)} nats per token; "
+        f"99th percentile {result.percentile_99:.4f}\n"
+        f"top-1 agreement {_interval(result.top1_agreement, 4)}\n"
+        f"{result.tokens:,} tokens; 95 % intervals over {result.mean.n} chunks of {result.context} tokens"
+    )
+
+
+@evaluation.command("humaneval")
+def eval_humaneval(
+    model: Annotated[str | None, typer.Argument(help="A model directory of any format, or a hub id.")] = None,
+    endpoint: ServerUrl = None,
+    canonical: Annotated[
+        bool, typer.Option("--canonical", help="Test the data set's own solutions, which must all pass.")
+    ] = False,
+    prompting: Annotated[
+        PromptingChoice, typer.Option(help="Continue the prompt, or ask in a chat; auto: a chat for chat models.")
+    ] = PromptingChoice.auto,
+    samples: Annotated[int, typer.Option(min=1, help="Programs per problem.")] = 1,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    k: Annotated[list[int] | None, typer.Option("--k", min=1, help="Which pass@k; 1 unless told.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 512,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many problems, from the first.")] = None,
+    record: Annotated[
+        Path | None, typer.Option(help="A JSON-lines file for the programs; repeated runs go on from it.")
+    ] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests to a server at the same time.")] = 8,
+    unsafe: Annotated[
+        bool, typer.Option("--unsafe", help="Run programs without a sandbox, where none can be had.")
+    ] = False,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Measure HumanEval pass@1: a model writes programs, and each is tested in a sandbox of its own."""
+    from hlwq.evaluate import humaneval as human_eval
+    from hlwq.evaluate.generation import Endpoint, Generate, transformers_generate
+    from hlwq.evaluate.sandbox import run_program, run_unsafely
+
+    run = run_unsafely if unsafe else run_program
+    with _progress("measuring") as report:
+        if canonical:
+            if model or endpoint:
+                raise HlwqError("--canonical tests the data set's own solutions: leave MODEL and --endpoint out.")
+            result = human_eval.canonical(limit, run=run, progress=report)
+        else:
+            if (model is None) == (endpoint is None):
+                raise HlwqError("Name a MODEL, or a server with --endpoint.")
+            report(0, 1, "loading the model")
+            generate: Generate
+            if endpoint:
+                generate, has_template = Endpoint(endpoint).generate, True
+                if prompting is PromptingChoice.auto:
+                    raise HlwqError("A server does not say what its model is. Add --prompting chat or completion.")
+            else:
+                generate, has_template = transformers_generate(model or "", device)
+            chosen = prompting
+            if prompting is PromptingChoice.auto:
+                chosen = PromptingChoice.chat if has_template else PromptingChoice.completion
+            if chosen is PromptingChoice.chat and not has_template:
+                raise HlwqError(f"{model} has no chat template. Use --prompting completion.")
+            result = human_eval.humaneval(
+                generate,
+                prompting="chat" if chosen is PromptingChoice.chat else "completion",
+                samples=samples,
+                temperature=temperature,
+                max_tokens=max_tokens,
+                ks=k or (1,),
+                limit=limit,
+                record=record,
+                concurrency=concurrency if endpoint else 1,
+                run=run,
+                progress=report,
+            )
+    if as_json:
+        _print_json(asdict(result))
+        return
+    for count, estimate in result.pass_at.items():
+        output.print(f"HumanEval pass@{count} {_interval(estimate, 4)}")
+    sampling = f"temperature {result.temperature:g}" if result.temperature else "greedy"
+    output.print(
+        f"{len(result.solved)} problems, {result.samples} programs each, prompting {result.prompting}, {sampling}, "
+        f"at most {result.max_tokens} tokens; 95 % interval"
+    )
+
+
+@evaluation.command("speed")
+def eval_speed(
+    model: Annotated[str | None, typer.Argument(help="A model directory of any format, or a hub id.")] = None,
+    endpoint: ServerUrl = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Of each run.")] = 512,
+    new_tokens: Annotated[int, typer.Option(help="Of each run.")] = 64,
+    runs: Annotated[int, typer.Option(help="After a warm-up.")] = 3,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Measure prefill and decode tokens per second, load time and peak memory."""
+    from hlwq.evaluate.generation import Endpoint
+    from hlwq.evaluate.speed import speed
+
+    if (model is None) == (endpoint is None):
+        raise HlwqError("Name a MODEL, or a server with --endpoint.")
+    subject = Endpoint(endpoint) if endpoint else (model or "")
+    with _progress("measuring") as report:
+        result = speed(
+            subject, prompt_tokens=prompt_tokens, new_tokens=new_tokens, runs=runs, device=device, progress=report
+        )
+    if as_json:
+        _print_json(asdict(result))
+        return
+    for name, (middle, least, most) in (("prefill", result.prefill), ("decode", result.decode)):
+        output.print(f"{name} {middle:.1f} tokens/s (median of {result.runs} runs; {least:.1f} to {most:.1f})")
+    output.print(f"{result.engine}, batch 1, {result.prompt_tokens} prompt and {result.new_tokens} new tokens")
+    if result.load_seconds is not None and result.peak_memory is not None:
+        output.print(f"loaded in {result.load_seconds:.1f} s; peak memory {result.peak_memory / 1e9:.2f} GB")
 
 
 @app.command()
@@ -394,6 +552,10 @@ def _show_warning(
     """Our own warnings as one line, like errors; those of libraries not at all."""
     if issubclass(category, HlwqWarning):
         messages.print(f"[yellow]warning:[/yellow] {escape(str(message))}", soft_wrap=True, highlight=False)
+
+
+def _interval(estimate: Estimate, digits: int) -> str:
+    return f"{estimate.mean:.{digits}f} [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}] (n = {estimate.n})"
 
 
 def _bytes_of(size: str) -> int:

@@ -1,6 +1,10 @@
-"""Where to compute."""
+"""Where to compute, and what it took."""
 
 from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
 
 import torch
 
@@ -21,3 +25,13 @@ def torch_device(name: str) -> torch.device:
             f"--device {name} cannot be used here: {str(error).splitlines()[0]} Use --device cpu."
         ) from None
     return device
+
+
+def peak_memory() -> int:
+    """The most memory that this process has held, in bytes."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # Linux: getrusage starts from the peak of the process that started this one
+        peak_line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(peak_line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import platform
-import resource
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +19,7 @@ from torch import Tensor, nn
 from hlwq.calibration import Calibration, Samples, load_samples
 from hlwq.check import CheckLine, check_directory, has_tokenizer
 from hlwq.checkpoint import DEFAULT_SHARD_BYTES, DTYPES, Reader, Writer, check_disk, read_json, refuse_unless_empty
-from hlwq.devices import torch_device
+from hlwq.devices import peak_memory, torch_device
 from hlwq.errors import HlwqError, HlwqWarning
 from hlwq.grids import CHUNK_WEIGHTS, Basis, Grid, Parameters, QuantizedMatrix
 from hlwq.layers import LayerRunner, default_batch_size
@@ -544,16 +542,6 @@ def quantize_matrix(
 def _sum_of_squares(values: Tensor) -> float:
     """Summed by rows in float32, then in float64 on the CPU, since not every device has it."""
     return float(values.square().sum(-1).cpu().sum(dtype=torch.float64))
-
-
-def peak_memory() -> int:
-    """The most memory that this process has held, in bytes."""
-    status = Path("/proc/self/status")
-    if status.is_file():  # Linux: getrusage starts from the peak of the process that started this one
-        peak_line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(peak_line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _check_dropped(reader: WeightSource, plan: Plan) -> None:

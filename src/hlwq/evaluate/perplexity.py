@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from hlwq.errors import HlwqError
+from hlwq.evaluate.generation import Endpoint
 from hlwq.evaluate.model import load_model
+from hlwq.evaluate.statistics import mean_estimate, standard_error
 from hlwq.sources import locate
-from hlwq.transformers_models import quiet_transformers
+from hlwq.transformers_models import load_tokenizer, quiet_transformers
 
 Protocol = Literal["windowed", "chunked"]
 
@@ -47,9 +49,10 @@ class Perplexity:
 
 
 def perplexity(
-    model: str | Path,
+    model: str | Path | Endpoint,
     text: str | Path,
     *,
+    tokenizer_of: str | Path | None = None,
     protocol: Protocol = "windowed",
     context: int = 2048,
     stride: int = 512,
@@ -65,8 +68,9 @@ def perplexity(
     arXiv 2210.17323). Weights in bfloat16, log-softmax in float32; the file is tokenized once, whole.
 
     Args:
-        model: a directory of any format, a hub id or a `.gguf` file.
+        model: a directory of any format, a hub id, a `.gguf` file, or a server that gives log-probabilities of prompts.
         text: a UTF-8 file.
+        tokenizer_of: for a server: where the tokenizer of its model lies.
         protocol: see above.
         context: tokens in a window or chunk.
         stride: for `windowed`.
@@ -77,21 +81,46 @@ def perplexity(
     Raises:
         HlwqError: the model or the text cannot be read, or the text is shorter than one window.
     """
-    file = Path(text)
-    try:
-        contents = file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise HlwqError(f"--text {file} does not exist.") from None
-    except (UnicodeDecodeError, IsADirectoryError):
-        raise HlwqError(f"--text {file} is not a UTF-8 text file.") from None
+    contents = read_text(text)
     if progress:
         progress(0, 1, "loading the model")
-    loaded, tokenizer = load_model(locate(model), device)
+    if isinstance(model, Endpoint):
+        if tokenizer_of is None:
+            raise HlwqError("A server does not say how it tokenizes. Name the model's directory too.")
+        loaded, tokenizer = model, load_tokenizer(locate(tokenizer_of))
+    else:
+        loaded, tokenizer = load_model(locate(model), device)
     with quiet_transformers():
         tokens = torch.tensor(tokenizer(contents)["input_ids"])
         return perplexity_of_tokens(
             loaded, tokens, protocol=protocol, context=context, stride=stride, limit=limit, progress=progress
         )
+
+
+def read_text(file: str | Path) -> str:
+    """The text of a file.
+
+    Raises:
+        HlwqError: it does not exist, or is not text in UTF-8.
+    """
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise HlwqError(f"--text {file} does not exist.") from None
+    except (UnicodeDecodeError, IsADirectoryError):
+        raise HlwqError(f"--text {file} is not a UTF-8 text file.") from None
+
+
+def windows_of(tokens: Sequence[int], context: int, stride: int, limit: int | None = None) -> list[list[int]]:
+    """Windows of `context` tokens that start every `stride` tokens; a shorter rest at the end is left out.
+
+    Raises:
+        HlwqError: there are fewer tokens than one window holds.
+    """
+    starts = range(0, len(tokens) - context + 1, stride)[:limit]
+    if not starts:
+        raise HlwqError(f"The text has {len(tokens)} tokens, fewer than one window of {context}. Lower --context.")
+    return [list(tokens[start : start + context]) for start in starts]
 
 
 def perplexity_of_tokens(
@@ -117,25 +146,22 @@ def perplexity_of_tokens(
         raise HlwqError(f"There is no protocol {protocol}. Protocols are: windowed, chunked.")
     if context < 2 or not 0 < stride <= context or scored >= context:
         raise HlwqError(f"--stride {stride} must be at least 1 and below --context {context}.")
-    starts = list(range(0, len(tokens) - context + 1, stride))[:limit]
-    if not starts:
-        raise HlwqError(f"The text has {len(tokens)} tokens, fewer than one window of {context}. Lower --context.")
-    device = next(model.parameters()).device
+    windows = windows_of(tokens.tolist(), context, stride, limit)
+    score = _server_loss if isinstance(model, Endpoint) else _loss
     losses = []
-    for done, start in enumerate(starts):
+    for done, window in enumerate(windows):
         if progress:
-            progress(done, len(starts), "chunks")
-        window = tokens[start : start + context].to(device)
-        losses.append(_loss(model, window, scored))
+            progress(done, len(windows), "chunks")
+        losses.append(score(model, window, scored))
     if progress:
-        progress(len(starts), len(starts), "chunks")
+        progress(len(windows), len(windows), "chunks")
     mean = sum(losses) / len(losses)
     return Perplexity(
         protocol=protocol,
         context=context,
         stride=stride,
         perplexity=math.exp(mean),
-        standard_error=math.exp(mean) * _standard_error(losses) if len(losses) > 1 else None,
+        standard_error=math.exp(mean) * standard_error(losses) if len(losses) > 1 else None,
         tokens=scored * len(losses),
         tokens_sha256=sha256(tokens.numpy().tobytes()).hexdigest(),
         chunk_losses=tuple(losses),
@@ -156,14 +182,11 @@ def paired_difference(a: Perplexity, b: Perplexity, confidence: float = 0.95) ->
     """
     if _protocol_of(a) != _protocol_of(b):
         raise HlwqError("The two perplexities were not measured by the same protocol on the same text.")
-    from scipy.special import stdtrit  # the quantile of Student's t; here, since scipy is an extra
-
     differences = [y - x for x, y in zip(a.chunk_losses, b.chunk_losses, strict=True)]
     if len(differences) < 2:
         raise HlwqError("One chunk gives no interval. Raise --limit or lower --context.")
-    mean = sum(differences) / len(differences)
-    margin = float(stdtrit(len(differences) - 1, (1 + confidence) / 2)) * _standard_error(differences)
-    return mean, mean - margin, mean + margin
+    estimate = mean_estimate(differences, confidence)
+    return estimate.mean, estimate.low, estimate.high
 
 
 def _protocol_of(result: Perplexity) -> tuple[object, ...]:
@@ -171,14 +194,16 @@ def _protocol_of(result: Perplexity) -> tuple[object, ...]:
 
 
 @torch.inference_mode()
-def _loss(model: Any, window: Tensor, scored: int) -> float:
+def _loss(model: Any, window: list[int], scored: int) -> float:
     """Mean negative log-likelihood, in nats, of the last `scored` tokens of a window."""
-    logits = model(input_ids=window[None, :-1], use_cache=False, logits_to_keep=scored).logits[0]
-    rows = zip(logits.split(256), window[-scored:].split(256), strict=True)  # the float32 copies can be large
+    tokens = torch.tensor(window, device=next(model.parameters()).device)
+    logits = model(input_ids=tokens[None, :-1], use_cache=False, logits_to_keep=scored).logits[0]
+    rows = zip(logits.split(256), tokens[-scored:].split(256), strict=True)  # the float32 copies can be large
     total = sum(float(torch.nn.functional.cross_entropy(x.float(), y, reduction="sum")) for x, y in rows)
     return total / scored
 
 
-def _standard_error(values: list[float]) -> float:
-    mean = sum(values) / len(values)
-    return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
+def _server_loss(endpoint: Endpoint, window: list[int], scored: int) -> float:
+    """The same, from the log-probabilities that a server gives."""
+    found = endpoint.prompt_logprobs(window, 0)
+    return -math.fsum(each[token] for each, token in zip(found[-scored:], window[-scored:], strict=True)) / scored

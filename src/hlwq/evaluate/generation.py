@@ -1,0 +1,166 @@
+"""Text from a model: in this process by transformers, or from any server that speaks OpenAI's HTTP API."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hlwq.errors import HlwqError
+from hlwq.evaluate.model import load_model
+from hlwq.sources import locate
+from hlwq.transformers_models import quiet_transformers
+
+Generate = Callable[["Request"], str]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a model.
+
+    Attributes:
+        prompt: the text to continue, or of a chat the user's message.
+        chat: whether it is a chat.
+        max_tokens: of the answer.
+        temperature: 0 is greedy.
+        seed: of the sampling.
+        stop: texts that end the answer, which they do not belong to.
+    """
+
+    prompt: str
+    chat: bool
+    max_tokens: int
+    temperature: float = 0.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+
+
+def cut_at(text: str, stop: Sequence[str]) -> str:
+    """A text up to the first of the stop texts."""
+    ends = [text.index(each) for each in stop if each in text]
+    return text[: min(ends)] if ends else text
+
+
+def transformers_generate(model: str | Path, device: str = "cpu") -> tuple[Generate, bool]:
+    """Load a directory of any format or a hub id; returns its generator, and whether it has a chat template.
+
+    Raises:
+        HlwqError: see `locate` and `load_model`.
+    """
+    loaded, tokenizer = load_model(locate(model), device)
+
+    def generate(request: Request) -> str:
+        text = request.prompt
+        if request.chat:
+            messages = [{"role": "user", "content": request.prompt}]
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not request.chat).to(loaded.device)
+        options: dict[str, Any] = {"do_sample": False}
+        if request.temperature:
+            torch.manual_seed(request.seed)
+            # The model's own habits of sampling are put aside: what is measured is said in the protocol.
+            options = {"do_sample": True, "temperature": request.temperature, "top_p": 1.0, "top_k": 0}
+        if request.stop:
+            options |= {"stop_strings": list(request.stop), "tokenizer": tokenizer}
+        with quiet_transformers(), torch.inference_mode():
+            tokens = loaded.generate(
+                **inputs,
+                max_new_tokens=request.max_tokens,
+                pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+                **options,
+            )
+        answer: str = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return cut_at(answer, request.stop)
+
+    return generate, bool(getattr(tokenizer, "chat_template", None))
+
+
+class Endpoint:
+    """A server that speaks OpenAI's HTTP API, such as vLLM, mlx_lm.server or llama.cpp's.
+
+    Attributes:
+        url: up to and including `/v1`.
+        model: the name that the server gives its model.
+    """
+
+    def __init__(self, url: str, model: str | None = None, timeout: float = 600.0) -> None:
+        """Ask the server which model it serves, unless one is named.
+
+        Raises:
+            HlwqError: it does not answer.
+        """
+        self.url, self._timeout = url.rstrip("/"), timeout
+        self.model = model or self._served_model()
+
+    def _served_model(self) -> str:
+        served = self._call("/models")["data"]
+        if not served:
+            raise HlwqError(f"--endpoint {self.url} serves no model.")
+        return str(served[0]["id"])
+
+    def generate(self, request: Request) -> str:
+        """The server's answer.
+
+        Raises:
+            HlwqError: it fails, or answers in a way that is not understood.
+        """
+        body: dict[str, Any] = {
+            "model": self.model,
+            "max_tokens": request.max_tokens,
+            "temperature": request.temperature,
+            "seed": request.seed,
+        }
+        if request.temperature:
+            body["top_p"] = 1.0
+        if request.stop:
+            body["stop"] = list(request.stop)[:4]  # more than OpenAI's API allows; the rest is cut here
+        if request.chat:
+            body["messages"] = [{"role": "user", "content": request.prompt}]
+            choice = self._call("/chat/completions", body)["choices"][0]
+            return cut_at(choice["message"]["content"] or "", request.stop)
+        choice = self._call("/completions", {**body, "prompt": request.prompt})["choices"][0]
+        return cut_at(choice["text"], request.stop)
+
+    def complete(self, tokens: Sequence[int], count: int) -> int:
+        """Have the server write `count` tokens after others, whatever they are; returns how many it wrote.
+
+        Raises:
+            HlwqError: it fails.
+        """
+        body = {"model": self.model, "prompt": list(tokens), "max_tokens": count, "temperature": 0, "ignore_eos": True}
+        return int(self._call("/completions", body)["usage"]["completion_tokens"])
+
+    def prompt_logprobs(self, tokens: Sequence[int], top: int) -> list[dict[int, float]]:
+        """The server's log-probabilities of each token but the first: of the token itself, and of the likeliest.
+
+        vLLM returns them; it is asked for one more token, which is ignored.
+
+        Raises:
+            HlwqError: the server does not return them.
+        """
+        body = {"model": self.model, "prompt": list(tokens), "max_tokens": 1, "temperature": 0, "prompt_logprobs": top}
+        choice = self._call("/completions", body)["choices"][0]
+        found = choice.get("prompt_logprobs")
+        if not found:
+            raise HlwqError(f"--endpoint {self.url} returns no log-probabilities of prompts. vLLM does.")
+        return [{int(token): float(entry["logprob"]) for token, entry in each.items()} for each in found[1:]]
+
+    def _call(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=self._timeout) as response:
+                answer: dict[str, Any] = json.loads(response.read())
+        except urllib.error.HTTPError as error:
+            said = error.read().decode(errors="replace")[:300]
+            raise HlwqError(f"--endpoint {self.url}{path} answered {error.code}: {said}") from None
+        except (urllib.error.URLError, TimeoutError, OSError, ValueError) as error:
+            reason = getattr(error, "reason", error)
+            raise HlwqError(f"--endpoint {self.url} does not answer ({reason}). Is the server up?") from None
+        return answer

