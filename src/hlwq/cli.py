@@ -19,13 +19,14 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from hlwq.calibration import Calibration
 from hlwq.check import CheckLine, check_directory
 from hlwq.errors import HlwqError, HlwqWarning
 from hlwq.evaluate.statistics import Estimate
 from hlwq.formats import FORMATS
+from hlwq.inspect import TensorReport
 from hlwq.models import FAMILIES
 from hlwq.plan import Plan
 from hlwq.quantize import Progress as Report
@@ -209,6 +210,9 @@ def convert(
 def inspect(
     directory: Annotated[Path, typer.Argument(help="A model directory of any format.")],
     against: Annotated[str | None, typer.Option(help="The source it was made from: measures the errors anew.")] = None,
+    all_tensors: Annotated[
+        bool, typer.Option("--all", help="A row for each tensor, instead of one for the same tensor of all layers.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Show what a directory holds, tensor by tensor and in all."""
@@ -219,13 +223,28 @@ def inspect(
     if as_json:
         _print_json(asdict(found))
         return
-    table = Table("tensor", "shape", "stored as", "group", "bytes", "rel. squared error")
+    rows: dict[tuple[str, str, str, str], list[TensorReport]] = {}
     for tensor in found.tensors:
+        name = tensor.name if all_tensors else re.sub(r"\.(layers|blocks)\.\d+\.", r".\1.*.", tensor.name)
         stored = f"{tensor.bits} bits" if tensor.bits else tensor.dtype
-        error = "" if tensor.relative_error is None else f"{tensor.relative_error:.3g}"
-        shape = "×".join(map(str, tensor.shape))
-        table.add_row(tensor.name, shape, stored, str(tensor.group_size or ""), f"{tensor.nbytes:,}", error)
+        key = (name, "×".join(map(str, tensor.shape)), stored, str(tensor.group_size or ""))
+        rows.setdefault(key, []).append(tensor)
+    table = Table(
+        Column("tensor", overflow="fold", min_width=36),
+        Column("", justify="right"),
+        "shape",
+        "stored as",
+        "group",
+        Column("bytes", no_wrap=True),
+        "squared error",
+        "output error",
+    )
+    for (name, shape, stored, group), tensors in rows.items():
+        errors = [_range([tensor.relative_error for tensor in tensors]), _range([t.output_error for t in tensors])]
+        nbytes = sum(tensor.nbytes for tensor in tensors)
+        table.add_row(name, f"{len(tensors)} ×", shape, stored, group, f"{nbytes:,}", *errors)
     output.print(table)
+    output.print("Errors are relative: ‖W − Ŵ‖²/‖W‖², and ‖(W − Ŵ)X‖²/‖WX‖² on the calibration data.", highlight=False)
     bits = found.bits_per_quantized_weight
     output.print(
         f"format {found.format}{f', recipe {found.recipe}' if found.recipe else ''}: {found.nbytes:,} bytes; "
@@ -552,6 +571,14 @@ def _show_warning(
     """Our own warnings as one line, like errors; those of libraries not at all."""
     if issubclass(category, HlwqWarning):
         messages.print(f"[yellow]warning:[/yellow] {escape(str(message))}", soft_wrap=True, highlight=False)
+
+
+def _range(values: list[float | None]) -> str:
+    """The least and the largest of some errors, where they are known."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    return f"{known[0]:.2g}" if len(known) == 1 else f"{min(known):.2g} … {max(known):.2g}"
 
 
 def _interval(estimate: Estimate, digits: int) -> str:

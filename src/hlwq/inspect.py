@@ -25,6 +25,7 @@ class TensorReport:
         nbytes: bytes on disk, all parts counted.
         relative_error: ‖W − Ŵ‖²/‖W‖² against the source; None if unknown. Recorded when the directory was made, or
             measured anew where a source is given.
+        output_error: ‖(W − Ŵ) X‖²/‖W X‖² on the calibration data, as recorded; None where it was not calibrated.
     """
 
     name: str
@@ -34,6 +35,7 @@ class TensorReport:
     group_size: int | None
     nbytes: int
     relative_error: float | None
+    output_error: float | None
 
 
 @dataclass(frozen=True)
@@ -89,13 +91,17 @@ def inspect(
         if progress:
             progress(done, len(checkpoint.tensors), name)
         scheme = checkpoint.scheme_of(name)
+        errors = recorded.get(name.removesuffix(".weight"), {})
         if source is not None:
             error = _relative_error(source, checkpoint, name)
         else:
-            error = recorded.get(name.removesuffix(".weight"), {}).get("relative_squared_error")
+            error = errors.get("relative_squared_error")
+        output_error = errors.get("relative_output_error")
         bits, group_size = (scheme.bits, scheme.group_size) if scheme else (None, None)
         reports.append(
-            TensorReport(name, spec.shape, spec.dtype, bits, group_size, checkpoint.stored_bytes(name), error)
+            TensorReport(
+                name, spec.shape, spec.dtype, bits, group_size, checkpoint.stored_bytes(name), error, output_error
+            )
         )
     total = sum(report.nbytes for report in reports)
     coded = [(checkpoint.tensors[report.name].parameters, report.nbytes) for report in reports if report.bits]
