@@ -223,26 +223,25 @@ def inspect(
     if as_json:
         _print_json(asdict(found))
         return
-    rows: dict[tuple[str, str, str, str], list[TensorReport]] = {}
+    rows: dict[tuple[str, str, str], list[TensorReport]] = {}
     for tensor in found.tensors:
         name = tensor.name if all_tensors else re.sub(r"\.(layers|blocks)\.\d+\.", r".\1.*.", tensor.name)
-        stored = f"{tensor.bits} bits" if tensor.bits else tensor.dtype
-        key = (name, "×".join(map(str, tensor.shape)), stored, str(tensor.group_size or ""))
+        stored = f"{tensor.bits} bits, group {tensor.group_size}" if tensor.bits else tensor.dtype
+        key = (name.removesuffix(".weight"), "×".join(map(str, tensor.shape)), stored)
         rows.setdefault(key, []).append(tensor)
     table = Table(
-        Column("tensor", overflow="fold", min_width=36),
+        Column("tensor", overflow="fold"),
         Column("", justify="right"),
         "shape",
         "stored as",
-        "group",
-        Column("bytes", no_wrap=True),
+        Column("bytes", justify="right"),
         "squared error",
         "output error",
     )
-    for (name, shape, stored, group), tensors in rows.items():
+    for (name, shape, stored), tensors in rows.items():
         errors = [_range([tensor.relative_error for tensor in tensors]), _range([t.output_error for t in tensors])]
         nbytes = sum(tensor.nbytes for tensor in tensors)
-        table.add_row(name, f"{len(tensors)} ×", shape, stored, group, f"{nbytes:,}", *errors)
+        table.add_row(name, f"{len(tensors)} ×", shape, stored, f"{nbytes:,}", *errors)
     output.print(table)
     output.print("Errors are relative: ‖W − Ŵ‖²/‖W‖², and ‖(W − Ŵ)X‖²/‖WX‖² on the calibration data.", highlight=False)
     bits = found.bits_per_quantized_weight
