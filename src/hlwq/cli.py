@@ -462,6 +462,92 @@ def eval_speed(
 
 
 @app.command()
+def compare(
+    directories: Annotated[list[Path], typer.Argument(help="Checkpoints made from one model.")],
+    base: Annotated[str, typer.Option(help="The model they were made from.")],
+    text: Text,
+    out: Annotated[Path, typer.Option(help="Where the report is written.")] = Path("report"),
+    protocol: Annotated[ProtocolChoice, typer.Option(help="Of the perplexity.")] = ProtocolChoice.windowed,
+    context: Annotated[int, typer.Option(help="Tokens in a window or chunk.")] = 2048,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many windows or chunks, from the start.")] = None,
+    humaneval: Annotated[
+        PromptingChoice | None, typer.Option(help="Measure HumanEval too: chat or completion.")
+    ] = None,
+    no_speed: Annotated[bool, typer.Option("--no-speed", help="Leave speed and memory out.")] = False,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Measure checkpoints of one model and set them side by side: tables, charts and a page."""
+    from hlwq.report.compare import Protocols
+    from hlwq.report.compare import compare as run_compare
+    from hlwq.report.page import write_report
+
+    if humaneval is PromptingChoice.auto:
+        raise HlwqError("--humaneval auto could ask two checkpoints differently. Say chat or completion.")
+    protocols = Protocols(
+        text=text,
+        protocol=protocol.value,
+        context=context,
+        stride=min(512, max(1, context // 2)),
+        limit=limit,
+        humaneval=None if humaneval is None else ("chat" if humaneval is PromptingChoice.chat else "completion"),
+        speed=not no_speed,
+        device=device,
+    )
+    with _progress("comparing") as report:
+        rows = run_compare(directories, base, protocols, report)
+    files = write_report(rows, protocols, Path(base).name, out)
+    if as_json:
+        _print_json([asdict(row) for row in rows])
+        return
+    table = Table("checkpoint", "perplexity", "loss above base (95 %)", "", "GB", "bits/weight")
+    for row in rows:
+        table.add_row(
+            row.name,
+            f"{row.perplexity:.3f}",
+            "" if row.loss_above_base is None else _interval(row.loss_above_base, 4),
+            row.loss_verdict or "",
+            f"{row.nbytes / 1e9:.3f}",
+            f"{row.bits_per_weight:.3f}" if row.bits_per_weight else "16",
+        )
+    output.print(table)
+    output.print(f"{files[0]}: open it in a browser", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def card(
+    directory: Annotated[Path, typer.Argument(help="A checkpoint that `hlwq quantize` made.")],
+    repository: Annotated[str | None, typer.Option(help="The hub id it will have.")] = None,
+) -> None:
+    """Write a model card into a checkpoint, with what has been measured of it."""
+    from hlwq.report.card import write_card
+
+    output.print(f"{write_card(directory, repository)}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def push(
+    directory: Annotated[Path, typer.Argument(help="A checkpoint with a model card.")],
+    repository: Annotated[str, typer.Argument(help="The hub id, such as me/Qwen3.5-9B-INT4.")],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be uploaded; upload nothing.")] = False,
+) -> None:
+    """Upload a checkpoint to the hub."""
+    from hlwq.report.card import files_to_push
+    from hlwq.report.card import push as run_push
+
+    files = files_to_push(directory)
+    if not any(name == "README.md" for name, _ in files):
+        raise HlwqError(f"{directory} has no model card. Write one: hlwq card {directory}")
+    if dry_run:
+        for name, nbytes in files:
+            output.print(f"{nbytes:>15,}  {escape(name)}", highlight=False, soft_wrap=True)
+        output.print(f"{sum(nbytes for _, nbytes in files):>15,}  in all, to {repository}", highlight=False)
+        return
+    output.print(run_push(directory, repository, private=private), highlight=False)
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Argument(help="Where the checkpoints are left.")] = Path("hlwq-demo"),
     as_json: Json = False,

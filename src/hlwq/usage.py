@@ -10,16 +10,19 @@ from hlwq.checkpoint import read_json
 from hlwq.formats import format_named
 
 
-def commands(directory: Path, format_name: str, without: Collection[str] = ()) -> list[tuple[str, str]]:
+def commands(
+    directory: Path, format_name: str, without: Collection[str] = (), called: str | None = None
+) -> list[tuple[str, str]]:
     """The commands to run a directory, as (engine, shell command).
 
     Args:
         directory: the finished directory.
         format_name: the format it is in.
         without: engines that would not load it.
+        called: what the commands call it, such as its hub id; by default its path.
     """
     text_only = " --language-model-only" if "vision_config" in read_json(directory / "config.json") else ""
-    path = shlex.quote(str(directory))
+    path = shlex.quote(called or str(directory))
     return [
         (engine.name, engine.command.format(path=path, text_only=text_only))
         for engine in format_named(format_name).ENGINES

@@ -1,0 +1,1 @@
+"""Measurements as tables, charts, a page and a model card."""

@@ -1,0 +1,222 @@
+"""A model card: what the checkpoint is, how to run it, what was measured and what was not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+
+from hlwq.check import check_directory
+from hlwq.checkpoint import read_json
+from hlwq.errors import HlwqError
+from hlwq.evaluate.results import fingerprint, results_folder
+from hlwq.inspect import inspect
+from hlwq.usage import commands
+from hlwq.version import __version__
+
+CITATIONS = {
+    "gptq": "GPTQ: Frantar et al., arXiv 2210.17323",
+    "foem_beta": "FOEM: Zheng et al., arXiv 2507.11017",
+    "gptaq_alpha": "GPTAQ: Li et al., arXiv 2504.02692",
+    "lloyd": "Lloyd–Max quantization: Max 1960; Lloyd 1982",
+}
+
+
+def write_card(directory: Path, repository: str | None = None) -> Path:
+    """Write `README.md` into a checkpoint that `quantize` made, from its manifest and its `results/`.
+
+    Args:
+        directory: the checkpoint.
+        repository: the hub id it will have; by default the directory's name.
+
+    Returns:
+        The file.
+
+    Raises:
+        HlwqError: the directory was not made by hlwq.
+    """
+    if not (directory / "hlwq.json").is_file():
+        raise HlwqError(f"{directory} has no hlwq.json: only what `hlwq quantize` made can be described.")
+    manifest = read_json(directory / "hlwq.json")
+    found = inspect(directory)
+    source = manifest["origin"]["source"]
+    results = _results(directory)
+    # A local path says nothing to readers, and is nobody's business.
+    base = None if Path(source).exists() else source
+    data = ModelCardData(
+        base_model=base,
+        base_model_relation="quantized" if base else None,
+        license=_license(base),
+        library_name="mlx" if found.format == "mlx" else "transformers",
+        tags=["hlwq", manifest["recipe"], found.format],
+        model_name=(repository or directory.resolve().name).rsplit("/", 1)[-1],
+        eval_results=_eval_results(results) or None,
+    )
+    bits = found.bits_per_quantized_weight
+    failing = {line.engine for line in check_directory(directory) if not line.passed}
+    title = repository or directory.resolve().name
+    runs = [
+        f"**{engine}**\n\n    {command}\n"
+        for engine, command in commands(directory, found.format, without=failing, called=title)
+    ]
+    text = "\n".join(
+        [
+            f"---\n{data.to_yaml()}\n---\n",
+            f"# {title}\n",
+            f"{base or Path(source).name}, quantized by [hlwq](https://github.com/hlwq/hlwq) {__version__} "
+            f"with recipe `{manifest['recipe']}` in format `{found.format}`: {found.nbytes / 1e9:.2f} GB, "
+            + (f"{bits:.3f} bits per quantized weight, all overhead counted.\n" if bits else "weights decoded.\n"),
+            "## How to run it\n",
+            *runs,
+            "## How it was made\n",
+            *_details(manifest),
+            "\n## What was measured\n",
+            _measurements(results),
+            "## Caveats\n",
+            *(f"- {caveat}" for caveat in _caveats(manifest, results)),
+            "\n## References\n",
+            *(f"- {citation}" for citation in _citations(manifest)),
+        ]
+    )
+    card = ModelCard(text + "\n")
+    card.save(directory / "README.md")
+    return directory / "README.md"
+
+
+def push(directory: Path, repository: str, *, private: bool = False, api: HfApi | None = None) -> str:
+    """Upload a checkpoint to the hub; returns its address.
+
+    Raises:
+        HlwqError: there is no card, or the hub refuses.
+    """
+    if not (directory / "README.md").is_file():
+        raise HlwqError(f"{directory} has no model card. Write one: hlwq card {directory}")
+    hub = api or HfApi()
+    try:
+        url = hub.create_repo(repository, private=private, exist_ok=True)
+        hub.upload_folder(repo_id=repository, folder_path=directory, commit_message=f"Quantized by hlwq {__version__}")
+    except Exception as error:  # of the network, of the hub, of the token
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise HlwqError(f"The hub did not take {repository}: {reason} Log in with `hf auth login`.") from None
+    return str(url)
+
+
+def files_to_push(directory: Path) -> list[tuple[str, int]]:
+    """What `push` would upload: paths inside the directory, and bytes."""
+    files = sorted(file for file in directory.rglob("*") if file.is_file())
+    return [(file.relative_to(directory).as_posix(), file.stat().st_size) for file in files]
+
+
+def _results(directory: Path) -> dict[str, dict[str, Any]]:
+    """The measurements beside the checkpoint that are of these weights, by kind; of several, the latest."""
+    found: dict[str, dict[str, Any]] = {}
+    weights = fingerprint(directory)
+    for file in sorted(results_folder(directory).glob("*.json"), key=lambda file: file.stat().st_mtime):
+        entry = json.loads(file.read_text(encoding="utf-8"))
+        if entry["checkpoint"] == weights:
+            found[entry["kind"]] = entry
+    return found
+
+
+def _eval_results(results: dict[str, dict[str, Any]]) -> list[EvalResult]:
+    evaluations = []
+    if "perplexity" in results:
+        result, setting = results["perplexity"]["result"], results["perplexity"]["setting"]
+        evaluations.append(
+            EvalResult(
+                task_type="text-generation",
+                dataset_type="text",
+                dataset_name=f"{setting['text']} ({result['protocol']}, context {result['context']})",
+                metric_type="perplexity",
+                metric_value=round(result["perplexity"], 4),
+            )
+        )
+    if "humaneval" in results:
+        estimate = results["humaneval"]["result"]["pass_at"]["1"]
+        evaluations.append(
+            EvalResult(
+                task_type="text-generation",
+                dataset_type="openai_humaneval",
+                dataset_name="HumanEval",
+                metric_type="pass@1",
+                metric_value=round(estimate["mean"], 4),
+            )
+        )
+    return evaluations
+
+
+def _details(manifest: dict[str, Any]) -> list[str]:
+    lines = []
+    for stage in manifest["stages"]:
+        basis = "Hadamard-rotated blocks, " if stage["basis"] == "hadamard" else ""
+        grid = "Lloyd–Max levels" if stage["grid"] == "lloyd" else "uniform levels"
+        lines.append(f"- {basis}{grid}, {stage['bits']} bits, groups of {stage['group_size']}")
+        if stage.get("gptq"):
+            options = ", ".join(f"{name} {value}" for name, value in stage["gptq"].items())
+            lines.append(f"- GPTQ's loop, columns in the order of their importance inside fixed groups; {options}")
+    calibration = manifest.get("calibration")
+    if calibration:
+        sources = ", ".join(Path(each["source"]).name for each in calibration["sources"])
+        lines.append(
+            f"- calibrated on {calibration['samples']} samples of {calibration['sequence_length']} tokens from "
+            f"{sources}, seed {calibration['seed']} (SHA-256 of the tokens {calibration['tokens_sha256'][:16]}…)"
+        )
+    versions = ", ".join(f"{name} {value}" for name, value in manifest["versions"].items())
+    return [*lines, f"- {versions}; everything is in `hlwq.json`"]
+
+
+def _measurements(results: dict[str, dict[str, Any]]) -> str:
+    lines = []
+    for kind, entry in results.items():
+        result = entry["result"]
+        if kind == "perplexity":
+            error = f" ± {result['standard_error']:.3f}" if result["standard_error"] is not None else ""
+            value = f"{result['perplexity']:.4f}{error} ({result['protocol']}, {result['tokens']:,} tokens)"
+        elif kind == "divergence":
+            mean = result["mean"]
+            value = f"KL {mean['mean']:.4f} [{mean['low']:.4f}, {mean['high']:.4f}] nats per token (n = {mean['n']})"
+        elif kind == "humaneval":
+            one = result["pass_at"]["1"]
+            value = f"pass@1 {one['mean']:.4f} [{one['low']:.4f}, {one['high']:.4f}] (n = {one['n']})"
+        else:
+            value = f"decode {result['decode'][0]:.1f} tokens/s ({result['engine']})"
+        lines.append(f"| {kind} | {value} | {entry['hardware']} |")
+    if not lines:
+        return "Nothing yet.\n"
+    return "| | value, with its 95 % interval or standard error | on |\n|---|---|---|\n" + "\n".join(lines) + "\n"
+
+
+def _caveats(manifest: dict[str, Any], results: dict[str, dict[str, Any]]) -> list[str]:
+    caveats = []
+    missing = [kind for kind in ("perplexity", "divergence", "humaneval", "speed") if kind not in results]
+    if missing:
+        caveats.append(f"Not measured: {', '.join(missing)}.")
+    if "humaneval" in results:
+        caveats.append("HumanEval has 164 problems: differences of a few points are within its interval.")
+    if manifest.get("calibration"):
+        caveats.append("Calibrated checkpoints are best on text like their calibration data.")
+    caveats.append("Perplexities of different protocols or texts cannot be compared.")
+    return caveats
+
+
+def _citations(manifest: dict[str, Any]) -> list[str]:
+    wanted = set()
+    for stage in manifest["stages"]:
+        wanted.add(stage["grid"])
+        gptq = stage.get("gptq") or {}
+        wanted.update(["gptq"] if gptq else [])
+        wanted.update(name for name in ("foem_beta", "gptaq_alpha") if gptq.get(name))
+    return [text for key, text in CITATIONS.items() if key in wanted] or ["Rounding to nearest needs none."]
+
+
+def _license(base: str | None) -> str | None:
+    """The license that the base model's card states, if it is in the cache."""
+    if base is None:
+        return None
+    try:
+        card = ModelCard.load(base)
+    except Exception:  # no network, no card: the card then says nothing
+        return None
+    return getattr(card.data, "license", None)

@@ -1,0 +1,77 @@
+"""The rows of a comparison as a table: in Markdown for cards, in HTML for the page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+from hlwq.evaluate.statistics import Estimate
+from hlwq.report.compare import Row
+
+HEADINGS = (
+    "checkpoint",
+    "recipe, format",
+    "perplexity",
+    "loss above base (95 %)",
+    "KL (95 %)",
+    "top-1 agreement",
+    "HumanEval pass@1 (95 %)",
+    "size, GB",
+    "bits per weight",
+    "decode, tokens/s",
+    "memory, GB",
+    "engines",
+)
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """One row's entries under `HEADINGS`; empty where nothing was measured."""
+    spread = f" ± {row.standard_error:.2f}" if row.standard_error is not None else ""
+    loss = f"{_interval(row.loss_above_base, signed=True)}: {row.loss_verdict}" if row.loss_above_base else ""
+    programs = _interval(row.humaneval)
+    if row.humaneval_p is not None:
+        programs += f"; McNemar p = {row.humaneval_p:.2g}"
+    return (
+        row.name,
+        ", ".join(filter(None, (row.recipe, row.format))),
+        f"{row.perplexity:.3f}{spread}",
+        loss,
+        _interval(row.divergence),
+        _interval(row.top1_agreement),
+        programs,
+        f"{row.nbytes / 1e9:.3f}",
+        f"{row.bits_per_weight:.3f}" if row.bits_per_weight else "16",
+        f"{row.decode[0]:.1f} ({row.decode[1]:.1f} to {row.decode[2]:.1f})" if row.decode else "",
+        f"{row.peak_memory / 1e9:.2f}" if row.peak_memory else "",
+        ", ".join(row.engines),
+    )
+
+
+def markdown_table(rows: Sequence[Row]) -> str:
+    """A Markdown table; columns that are empty throughout are left out."""
+    headings, body = _filled(rows)
+    lines = [headings, ["---"] * len(headings), *body]
+    return "\n".join("| " + " | ".join(entry.replace("|", "\\|") for entry in line) + " |" for line in lines) + "\n"
+
+
+def html_table(rows: Sequence[Row]) -> str:
+    """An HTML table; columns that are empty throughout are left out."""
+    headings, body = _filled(rows)
+    head = "".join(f"<th>{escape(entry)}</th>" for entry in headings)
+    lines = ["".join(f"<td>{escape(entry)}</td>" for entry in line) for line in body]
+    return (
+        f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(f'<tr>{line}</tr>' for line in lines)}</tbody></table>"
+    )
+
+
+def _filled(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    body = [cells(row) for row in rows]
+    used = [place for place in range(len(HEADINGS)) if any(line[place] for line in body)]
+    return [HEADINGS[place] for place in used], [[line[place] for place in used] for line in body]
+
+
+def _interval(estimate: Estimate | None, *, signed: bool = False) -> str:
+    if estimate is None:
+        return ""
+    sign = "+" if signed else ""
+    return f"{estimate.mean:{sign}.4f} [{estimate.low:{sign}.4f}, {estimate.high:{sign}.4f}]"

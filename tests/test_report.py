@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import hlwq
+from hlwq import HlwqError
+from hlwq.demo import bundled_model, held_out_text
+from hlwq.evaluate.results import fingerprint, measured, results_folder
+from hlwq.evaluate.statistics import Estimate
+from hlwq.report.card import files_to_push, push, write_card
+from hlwq.report.charts import pareto_front
+from hlwq.report.compare import BASE, Protocols, Row, compare
+from hlwq.report.page import write_report
+from hlwq.report.tables import markdown_table
+
+PROTOCOLS = Protocols(held_out_text(), protocol="chunked", context=128, limit=6, speed=False)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    root = tmp_path_factory.mktemp("checkpoints")
+    hlwq.quantize(bundled_model(), root / "rtn", "rtn")
+    hlwq.quantize(bundled_model(), root / "q5", "hlwq")
+    data = hlwq.Calibration(("embedded",), 8, 128)
+    hlwq.quantize(bundled_model(), root / "v7", "hlwq-v7", calibration=data)
+    return [root / name for name in ("rtn", "q5", "v7")]
+
+
+@pytest.fixture(scope="module")
+def rows(checkpoints: list[Path], tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("cache")))
+        return compare(checkpoints, bundled_model(), PROTOCOLS)
+
+
+def test_every_number_has_its_interval_and_its_n(rows: list[Row]) -> None:
+    base, *others = rows
+    assert base.name == BASE
+    assert base.loss_above_base is None
+    assert [row.name for row in others] == ["rtn", "q5", "v7"]
+    for row in others:
+        for estimate in (row.loss_above_base, row.divergence, row.top1_agreement):
+            assert estimate is not None
+            assert estimate.low <= estimate.mean <= estimate.high
+            assert estimate.n == 6
+        assert row.loss_verdict in ("better", "worse", "no measurable difference")
+    assert others[1].divergence is not None
+    assert others[0].divergence is not None
+    assert others[1].divergence.mean < others[0].divergence.mean
+    assert len(others[2].layer_errors) == 4
+
+
+def test_what_was_measured_is_not_measured_again(
+    rows: list[Row], checkpoints: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    kept = {file.name: json.loads(file.read_text()) for file in (checkpoints[0] / "results").iterdir()}
+    assert {entry["kind"] for entry in kept.values()} == {"perplexity", "divergence"}
+    for entry in kept.values():
+        assert entry["versions"]["transformers"]
+        assert "cores" in entry["hardware"]
+
+    def refuse() -> dict[str, Any]:
+        raise AssertionError("measured again")
+
+    entry = next(iter(kept.values()))
+    again = measured(checkpoints[0], entry["kind"], entry["setting"], refuse)
+    assert again["result"] == entry["result"]
+    with pytest.raises(AssertionError, match="measured again"):
+        measured(checkpoints[0], entry["kind"], {**entry["setting"], "limit": 7}, refuse)
+
+
+def test_results_of_other_weights_do_not_count(tmp_path: Path) -> None:
+    hlwq.quantize(bundled_model(), tmp_path / "out", "rtn")
+    first = measured(tmp_path / "out", "speed", {}, lambda: {"value": 1})
+    file = tmp_path / "out" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert fingerprint(tmp_path / "out") != first["checkpoint"]
+    assert measured(tmp_path / "out", "speed", {}, lambda: {"value": 2})["result"] == {"value": 2}
+    assert results_folder(tmp_path / "out") == tmp_path / "out" / "results"
+
+
+def test_the_report_is_whole_and_needs_no_network(rows: list[Row], tmp_path: Path) -> None:
+    files = {file.name for file in write_report(rows, PROTOCOLS, "bundled", tmp_path / "report")}
+    assert files == {"report.html", "table.md", "rows.json", "loss.svg", "size.svg", "layers.svg"}
+    page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"(src|href)=[\"']?https?://", page.replace("http://www.w3.org", ""))
+    assert page.count("<svg") == 3
+    for row in rows:
+        assert f"{row.perplexity:.3f}" in page
+    table = (tmp_path / "report" / "table.md").read_text(encoding="utf-8")
+    assert table.count("\n") == 2 + len(rows)
+    assert "HumanEval" not in table  # was not measured
+
+
+def row_of(name: str, nbytes: int, loss: float) -> Row:
+    estimate = Estimate(loss, loss - 0.01, loss + 0.01, 8)
+    return Row(
+        name,
+        "",
+        None,
+        "gptq",
+        (),
+        nbytes,
+        4.0,
+        5.0,
+        10.0,
+        0.1,
+        estimate,
+        "worse",
+        None,
+        None,
+        None,
+        None,
+        None,
+        None,
+        None,
+        (),
+    )
+
+
+def test_the_front_holds_what_nothing_else_beats() -> None:
+    rows = [row_of("a", 4, 0.3), row_of("b", 5, 0.1), row_of("c", 6, 0.2), row_of("d", 8, 0.05), row_of("e", 5, 0.15)]
+    assert [row.name for row in pareto_front(rows)] == ["a", "b", "d"]
+
+
+def test_bars_in_names_do_not_break_the_table() -> None:
+    assert "a\\|b" in markdown_table([row_of("a|b", 4, 0.3)])
+
+
+def test_two_directories_of_one_name_are_refused(checkpoints: list[Path]) -> None:
+    with pytest.raises(HlwqError, match="same name"):
+        compare([checkpoints[0], checkpoints[0]], bundled_model(), PROTOCOLS)
+
+
+def test_a_card_says_what_was_measured_and_what_was_not(rows: list[Row], checkpoints: list[Path]) -> None:
+    card = write_card(checkpoints[2], "me/bundled-v7").read_text(encoding="utf-8")
+    from huggingface_hub import ModelCard
+
+    data = ModelCard.load(checkpoints[2] / "README.md").data
+    [result] = data.eval_results
+    assert result.metric_type == "perplexity"
+    assert result.metric_value == pytest.approx(rows[3].perplexity, abs=1e-4)
+    assert "vllm serve me/bundled-v7 --language-model-only" in card
+    assert "foem_beta 0.2" in card
+    assert "calibrated on 8 samples of 128 tokens from embedded" in card
+    assert "Not measured: humaneval, speed." in card
+    assert "arXiv 2507.11017" in card
+    assert str(bundled_model()) not in card  # a path on this machine
+    assert (checkpoints[2] / "README.md").read_text(encoding="utf-8") == card
+
+
+def test_a_card_of_something_else_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(HlwqError, match=r"has no hlwq\.json"):
+        write_card(tmp_path)
+
+
+def test_push_sends_the_whole_directory(rows: list[Row], checkpoints: list[Path]) -> None:
+    write_card(checkpoints[1])
+    sent: dict[str, Any] = {}
+
+    class Hub:
+        """Stands in for the hub's HTTP API, which cannot be had here."""
+
+        def create_repo(self, repository: str, **options: Any) -> str:
+            sent["repository"] = (repository, options)
+            return f"https://huggingface.co/{repository}"
+
+        def upload_folder(self, **options: Any) -> None:
+            sent["folder"] = options
+
+    assert push(checkpoints[1], "me/q5", private=True, api=Hub()) == "https://huggingface.co/me/q5"  # type: ignore[arg-type]
+    assert sent["repository"] == ("me/q5", {"private": True, "exist_ok": True})
+    assert sent["folder"]["folder_path"] == checkpoints[1]
+    names = [name for name, _ in files_to_push(checkpoints[1])]
+    assert {"README.md", "config.json", "hlwq.json", "model.safetensors", "tokenizer.json"} <= set(names)
+    assert any(name.startswith("results/") for name in names)
+
+
+def test_push_without_a_card_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(HlwqError, match="hlwq card"):
+        push(tmp_path, "me/nothing")
