@@ -30,10 +30,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "FOEM, β 0.2 (hlwq-v7)": {**INT4, "foem_beta": 0.2},
     "GPTAQ, α 0.25": {**INT4, "gptaq_alpha": 0.25},
     "FOEM and GPTAQ": {**INT4, "foem_beta": 0.2, "gptaq_alpha": 0.25},
+    "calibrated HLWQ, 4 bits, without GPTAQ": {**HLWQ, "bits": 4, "gptaq_alpha": 0.0},
     "calibrated HLWQ, 4 bits": {**HLWQ, "bits": 4},
-    "calibrated HLWQ, 4 bits, with GPTAQ": {**HLWQ, "bits": 4, "gptaq_alpha": 0.25},
+    "calibrated HLWQ, 5 bits, without GPTAQ": {**HLWQ, "bits": 5, "gptaq_alpha": 0.0},
     "calibrated HLWQ, 5 bits": {**HLWQ, "bits": 5},
-    "calibrated HLWQ, 5 bits, with GPTAQ": {**HLWQ, "bits": 5, "gptaq_alpha": 0.25},
 }
 BASELINE = "GPTQ"
 

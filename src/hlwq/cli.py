@@ -106,7 +106,7 @@ def quantize(
     exclude: Annotated[list[str] | None, typer.Option(help="Keep modules matching this regular expression.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="Quantize by GPTQ's loop a recipe that rounds to nearest.")
+        bool, typer.Option("--calibrate", help="Calibrate a recipe that rounds to nearest: GPTQ's loop with GPTAQ.")
     ] = False,
     calibration: Annotated[
         list[str] | None,
@@ -125,7 +125,7 @@ def quantize(
         bool, typer.Option("--desc-act", help="Groups by importance of columns. vLLM refuses it; GPTQModel does not.")
     ] = False,
     foem_beta: Annotated[float | None, typer.Option(help="FOEM's β: 0 to 1, 0.2 in foem and hlwq-v7.")] = None,
-    gptaq_alpha: Annotated[float | None, typer.Option(help="GPTAQ's α: 0 to 1, 0.25 as published.")] = None,
+    gptaq_alpha: Annotated[float | None, typer.Option(help="GPTAQ's α: 0 to 1; 0.25 with --calibrate.")] = None,
     damping: Annotated[float | None, typer.Option(help="Share of its mean added to the Hessian's diagonal.")] = None,
     device: Device = "cpu",
     max_shard_size: Annotated[str, typer.Option(help="The most that one safetensors file holds.")] = "5GB",
