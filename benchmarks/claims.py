@@ -137,8 +137,8 @@ def written(options: argparse.Namespace, measured: dict[str, Perplexity]) -> str
         f"# Published claims, measured on {Path(options.model).stem}\n",
         f"Perplexity on {Path(options.text).name}, protocol chunked, {options.limit} chunks of {options.context}",
         f"tokens (BF16 {base.perplexity:.2f}). Calibrated rows: {options.samples} samples of",
-        f"{options.sequence_length} tokens from {Path(options.calibration).name}, seed 0. Differences in nats per token",
-        "with 95 % intervals, paired over chunks. Made by `benchmarks/claims.py`.\n",
+        f"{options.sequence_length} tokens from {Path(options.calibration).name}, seed 0. Differences in nats per",
+        "token, with 95 % intervals, paired over chunks. Made by `benchmarks/claims.py`.\n",
         "| claim | published | ours | difference in loss | verdict |",
         "|---|---|---|---|---|",
     ]

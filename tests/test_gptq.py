@@ -108,6 +108,17 @@ def test_rows_can_be_stacked() -> None:
         assert part.codes.shape == rows.shape
 
 
+@pytest.mark.parametrize("options", [{}, {"foem_beta": 0.2}, {"gptaq_alpha": 0.25}, {"desc_act": True}])
+def test_rows_are_solved_in_chunks(options: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, gram = problem()
+    chosen = GptqOptions(**options)  # type: ignore[arg-type]
+    whole = quantize_gptq(weights, gram, INT4, options=chosen).dequantize()
+    monkeypatch.setattr("hlwq.solvers.gptq.SOLVED_WEIGHTS", 10 * weights.shape[1])
+    parts = quantize_gptq(weights, gram, INT4, options=chosen).dequantize()
+    assert whole.shape == parts.shape
+    assert ((whole - parts).abs() < 1e-3).all(1).float().mean() > 0.9  # a tie may round differently
+
+
 def test_calibrated_hlwq_beats_data_free_hlwq_and_its_error_is_the_same_in_either_basis() -> None:
     weights, gram = problem(width=256)
     grid = LloydGrid(4, 64)

@@ -16,6 +16,8 @@ from hlwq.errors import HlwqError
 from hlwq.grids import Basis, Grid, Parameters, QuantizedMatrix, fit_weighted
 from hlwq.hadamard import rotate_blocks
 
+SOLVED_WEIGHTS = 1 << 23
+"""Of how many weights rows are solved at once on a CPU."""
 DAMPING_TRIES = 6
 """How often damping is raised tenfold before a Hessian is given up."""
 
@@ -81,59 +83,81 @@ def quantize_gptq(
     size = grid.group_size
     hessian, cross = gram.hessian, gram.cross if options.gptaq_alpha else None
     if basis == "hadamard":
-        weights = rotate_blocks(weights, size)
         hessian = _rotate_both_sides(hessian, size)
         cross = None if cross is None else _rotate_both_sides(cross, size)
     order = _column_order(hessian.diagonal().contiguous(), size, options.desc_act)
     factor = inverse_factor(hessian[order][:, order], options.damping)
-    # GPTAQ, eq. 18: what each column owes the later ones for the difference of its inputs.
     owed = None
-    if cross is not None:
+    if cross is not None:  # GPTAQ, eq. 18
         owed = options.gptaq_alpha * (cross[order][:, order] @ factor.T).triu_(1) @ factor
+    problem = _Problem(grid, order, factor, owed, options.foem_beta)
+    # A processor works best on what fits its cache; a GPU, on as much as there is.
+    chunk = max(1, SOLVED_WEIGHTS // len(order)) if weights.device.type == "cpu" else len(weights)
+    parts = [
+        _solve_rows(rotate_blocks(rows, size) if basis == "hadamard" else rows, problem)
+        for rows in weights.split(chunk)
+    ]
+    codes = torch.cat([codes for codes, _ in parts])
+    scale = torch.cat([parameters.scale for _, parameters in parts])
+    biases = [parameters.bias for _, parameters in parts if parameters.bias is not None]
+    bias = torch.cat(biases) if biases else None
+    place = order.argsort()
+    if options.desc_act:
+        return QuantizedMatrix(codes, Parameters(scale, bias), grid, basis, place // size)
+    # The order keeps runs of columns whole: the run that starts at column c was solved as group place[c] // size.
+    runs = place[::size] // size
+    return QuantizedMatrix(codes, Parameters(scale[:, runs], None if bias is None else bias[:, runs]), grid, basis)
 
+
+@dataclass(frozen=True)
+class _Problem:
+    """What all rows of a matrix have in common.
+
+    Attributes:
+        grid: what a group can be rounded to.
+        order: in which columns are rounded, (in,).
+        factor: of the inverse Hessian in that order, see `inverse_factor`.
+        owed: GPTAQ's P in that order: what each column owes the later ones for the difference of its inputs.
+        beta: FOEM's.
+    """
+
+    grid: Grid
+    order: Tensor
+    factor: Tensor
+    owed: Tensor | None
+    beta: float
+
+
+def _solve_rows(weights: Tensor, problem: _Problem) -> tuple[Tensor, Parameters]:
+    """Codes (rows, in), and the parameters of each group (rows, groups) in the order in which groups were solved."""
+    size = problem.grid.group_size
     # Columns as rows, so that a column is contiguous.
-    latent = weights.T[order].contiguous()
-    original = latent.clone() if options.foem_beta else latent
+    latent = weights.T[problem.order].contiguous()
+    original = latent.clone() if problem.beta else latent
     codes = torch.empty(latent.shape, dtype=torch.uint8, device=weights.device)
     fitted: list[Parameters] = []
     # What the loss of a column's error is once the later columns have made up for it.
-    importance = factor.diagonal().square().reciprocal()
+    importance = problem.factor.diagonal().square().reciprocal()
     for start in range(0, len(latent), size):
         group = slice(start, start + size)
-        parameters = fit_weighted(grid, latent[group].T.contiguous(), importance[group])
-        fitted.append(parameters)
-        _solve_group(latent, original, codes, group, parameters, grid, factor, owed, options.foem_beta)
-
-    place = order.argsort()
+        fitted.append(fit_weighted(problem.grid, latent[group].T.contiguous(), importance[group]))
+        _solve_group(latent, original, codes, group, fitted[-1], problem)
     scale = torch.cat([parameters.scale for parameters in fitted], dim=1)
     biases = [parameters.bias for parameters in fitted if parameters.bias is not None]
-    bias = torch.cat(biases, dim=1) if biases else None
-    if options.desc_act:
-        return QuantizedMatrix(codes[place].T.contiguous(), Parameters(scale, bias), grid, basis, place // size)
-    # The order keeps runs of columns whole: the run that starts at column c was solved as group place[c] // size.
-    runs = place[::size] // size
-    parameters = Parameters(scale[:, runs], None if bias is None else bias[:, runs])
-    return QuantizedMatrix(codes[place].T.contiguous(), parameters, grid, basis)
+    parameters = Parameters(scale, torch.cat(biases, dim=1) if biases else None)
+    return codes[problem.order.argsort()].T.contiguous(), parameters
 
 
 def _solve_group(
-    latent: Tensor,
-    original: Tensor,
-    codes: Tensor,
-    group: slice,
-    parameters: Parameters,
-    grid: Grid,
-    factor: Tensor,
-    owed: Tensor | None,
-    beta: float,
+    latent: Tensor, original: Tensor, codes: Tensor, group: slice, parameters: Parameters, problem: _Problem
 ) -> None:
     """Round the columns of one group, passing each error on within it, and then all of them to the later columns.
 
     Algorithm 1 of GPTQ with the lazy batch as wide as the group. FOEM's terms are the two with β.
     """
+    grid, factor, owed, beta = problem.grid, problem.factor, problem.owed, problem.beta
     stop = group.stop
-    errors = torch.empty_like(latent[group])
-    rounded_from = torch.empty_like(errors) if owed is not None else None
+    errors, rounded_from = torch.empty_like(latent[group]), torch.empty_like(latent[group])
     for i in range(group.start, stop):
         column = latent[i]
         if beta:
@@ -144,14 +168,13 @@ def _solve_group(
         if beta:
             error -= beta * (column - original[i])
         error /= factor[i, i]
-        errors[i - group.start] = error
+        errors[i - group.start], rounded_from[i - group.start] = error, column
         later = latent[i + 1 : stop]
         later.addr_(factor[i, i + 1 : stop], error, alpha=-1)
-        if owed is not None and rounded_from is not None:
-            rounded_from[i - group.start] = column
+        if owed is not None:
             later.addr_(owed[i, i + 1 : stop], column)
     latent[stop:] -= factor[group, stop:].T @ errors
-    if owed is not None and rounded_from is not None:
+    if owed is not None:
         latent[stop:] += owed[group, stop:].T @ rounded_from
 
 
