@@ -205,7 +205,7 @@ def test_terms_out_of_range_are_refused(options: dict[str, float]) -> None:
 
 def test_inverse_factor_is_the_upper_factor_of_the_damped_inverse() -> None:
     hessian = problem()[1].hessian.double()
-    factor = inverse_factor(hessian.float(), 0.01).double()
+    factor = inverse_factor(hessian.float(), torch.arange(len(hessian)), 0.01).double()
     assert torch.equal(factor, factor.triu())
     damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian))
     assert torch.allclose(factor.T @ factor @ damped, torch.eye(len(hessian), dtype=torch.float64), atol=1e-4)
@@ -215,6 +215,12 @@ def test_output_error_is_that_of_the_outputs() -> None:
     inputs, difference = correlated_inputs(32), torch.randn(5, 32)
     expected = float((inputs @ difference.T).double().square().sum())
     assert output_error(difference, inputs.T @ inputs) == pytest.approx(expected, rel=1e-4)
+
+
+def test_output_error_of_many_rows_is_estimated_from_some() -> None:
+    difference, hessian = torch.randn(5000, 32), problem(width=32)[1].hessian
+    exact = sum(output_error(rows, hessian) for rows in difference.split(1000))
+    assert output_error(difference, hessian) == pytest.approx(exact, rel=0.1)
 
 
 def weighted_error(grid: Grid, groups: Tensor, importance: Tensor, parameters: Parameters) -> Tensor:

@@ -18,6 +18,7 @@ from hlwq.hadamard import rotate_blocks
 
 SOLVED_WEIGHTS = 1 << 23
 """Of how many weights rows are solved at once on a CPU."""
+ERROR_ROWS = 2048
 DAMPING_TRIES = 6
 """How often damping is raised tenfold before a Hessian is given up."""
 
@@ -86,7 +87,8 @@ def quantize_gptq(
         hessian = _rotate_both_sides(hessian, size)
         cross = None if cross is None else _rotate_both_sides(cross, size)
     order = _column_order(hessian.diagonal().contiguous(), size, options.desc_act)
-    factor = inverse_factor(hessian[order][:, order], options.damping)
+    factor = inverse_factor(hessian, order, options.damping)
+    del hessian
     owed = None
     if cross is not None:  # GPTAQ, eq. 18
         owed = options.gptaq_alpha * (cross[order][:, order] @ factor.T).triu_(1) @ factor
@@ -178,7 +180,7 @@ def _solve_group(
         latent[stop:] += owed[group, stop:].T @ rounded_from
 
 
-def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
+def inverse_factor(hessian: Tensor, order: Tensor, damping: float) -> Tensor:
     """The upper triangular U with UᵀU = (H + λ·mean(diag H)·I)⁻¹, by one Cholesky factorisation.
 
     With J the reversal of the order, JHJ = LLᵀ gives H = AAᵀ where A = JLJ is upper triangular, so U = A⁻¹ = JL⁻¹J.
@@ -186,6 +188,7 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     Args:
         hessian: float32 (n, n), symmetric, positive semidefinite. Columns that were never active (a zero diagonal)
             count as average ones without any correlation: they are rounded to nearest.
+        order: int64 (n,), in which its columns are taken.
         damping: λ, raised tenfold as often as the factorisation fails.
 
     Raises:
@@ -193,29 +196,38 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     """
     device = hessian.device
     if device.type == "mps":  # its Cholesky is young, and has been silently wrong
-        hessian = hessian.cpu()
-    diagonal = hessian.diagonal()
-    identity = torch.eye(len(hessian), device=hessian.device)
-    mean = diagonal.mean()
-    if mean == 0:
-        return identity.to(device)
+        hessian, order = hessian.cpu(), order.cpu()
+    mean = hessian.diagonal().mean()
     if not torch.isfinite(mean):
         raise HlwqError("its inputs are not finite on the calibration data. Is the checkpoint damaged?")
+    if mean == 0:
+        return torch.eye(len(hessian), device=device)
+    backwards = order.flip(0)
+    idle = hessian.diagonal()[backwards] == 0
     for attempt in range(DAMPING_TRIES):
-        damped = hessian.flip(0, 1)
+        damped = hessian[backwards[:, None], backwards]
         damped.diagonal().add_(damping * 10**attempt * mean)
-        damped.diagonal()[(diagonal == 0).flip(0)] = mean
+        damped.diagonal()[idle] = mean
         lower, failed = torch.linalg.cholesky_ex(damped)
+        del damped  # large models have Hessians of a gigabyte
         if not failed:
-            del damped
+            identity = torch.eye(len(hessian), device=hessian.device)
             inverse: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
+            del lower, identity
             return inverse.flip(0, 1).to(device)
     raise HlwqError("the Hessian of its inputs is singular. Use more calibration samples.")
 
 
 def output_error(difference: Tensor, hessian: Tensor) -> float:
-    """‖D X‖² summed over the calibration tokens, D (out, in) being a difference of weights: tr(D H Dᵀ)."""
-    return float(((difference @ hessian) * difference).sum(-1).cpu().sum(dtype=torch.float64))
+    """‖D X‖² over the calibration tokens, D (out, in) being a difference of weights: tr(D H Dᵀ).
+
+    Of more than `ERROR_ROWS` rows so many, evenly spaced, stand for all: for large matrices all would cost more than
+    the solver itself.
+    """
+    step = -(-len(difference) // ERROR_ROWS)
+    rows = difference[::step]
+    total = float(((rows @ hessian) * rows).sum(-1).cpu().sum(dtype=torch.float64))
+    return total * len(difference) / len(rows)
 
 
 def _column_order(importance: Tensor, group_size: int, desc_act: bool) -> Tensor:
