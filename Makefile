@@ -5,6 +5,8 @@ VENV ?= .venv
 # Where the engines' own environments go; each is made once.
 VENVS ?= .venvs
 PIP_INSTALL = $(VENV)/bin/python -m pip install -q -c constraints.txt
+# One process per core with one thread each: small tensors gain nothing from threads.
+PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto
 
 .PHONY: demo test test-all test-engines lint clean
 
@@ -12,11 +14,11 @@ demo: $(VENV)/installed-eval
 	$(VENV)/bin/hlwq demo
 
 test: $(VENV)/installed-dev
-	$(VENV)/bin/python -m pytest -m "not slow and not engines"
+	$(PYTEST) -m "not slow and not engines"
 
 # The slow tests too, on a real LLM; what CI runs.
 test-all: $(VENV)/installed-dev
-	$(VENV)/bin/python -m pytest -m "not engines"
+	$(PYTEST) -m "not engines"
 
 # Our files in released vLLM, mlx-lm and GPTQModel, each in an environment of its own (about 10 GB, Linux).
 test-engines: $(VENV)/installed-dev
