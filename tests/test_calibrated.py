@@ -214,6 +214,14 @@ def test_a_plan_estimates_the_memory_of_the_calibration(llama: Path) -> None:
     assert offloaded < few + 1
 
 
+def test_too_little_memory_is_said_before_the_work(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["hlwq.quantize"], "available_memory", lambda: 10**8)
+    with pytest.warns(HlwqWarning, match=r"may need .* GB of memory, and 0\.1 GB are available\. Lower --batch-size"):
+        quantize(llama, tmp_path / "out", "gptq", calibration=DATA)
+
+
 def test_a_run_with_other_samples_is_refused_and_the_difference_named(llama: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     interrupt_after(1, llama, out)

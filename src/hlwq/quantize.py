@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hlwq.calibration import Calibration, Samples, load_samples
 from hlwq.check import CheckLine, check_directory, has_tokenizer
 from hlwq.checkpoint import DEFAULT_SHARD_BYTES, DTYPES, Reader, Writer, check_disk, read_json, refuse_unless_empty
-from hlwq.devices import peak_memory, torch_device
+from hlwq.devices import available_memory, peak_memory, torch_device
 from hlwq.errors import HlwqError, HlwqWarning
 from hlwq.grids import CHUNK_WEIGHTS, Basis, Grid, Parameters, QuantizedMatrix
 from hlwq.layers import LayerRunner, default_batch_size
@@ -266,6 +266,7 @@ def run_plan(
         samples = _samples_for(plan.layout, calibration, load_tokenizer(reader.path))
         batch_size = calibration.batch_size or default_batch_size(plan.layout, calibration.sequence_length)
         calibration = replace(calibration, batch_size=min(batch_size, len(samples.tokens)))
+    _warn_of_memory(plan, calibration)
     recipe = {
         "origin": origin,
         "recipe": plan.recipe.name,
@@ -468,6 +469,18 @@ class _CalibratedLayers:
             matrix, _ = quantize_matrix(rows, planned.steps, self._work.device)
             rows = matrix.dequantize(DTYPES[self._work.plan.dtype])
         return rows
+
+
+def _warn_of_memory(plan: Plan, calibration: Calibration | None) -> None:
+    """An estimate is no reason to refuse, but one to be told before hours of work."""
+    needed, available = plan.peak_memory(calibration), available_memory()
+    if needed > available:
+        remedy = "Lower --batch-size or --samples, or use --offload-activations." if calibration else "Close programs."
+        warnings.warn(
+            f"this may need {needed / 1e9:.1f} GB of memory, and {available / 1e9:.1f} GB are available. {remedy}",
+            HlwqWarning,
+            stacklevel=3,
+        )
 
 
 def _samples_for(layout: ModelLayout, calibration: Calibration, tokenizer: Any) -> Samples:
