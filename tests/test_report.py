@@ -134,6 +134,25 @@ def test_bars_in_names_do_not_break_the_table() -> None:
     assert "a\\|b" in markdown_table([row_of("a|b", 4, 0.3)])
 
 
+def test_a_quantized_base_is_refused_before_anything_is_measured(checkpoints: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(HlwqError, match="is quantized itself"):
+        compare([checkpoints[1]], checkpoints[0], PROTOCOLS)
+    with pytest.raises(HlwqError, match="absent is not a directory"):
+        compare([tmp_path / "absent"], bundled_model(), PROTOCOLS)
+
+
+def test_what_eval_measures_is_found_by_the_card(checkpoints: list[Path], tmp_path: Path) -> None:
+    import shutil
+    import subprocess
+    import sys
+
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoints[0], copy, ignore=shutil.ignore_patterns("results", "README.md"))
+    command = [sys.executable, "-m", "hlwq.cli", "eval", "perplexity", str(copy), "--text", str(held_out_text())]
+    subprocess.run([*command, "--context", "64", "--limit", "2"], check=True, capture_output=True)
+    assert "| perplexity | " in write_card(copy).read_text(encoding="utf-8")
+
+
 def test_two_directories_of_one_name_are_refused(checkpoints: list[Path]) -> None:
     with pytest.raises(HlwqError, match="same name"):
         compare([checkpoints[0], checkpoints[0]], bundled_model(), PROTOCOLS)
@@ -153,6 +172,8 @@ def test_a_card_says_what_was_measured_and_what_was_not(rows: list[Row], checkpo
     assert "Not measured: humaneval, speed." in card
     assert "arXiv 2507.11017" in card
     assert str(bundled_model()) not in card  # a path on this machine
+    with pytest.raises(HlwqError, match="--overwrite replaces it"):
+        write_card(checkpoints[2])
     assert (checkpoints[2] / "README.md").read_text(encoding="utf-8") == card
 
 
@@ -162,7 +183,7 @@ def test_a_card_of_something_else_is_refused(tmp_path: Path) -> None:
 
 
 def test_push_sends_the_whole_directory(rows: list[Row], checkpoints: list[Path]) -> None:
-    write_card(checkpoints[1])
+    write_card(checkpoints[1], overwrite=True)
     sent: dict[str, Any] = {}
 
     class Hub:

@@ -88,6 +88,7 @@ def load_samples(calibration: Calibration, tokenizer: Any) -> Samples:
         HlwqError: a source cannot be read or holds no text, or there is too little of it.
     """
     if not calibration.sources:
+        _datasets()  # whose absence is no reason to do without the hub
         try:
             return load_samples(replace(calibration, sources=(HUB_DEFAULT,)), tokenizer)
         except HlwqError as error:

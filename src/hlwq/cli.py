@@ -296,9 +296,11 @@ def eval_perplexity(
     """Measure perplexity on a text."""
     from hlwq.evaluate.generation import Endpoint
     from hlwq.evaluate.perplexity import perplexity
+    from hlwq.evaluate.results import perplexity_setting
 
     if protocol is ProtocolChoice.chunked and stride is not None:
         raise HlwqError("--stride changes nothing with --protocol chunked: chunks do not overlap.")
+    step = min(512, max(1, context // 2)) if stride is None else stride
     with _progress("measuring") as report:
         result = perplexity(
             Endpoint(endpoint) if endpoint else model,
@@ -306,11 +308,14 @@ def eval_perplexity(
             tokenizer_of=model if endpoint else None,
             protocol=protocol.value,
             context=context,
-            stride=min(512, max(1, context // 2)) if stride is None else stride,
+            stride=step,
             limit=limit,
             device=device,
             progress=report,
         )
+    if not endpoint:
+        setting = perplexity_setting(text, protocol.value, context, step, limit, device)
+        _keep(model, "perplexity", setting, asdict(result))
     if as_json:
         _print_json(asdict(result))
         return
@@ -337,10 +342,13 @@ def eval_divergence(
     """Measure how far a model's predictions are from its original's: KL divergence and top-1 agreement."""
     from hlwq.evaluate.divergence import divergence
     from hlwq.evaluate.generation import Endpoint
+    from hlwq.evaluate.results import divergence_setting
 
     subject = Endpoint(endpoint) if endpoint else model
     with _progress("measuring") as report:
         result = divergence(subject, against, text, context=context, limit=limit, device=device, progress=report)
+    if not endpoint:
+        _keep(model, "divergence", divergence_setting(text, context, limit, device), asdict(result))
     if as_json:
         _print_json(asdict(result))
         return
@@ -418,6 +426,9 @@ def eval_humaneval(
                 run=run,
                 progress=report,
             )
+            if model and samples == 1 and limit is None and max_tokens == 512 and not unsafe:
+                setting = {"prompting": result.prompting, "engine": "transformers", "device": device}
+                _keep(model, "humaneval", setting, asdict(result))
     if as_json:
         _print_json(asdict(result))
         return
@@ -442,6 +453,7 @@ def eval_speed(
 ) -> None:
     """Measure prefill and decode tokens per second, load time and peak memory."""
     from hlwq.evaluate.generation import Endpoint
+    from hlwq.evaluate.results import speed_setting
     from hlwq.evaluate.speed import speed
 
     if (model is None) == (endpoint is None):
@@ -451,6 +463,8 @@ def eval_speed(
         result = speed(
             subject, prompt_tokens=prompt_tokens, new_tokens=new_tokens, runs=runs, device=device, progress=report
         )
+    if model:
+        _keep(model, "speed", speed_setting(prompt_tokens, new_tokens, runs, device), asdict(result))
     if as_json:
         _print_json(asdict(result))
         return
@@ -518,11 +532,12 @@ def compare(
 def card(
     directory: Annotated[Path, typer.Argument(help="A checkpoint that `hlwq quantize` made.")],
     repository: Annotated[str | None, typer.Option(help="The hub id it will have.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a README.md that is there.")] = False,
 ) -> None:
     """Write a model card into a checkpoint, with what has been measured of it."""
     from hlwq.report.card import write_card
 
-    output.print(f"{write_card(directory, repository)}", soft_wrap=True, highlight=False)
+    output.print(f"{write_card(directory, repository, overwrite=overwrite)}", soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -656,6 +671,14 @@ def _show_warning(
     """Our own warnings as one line, like errors; those of libraries not at all."""
     if issubclass(category, HlwqWarning):
         messages.print(f"[yellow]warning:[/yellow] {escape(str(message))}", soft_wrap=True, highlight=False)
+
+
+def _keep(model: str, kind: str, setting: dict[str, Any], result: dict[str, Any]) -> None:
+    """Leave a measurement beside a checkpoint that hlwq made, for `compare` and `card`."""
+    from hlwq.evaluate.results import keep
+
+    if (Path(model) / "hlwq.json").is_file():
+        keep(Path(model), kind, setting, result)
 
 
 def _range(values: list[float | None]) -> str:

@@ -34,36 +34,67 @@ def measured(
     Returns:
         An object with `kind`, `setting`, `checkpoint` (a hash), `versions`, `hardware`, `seconds` and `result`.
     """
-    setting = json.loads(json.dumps(setting))
-    folder = results_folder(directory)
-    file = folder / f"{kind}-{sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()[:10]}.json"
-    checkpoint = fingerprint(directory)
+    file = _file_of(directory, kind, setting)
     if file.is_file():
         found = read_json(file)
-        if found.get("checkpoint") == checkpoint:
+        if found.get("checkpoint") == fingerprint(directory):
             return found
     started = time.monotonic()
-    result = measure()
-    found = {
-        "kind": kind,
-        "setting": setting,
-        "checkpoint": checkpoint,
-        "versions": _versions(),
-        "hardware": _hardware(),
-        "seconds": round(time.monotonic() - started, 1),
-        "result": json.loads(json.dumps(result)),
-    }
-    folder.mkdir(parents=True, exist_ok=True)
+    return keep(directory, kind, setting, measure(), time.monotonic() - started)
+
+
+def keep(
+    directory: Path, kind: str, setting: dict[str, Any], result: dict[str, Any], seconds: float | None = None
+) -> dict[str, Any]:
+    """Put a measurement where `measured` finds it; returns what was written."""
+    found: dict[str, Any] = json.loads(
+        json.dumps(
+            {
+                "kind": kind,
+                "setting": setting,
+                "checkpoint": fingerprint(directory),
+                "versions": _versions(),
+                "hardware": _hardware(),
+                "seconds": seconds,
+                "result": result,
+            }
+        )
+    )
+    file = _file_of(directory, kind, setting)
+    file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, found)
     return found
 
 
+def perplexity_setting(
+    text: Path, protocol: str, context: int, stride: int, limit: int | None, device: str
+) -> dict[str, Any]:
+    """What a perplexity depends on, for `measured` and `keep`."""
+    own = stride if protocol == "windowed" else context
+    return {**divergence_setting(text, context, limit, device), "protocol": protocol, "stride": own}
+
+
+def divergence_setting(text: Path, context: int, limit: int | None, device: str) -> dict[str, Any]:
+    """What a divergence depends on, for `measured` and `keep`."""
+    return {"text": text.name, "context": context, "limit": limit, "device": device}
+
+
+def speed_setting(prompt_tokens: int, new_tokens: int, runs: int, device: str) -> dict[str, Any]:
+    """What a speed depends on, for `measured` and `keep`."""
+    return {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "runs": runs, "device": device}
+
+
+def _file_of(directory: Path, kind: str, setting: dict[str, Any]) -> Path:
+    digest = sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()[:10]
+    return results_folder(directory) / f"{kind}-{digest}.json"
+
+
 def results_folder(directory: Path) -> Path:
-    """`results/` beside the weights; for models in a cache, which is not to be written to, a folder of our own."""
+    """`results/` in a checkpoint that hlwq made; other models are not written to, and have a folder in the cache."""
+    if (directory / "hlwq.json").is_file() and os.access(directory, os.W_OK):
+        return directory / "results"
     cache = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
-    if directory.resolve().is_relative_to(cache.resolve()) or not os.access(directory, os.W_OK):
-        return cache / "hlwq" / "results" / fingerprint(directory)[:24]
-    return directory / "results"
+    return cache / "hlwq" / "results" / fingerprint(directory)[:24]
 
 
 def fingerprint(directory: Path) -> str:

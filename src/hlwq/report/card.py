@@ -24,21 +24,24 @@ CITATIONS = {
 }
 
 
-def write_card(directory: Path, repository: str | None = None) -> Path:
+def write_card(directory: Path, repository: str | None = None, *, overwrite: bool = False) -> Path:
     """Write `README.md` into a checkpoint that `quantize` made, from its manifest and its `results/`.
 
     Args:
         directory: the checkpoint.
         repository: the hub id it will have; by default the directory's name.
+        overwrite: replace a `README.md` that is there.
 
     Returns:
         The file.
 
     Raises:
-        HlwqError: the directory was not made by hlwq.
+        HlwqError: the directory was not made by hlwq, or has a card that is not to be replaced.
     """
     if not (directory / "hlwq.json").is_file():
         raise HlwqError(f"{directory} has no hlwq.json: only what `hlwq quantize` made can be described.")
+    if (directory / "README.md").exists() and not overwrite:
+        raise HlwqError(f"{directory / 'README.md'} is there already. --overwrite replaces it.")
     manifest = read_json(directory / "hlwq.json")
     found = inspect(directory)
     source = manifest["origin"]["source"]

@@ -14,12 +14,12 @@ from hlwq.evaluate.divergence import divergence
 from hlwq.evaluate.generation import transformers_generate
 from hlwq.evaluate.humaneval import Prompting, humaneval
 from hlwq.evaluate.perplexity import Perplexity, Protocol, paired_difference, perplexity
-from hlwq.evaluate.results import measured
+from hlwq.evaluate.results import divergence_setting, measured, perplexity_setting, speed_setting
 from hlwq.evaluate.speed import speed
 from hlwq.evaluate.statistics import Estimate, Verdict, mcnemar, verdict
 from hlwq.formats import format_named
 from hlwq.inspect import inspect
-from hlwq.sources import locate
+from hlwq.sources import DecodedCheckpoint, locate
 
 Progress = Callable[[int, int, str], None]
 BASE = "(unquantized)"
@@ -114,6 +114,12 @@ def compare(
     names = [path.resolve().name for path in paths]
     if len(set(names)) < len(names):
         raise HlwqError("Two of the directories have the same name, which the tables could not tell apart.")
+    for path in (source, *paths):  # all of them, before any is measured
+        if not path.is_dir():
+            raise HlwqError(f"{path} is not a directory.")
+        stored = DecodedCheckpoint(path)
+        if path == source and stored.quantized_modules():
+            raise HlwqError(f"--base {base} is quantized itself. Name the model that the others were made from.")
     report = progress or (lambda done, total, item: None)
     everything = [(BASE, source), *zip(names, paths, strict=True)]
     rows: list[Row] = []
@@ -136,8 +142,9 @@ def _measure(
 ) -> tuple[Row, Perplexity, dict[str, int] | None]:
     found = inspect(path)
     text = str(protocols.text)
-    scale = {"text": protocols.text.name, "context": protocols.context, "limit": protocols.limit}
-    windows = {**scale, "protocol": protocols.protocol, "stride": protocols.stride, "device": protocols.device}
+    windows = perplexity_setting(
+        protocols.text, protocols.protocol, protocols.context, protocols.stride, protocols.limit, protocols.device
+    )
     scored = Perplexity(
         **_tuples(
             measured(
@@ -165,7 +172,7 @@ def _measure(
         kl = measured(
             path,
             "divergence",
-            {**scale, "device": protocols.device},
+            divergence_setting(protocols.text, protocols.context, protocols.limit, protocols.device),
             lambda: asdict(
                 divergence(
                     path,
@@ -180,9 +187,12 @@ def _measure(
     programs = _humaneval(path, protocols) if protocols.humaneval else None
     solved = programs["solved"] if programs else None
     fast = (
-        measured(path, "speed", {"device": protocols.device}, lambda: asdict(speed(path, device=protocols.device)))[
-            "result"
-        ]
+        measured(
+            path,
+            "speed",
+            speed_setting(512, 64, 3, protocols.device),
+            lambda: asdict(speed(path, device=protocols.device)),
+        )["result"]
         if protocols.speed
         else None
     )
