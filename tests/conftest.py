@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from hlwq import HlwqError
+from hlwq.evaluate.sandbox import run_program
 from hlwq.sources import locate
 
 settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -23,3 +25,12 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("cache")))
         return locate(next(Path(spec.origin).parent.glob("*.gguf")))
+
+
+@pytest.fixture(scope="session")
+def isolation() -> None:
+    """Programs can be isolated here; where they cannot (no Linux, no namespaces), nothing must run without."""
+    try:
+        run_program("pass")
+    except HlwqError as error:
+        pytest.skip(str(error))

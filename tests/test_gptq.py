@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -30,8 +31,8 @@ def problem(rows: int = 48, width: int = 128, seed: int = 0) -> tuple[Tensor, Gr
     return weights, Gram(inputs.T @ inputs, noise.T @ inputs)
 
 
-def loss(weights: Tensor, gram: Gram, grid: Grid, basis: Basis = "identity", **options: float) -> float:
-    matrix = quantize_gptq(weights, gram, grid, basis, GptqOptions(**options))  # type: ignore[arg-type]
+def loss(weights: Tensor, gram: Gram, grid: Grid, basis: Basis = "identity", **options: Any) -> float:
+    matrix = quantize_gptq(weights, gram, grid, basis, GptqOptions(**options))
     return output_error(weights - matrix.dequantize(), gram.hessian)
 
 
@@ -46,7 +47,7 @@ def test_outputs_change_less_than_by_rounding_to_nearest(grid: Grid, basis: Basi
     "options", [{}, {"foem_beta": 0.3}, {"gptaq_alpha": 0.5}, {"foem_beta": 0.3, "gptaq_alpha": 0.5}]
 )
 @pytest.mark.parametrize("desc_act", [False, True])
-def test_agrees_with_the_textbook(options: dict[str, float], desc_act: bool) -> None:
+def test_agrees_with_the_textbook(options: dict[str, Any], desc_act: bool) -> None:
     """The loop without its lazy batches: every column's error goes to all later columns at once, in float64."""
     weights, gram = problem(rows=16, width=64)
     chosen = GptqOptions(desc_act=desc_act, **options)
@@ -109,9 +110,9 @@ def test_rows_can_be_stacked() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"foem_beta": 0.2}, {"gptaq_alpha": 0.25}, {"desc_act": True}])
-def test_rows_are_solved_in_chunks(options: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_solved_in_chunks(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     weights, gram = problem()
-    chosen = GptqOptions(**options)  # type: ignore[arg-type]
+    chosen = GptqOptions(**options)
     whole = quantize_gptq(weights, gram, INT4, options=chosen).dequantize()
     monkeypatch.setattr("hlwq.solvers.gptq.SOLVED_WEIGHTS", 10 * weights.shape[1])
     parts = quantize_gptq(weights, gram, INT4, options=chosen).dequantize()
@@ -134,10 +135,10 @@ def test_calibrated_hlwq_beats_data_free_hlwq_and_its_error_is_the_same_in_eithe
 
 
 @pytest.mark.parametrize("options", [{"foem_beta": 0.2}, {"gptaq_alpha": 0.25}, {"desc_act": True}, {"damping": 0.1}])
-def test_each_option_changes_the_result(options: dict[str, float]) -> None:
+def test_each_option_changes_the_result(options: dict[str, Any]) -> None:
     weights, gram = problem()
     plain = quantize_gptq(weights, gram, INT4)
-    other = quantize_gptq(weights, gram, INT4, options=GptqOptions(**options))  # type: ignore[arg-type]
+    other = quantize_gptq(weights, gram, INT4, options=GptqOptions(**options))
     assert not torch.equal(plain.dequantize(), other.dequantize())
 
 
@@ -198,9 +199,9 @@ def test_inputs_that_are_all_zero_leave_rounding_to_nearest() -> None:
 
 
 @pytest.mark.parametrize("options", [{"foem_beta": 1.5}, {"gptaq_alpha": -0.1}, {"damping": 0.0}])
-def test_terms_out_of_range_are_refused(options: dict[str, float]) -> None:
+def test_terms_out_of_range_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(HlwqError, match="must be between"):
-        GptqOptions(**options)  # type: ignore[arg-type]
+        GptqOptions(**options)
 
 
 def test_inverse_factor_is_the_upper_factor_of_the_damped_inverse() -> None:

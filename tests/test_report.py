@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import json
 import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import HfApi
 
 import hlwq
 from hlwq import HlwqError
@@ -182,26 +185,36 @@ def test_a_card_of_something_else_is_refused(tmp_path: Path) -> None:
         write_card(tmp_path)
 
 
-def test_push_sends_the_whole_directory(rows: list[Row], checkpoints: list[Path]) -> None:
+def test_everything_in_the_directory_would_be_pushed(rows: list[Row], checkpoints: list[Path]) -> None:
     write_card(checkpoints[1], overwrite=True)
-    sent: dict[str, Any] = {}
-
-    class Hub:
-        """Stands in for the hub's HTTP API, which cannot be had here."""
-
-        def create_repo(self, repository: str, **options: Any) -> str:
-            sent["repository"] = (repository, options)
-            return f"https://huggingface.co/{repository}"
-
-        def upload_folder(self, **options: Any) -> None:
-            sent["folder"] = options
-
-    assert push(checkpoints[1], "me/q5", private=True, api=Hub()) == "https://huggingface.co/me/q5"  # type: ignore[arg-type]
-    assert sent["repository"] == ("me/q5", {"private": True, "exist_ok": True})
-    assert sent["folder"]["folder_path"] == checkpoints[1]
     names = [name for name, _ in files_to_push(checkpoints[1])]
     assert {"README.md", "config.json", "hlwq.json", "model.safetensors", "tokenizer.json"} <= set(names)
     assert any(name.startswith("results/") for name in names)
+
+
+def test_a_hub_that_refuses_gets_one_clear_line(checkpoints: list[Path]) -> None:
+    """The real client over HTTP, against a server that allows nothing."""
+    asked: list[str] = []
+
+    class Refusing(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked.append(self.path)
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.send_response(403)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    write_card(checkpoints[1], overwrite=True)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        api = HfApi(endpoint=f"http://127.0.0.1:{server.server_port}", token="hf_none")
+        with pytest.raises(HlwqError, match=r"The hub did not take me/q5: .*403"):
+            push(checkpoints[1], "me/q5", api=api)
+        server.shutdown()
+    assert asked == ["/api/repos/create"]
 
 
 def test_push_without_a_card_is_refused(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
 from hlwq.check import check_directory
 from hlwq.checkpoint import read_json
@@ -90,6 +91,12 @@ def write_card(directory: Path, repository: str | None = None, *, overwrite: boo
 
 def push(directory: Path, repository: str, *, private: bool = False, api: HfApi | None = None) -> str:
     """Upload a checkpoint to the hub; returns its address.
+
+    Args:
+        directory: the checkpoint.
+        repository: the hub id; made if need be.
+        private: if it is made, for yourself alone.
+        api: another hub than the usual one.
 
     Raises:
         HlwqError: there is no card, or the hub refuses.
@@ -220,6 +227,7 @@ def _license(base: str | None) -> str | None:
         return None
     try:
         card = ModelCard.load(base)
-    except Exception:  # no network, no card: the card then says nothing
+    except (HfHubHTTPError, EntryNotFoundError, OSError, ValueError):
+        # The hub cannot be asked, or the base has no card. A license that is not known must not be guessed.
         return None
     return getattr(card.data, "license", None)
