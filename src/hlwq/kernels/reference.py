@@ -36,4 +36,5 @@ def look_up(packed: Tensor, norms: Tensor, bits: int) -> Tensor:
     """Decode to the rotated coordinates: norm/√d · centroid[code], float32 (out, in)."""
     centroids = codebook(bits, packed.device).centroids
     levels = centroids[unpack(packed, bits).int()].unflatten(-1, (norms.shape[1], -1))
-    return (levels * (norms.to(torch.float32) / sqrt(levels.shape[-1])).unsqueeze(-1)).flatten(-2)
+    weights: Tensor = levels * (norms.to(torch.float32) / sqrt(levels.shape[-1])).unsqueeze(-1)
+    return weights.flatten(-2)
