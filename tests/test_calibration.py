@@ -74,7 +74,7 @@ def test_each_kind_of_file_gives_full_samples(
     for row in samples.tokens:
         piece = tokenizer.decode(row[8:24])
         assert piece.split()[1] in text  # a word in full
-    assert samples.origin["sources"][0]["source"] == str(file)
+    assert samples.origin["sources"][0]["source"] == name  # and not where it lies
     assert len(samples.origin["sources"][0]["sha256"]) == 64
 
 

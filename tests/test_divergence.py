@@ -9,7 +9,7 @@ import hlwq
 from hlwq import HlwqError
 from hlwq.demo import bundled_model, held_out_text
 from hlwq.evaluate.divergence import _partial_kl, divergence
-from hlwq.evaluate.model import load_model
+from hlwq.evaluate.model import load_for_evaluation
 from hlwq.evaluate.speed import speed
 
 
@@ -27,8 +27,8 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_it_is_the_kl_of_the_whole_distributions(quantized: Path) -> None:
     result = divergence(quantized, bundled_model(), held_out_text(), context=128, limit=3)
-    base, tokenizer = load_model(bundled_model())
-    model, _ = load_model(quantized)
+    base, tokenizer = load_for_evaluation(bundled_model())
+    model, _ = load_for_evaluation(quantized)
     ids = tokenizer(held_out_text().read_text(encoding="utf-8"))["input_ids"]
     kls, same = [], []
     for start in (0, 128, 256):
@@ -55,7 +55,8 @@ def test_the_base_runs_once(quantized: Path, monkeypatch: pytest.MonkeyPatch) ->
     first = divergence(quantized, bundled_model(), held_out_text(), context=64, limit=2)
     loaded: list[Path] = []
     monkeypatch.setattr(
-        "hlwq.evaluate.divergence.load_model", lambda path, *rest: loaded.append(path) or load_model(path, *rest)
+        "hlwq.evaluate.divergence.load_for_evaluation",
+        lambda path, *rest: loaded.append(path) or load_for_evaluation(path, *rest),
     )
     again = divergence(quantized, bundled_model(), held_out_text(), context=64, limit=2)
     assert loaded == [quantized]

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from hlwq import HlwqError, convert, quantize
 from hlwq.demo import bundled_model, held_out_text
+from hlwq.devices import compute_dtype
 from hlwq.evaluate import paired_difference, perplexity
 from hlwq.evaluate.model import load_model
 from hlwq.sources import DecodedCheckpoint
@@ -22,6 +23,7 @@ def plain_perplexity(context: int, stride: int, windows: int, scored: int) -> fl
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(bundled_model(), dtype=torch.bfloat16)
+    model = model.to(compute_dtype(torch.device("cpu")))
     tokens = AutoTokenizer.from_pretrained(bundled_model())(held_out_text().read_text(encoding="utf-8"))["input_ids"]
     losses = []
     for start in range(0, windows * stride, stride):

@@ -91,7 +91,8 @@ def test_results_of_other_weights_do_not_count(tmp_path: Path) -> None:
 
 def test_the_report_is_whole_and_needs_no_network(rows: list[Row], tmp_path: Path) -> None:
     files = {file.name for file in write_report(rows, PROTOCOLS, "bundled", tmp_path / "report")}
-    assert files == {"report.html", "table.md", "rows.json", "loss.svg", "size.svg", "layers.svg"}
+    charts = {f"{name}.{kind}" for name in ("loss", "size", "layers") for kind in ("svg", "png")}
+    assert files == {"report.html", "table.md", "rows.json", *charts}
     page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
     assert not re.search(r"(src|href)=[\"']?https?://", page.replace("http://www.w3.org", ""))
     assert page.count("<svg") == 3
@@ -105,26 +106,27 @@ def test_the_report_is_whole_and_needs_no_network(rows: list[Row], tmp_path: Pat
 def row_of(name: str, nbytes: int, loss: float) -> Row:
     estimate = Estimate(loss, loss - 0.01, loss + 0.01, 8)
     return Row(
-        name,
-        "",
-        None,
-        "gptq",
-        (),
-        nbytes,
-        4.0,
-        5.0,
-        10.0,
-        0.1,
-        estimate,
-        "worse",
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
-        (),
+        name=name,
+        directory="",
+        recipe=None,
+        format="gptq",
+        engines=(),
+        nbytes=nbytes,
+        bits_per_weight=4.0,
+        bits_per_parameter=5.0,
+        perplexity=10.0,
+        standard_error=0.1,
+        loss_above_base=estimate,
+        loss_verdict="worse",
+        divergence=None,
+        kl_percentile_99=None,
+        top1_agreement=None,
+        humaneval=None,
+        humaneval_how=None,
+        humaneval_p=None,
+        humaneval_verdict=None,
+        speeds=(),
+        layer_errors=(),
     )
 
 

@@ -15,9 +15,9 @@ import pytest
 from hlwq.evaluate.sandbox import Limits, run_program, run_unsafely
 
 pytestmark = pytest.mark.usefixtures("isolation")
-LIMITS = Limits(seconds=30.0, memory_bytes=256 << 20)
+LIMITS = Limits(seconds=2, wall_seconds=60.0, memory_bytes=256 << 20)
 """Enough for a busy machine; what fails for another reason than its time fails well before."""
-SHORT = Limits(seconds=2.0)
+SHORT = Limits(wall_seconds=2.0)
 
 
 def test_a_good_program_passes_with_what_programs_import() -> None:
@@ -33,8 +33,8 @@ def test_a_good_program_passes_with_what_programs_import() -> None:
         ("import sys; sys.exit(0)", "SystemExit"),
         ("import os; os._exit(0)", "ended early"),
         ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "SIGKILL"),
-        ("while True: pass", "timed out"),
-        ("while True: print('x' * 10_000)", "timed out"),
+        ("while True: pass", "SIGKILL"),
+        ("while True: print('x' * 10_000)", "SIGKILL"),
         ("import time; time.sleep(60)", "timed out"),
         ("block = bytearray(100 << 30)", "MemoryError"),
         ("blocks = [bytearray(100 << 20) for _ in range(40)]", "MemoryError"),
@@ -145,18 +145,20 @@ def test_programs_start_in_an_empty_directory_and_leave_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    "option", [{"seconds": 0.3}, {"memory_bytes": 200 << 20}, {"disk_bytes": 1 << 20}, {"processes": 1}]
+    "option",
+    [{"seconds": 1}, {"wall_seconds": 0.3}, {"memory_bytes": 200 << 20}, {"disk_bytes": 1 << 20}, {"processes": 1}],
 )
 def test_each_limit_limits(option: dict[str, Any]) -> None:
     program = (
-        "import time, threading\ntime.sleep(0.5)\nblock = bytearray(300 << 20)\nopen('f', 'wb').write(bytes(4 << 20))\n"
+        "import time, threading\ntime.sleep(0.5)\nwhile time.process_time() < 1.5: pass\n"
+        "block = bytearray(300 << 20)\nopen('f', 'wb').write(bytes(4 << 20))\n"
         "thread = threading.Thread(target=print)\nthread.start()\nthread.join()"
     )
-    assert run_program(program, Limits(seconds=30)).passed
-    assert not run_program(program, Limits(**{"seconds": 30, **option})).passed
+    assert run_program(program, Limits(seconds=10, wall_seconds=30)).passed
+    assert not run_program(program, Limits(**{"seconds": 10, "wall_seconds": 30, **option})).passed
 
 
 def test_unsafe_is_only_a_process() -> None:
     assert run_unsafely("pass").passed
     assert not run_unsafely("assert False").passed
-    assert "timed out" in run_unsafely("import time; time.sleep(9)", Limits(seconds=0.2)).reason
+    assert "timed out" in run_unsafely("import time; time.sleep(9)", Limits(wall_seconds=0.2)).reason

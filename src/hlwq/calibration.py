@@ -101,7 +101,8 @@ def load_samples(calibration: Calibration, tokenizer: Any) -> Samples:
     parts, facts = [], []
     for index, source in enumerate(calibration.sources):
         found, documents = _read(source, calibration)
-        facts.append({"source": source, **found})
+        name = Path(source).name if Path(source).suffix in FILE_KINDS else source
+        facts.append({"source": name, **found})
         parts.append(_packed(source, documents, tokenizer, share + (index < more), calibration.sequence_length))
     tokens = torch.cat(parts)
     origin = {

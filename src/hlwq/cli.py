@@ -13,10 +13,11 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
+from rich.filesize import decimal
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
@@ -36,6 +37,10 @@ from hlwq.quantize import quantize as run_quantize
 from hlwq.recipes import RECIPES
 from hlwq.usage import commands
 from hlwq.version import __version__
+
+if TYPE_CHECKING:
+    from hlwq.evaluate.generation import Endpoint
+    from hlwq.evaluate.humaneval import HumanEval
 
 app = typer.Typer(
     name="hlwq",
@@ -296,14 +301,15 @@ def eval_perplexity(
     """Measure perplexity on a text."""
     from hlwq.evaluate.generation import Endpoint
     from hlwq.evaluate.perplexity import perplexity
-    from hlwq.evaluate.results import perplexity_setting
+    from hlwq.evaluate.results import engine_of, perplexity_setting
 
     if protocol is ProtocolChoice.chunked and stride is not None:
         raise HlwqError("--stride changes nothing with --protocol chunked: chunks do not overlap.")
     step = min(512, max(1, context // 2)) if stride is None else stride
+    subject = Endpoint(endpoint) if endpoint else model
     with _progress("measuring") as report:
         result = perplexity(
-            Endpoint(endpoint) if endpoint else model,
+            subject,
             text,
             tokenizer_of=model if endpoint else None,
             protocol=protocol.value,
@@ -313,9 +319,8 @@ def eval_perplexity(
             device=device,
             progress=report,
         )
-    if not endpoint:
-        setting = perplexity_setting(text, protocol.value, context, step, limit, device)
-        _keep(model, "perplexity", setting, asdict(result))
+    setting = perplexity_setting(text, protocol.value, context, step, limit, engine_of(subject, device))
+    _keep(model, "perplexity", setting, asdict(result), subject)
     if as_json:
         _print_json(asdict(result))
         return
@@ -342,13 +347,13 @@ def eval_divergence(
     """Measure how far a model's predictions are from its original's: KL divergence and top-1 agreement."""
     from hlwq.evaluate.divergence import divergence
     from hlwq.evaluate.generation import Endpoint
-    from hlwq.evaluate.results import divergence_setting
+    from hlwq.evaluate.results import divergence_setting, engine_of
 
     subject = Endpoint(endpoint) if endpoint else model
     with _progress("measuring") as report:
         result = divergence(subject, against, text, context=context, limit=limit, device=device, progress=report)
-    if not endpoint:
-        _keep(model, "divergence", divergence_setting(text, context, limit, device), asdict(result))
+    setting = divergence_setting(text, context, limit, engine_of(subject, device))
+    _keep(model, "divergence", setting, asdict(result), subject)
     if as_json:
         _print_json(asdict(result))
         return
@@ -361,9 +366,15 @@ def eval_divergence(
     )
 
 
+Subject = Annotated[
+    str | None,
+    typer.Argument(help="A model directory of any format, or a hub id; with --endpoint, what that server serves."),
+]
+
+
 @evaluation.command("humaneval")
 def eval_humaneval(
-    model: Annotated[str | None, typer.Argument(help="A model directory of any format, or a hub id.")] = None,
+    model: Subject = None,
     endpoint: ServerUrl = None,
     canonical: Annotated[
         bool, typer.Option("--canonical", help="Test the data set's own solutions, which must all pass.")
@@ -379,7 +390,9 @@ def eval_humaneval(
     record: Annotated[
         Path | None, typer.Option(help="A JSON-lines file for the programs; repeated runs go on from it.")
     ] = None,
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests to a server at the same time.")] = 8,
+    concurrency: Annotated[
+        int | None, typer.Option(min=1, help="Requests to a server at the same time (default 8).")
+    ] = None,
     unsafe: Annotated[
         bool, typer.Option("--unsafe", help="Run programs without a sandbox, where none can be had.")
     ] = False,
@@ -388,62 +401,51 @@ def eval_humaneval(
 ) -> None:
     """Measure HumanEval pass@1: a model writes programs, and each is tested in a sandbox of its own."""
     from hlwq.evaluate import humaneval as human_eval
-    from hlwq.evaluate.generation import Endpoint, Generate, transformers_generate
+    from hlwq.evaluate.generation import Endpoint, has_chat_template, transformers_generate
+    from hlwq.evaluate.results import engine_of, humaneval_setting
     from hlwq.evaluate.sandbox import run_program, run_unsafely
 
     run = run_unsafely if unsafe else run_program
-    with _progress("measuring") as report:
-        if canonical:
-            if model or endpoint:
-                raise HlwqError("--canonical tests the data set's own solutions: leave MODEL and --endpoint out.")
-            result = human_eval.canonical(limit, run=run, progress=report)
-        else:
-            if (model is None) == (endpoint is None):
-                raise HlwqError("Name a MODEL, or a server with --endpoint.")
-            report(0, 1, "loading the model")
-            generate: Generate
-            if endpoint:
-                generate, has_template = Endpoint(endpoint).generate, True
-                if prompting is PromptingChoice.auto:
-                    raise HlwqError("A server does not say what its model is. Add --prompting chat or completion.")
-            else:
-                generate, has_template = transformers_generate(model or "", device)
-            chosen = prompting
-            if prompting is PromptingChoice.auto:
-                chosen = PromptingChoice.chat if has_template else PromptingChoice.completion
-            if chosen is PromptingChoice.chat and not has_template:
-                raise HlwqError(f"{model} has no chat template. Use --prompting completion.")
-            result = human_eval.humaneval(
-                generate,
-                prompting="chat" if chosen is PromptingChoice.chat else "completion",
-                samples=samples,
-                temperature=temperature,
-                max_tokens=max_tokens,
-                ks=k or (1,),
-                limit=limit,
-                record=record,
-                concurrency=concurrency if endpoint else 1,
-                run=run,
-                progress=report,
-            )
-            if model and samples == 1 and limit is None and max_tokens == 512 and not unsafe:
-                setting = {"prompting": result.prompting, "engine": "transformers", "device": device}
-                _keep(model, "humaneval", setting, asdict(result))
-    if as_json:
-        _print_json(asdict(result))
+    if canonical:
+        if model or endpoint:
+            raise HlwqError("--canonical tests the data set's own solutions: leave MODEL and --endpoint out.")
+        with _progress("testing") as report:
+            _print_humaneval(human_eval.canonical(limit, run=run, progress=report), as_json)
         return
-    for count, estimate in result.pass_at.items():
-        output.print(f"HumanEval pass@{count} {_interval(estimate, 4)}")
-    sampling = f"temperature {result.temperature:g}" if result.temperature else "greedy"
-    output.print(
-        f"{len(result.solved)} problems, {result.samples} programs each, prompting {result.prompting}, {sampling}, "
-        f"at most {result.max_tokens} tokens; 95 % interval"
-    )
+    subject = _subject(model, endpoint)
+    if concurrency is not None and not endpoint:
+        raise HlwqError("--concurrency changes nothing without --endpoint: one answer is written at a time.")
+    if prompting is PromptingChoice.auto:
+        if model is None:
+            raise HlwqError(
+                "A server does not say what it serves. Name MODEL too, or add --prompting chat or completion."
+            )
+        prompting = PromptingChoice.chat if has_chat_template(model) else PromptingChoice.completion
+    with _progress("measuring") as report:
+        report(0, 1, "loading the model")
+        result = human_eval.humaneval(
+            subject.generate if isinstance(subject, Endpoint) else transformers_generate(subject, device),
+            prompting="chat" if prompting is PromptingChoice.chat else "completion",
+            samples=samples,
+            temperature=temperature,
+            max_tokens=max_tokens,
+            ks=k or (1,),
+            limit=limit,
+            record=record,
+            concurrency=(concurrency or 8) if endpoint else 1,
+            run=run,
+            progress=report,
+        )
+    if model and not unsafe:
+        engine = engine_of(subject, device)
+        setting = humaneval_setting(result.prompting, samples, temperature, max_tokens, limit, engine)
+        _keep(model, "humaneval", setting, asdict(result), subject)
+    _print_humaneval(result, as_json)
 
 
 @evaluation.command("speed")
 def eval_speed(
-    model: Annotated[str | None, typer.Argument(help="A model directory of any format, or a hub id.")] = None,
+    model: Subject = None,
     endpoint: ServerUrl = None,
     prompt_tokens: Annotated[int, typer.Option(help="Of each run.")] = 512,
     new_tokens: Annotated[int, typer.Option(help="Of each run.")] = 64,
@@ -452,27 +454,27 @@ def eval_speed(
     as_json: Json = False,
 ) -> None:
     """Measure prefill and decode tokens per second, load time and peak memory."""
-    from hlwq.evaluate.generation import Endpoint
-    from hlwq.evaluate.results import speed_setting
+    from hlwq.evaluate.results import engine_of, speed_setting
     from hlwq.evaluate.speed import speed
 
-    if (model is None) == (endpoint is None):
-        raise HlwqError("Name a MODEL, or a server with --endpoint.")
-    subject = Endpoint(endpoint) if endpoint else (model or "")
+    subject = _subject(model, endpoint)
     with _progress("measuring") as report:
         result = speed(
             subject, prompt_tokens=prompt_tokens, new_tokens=new_tokens, runs=runs, device=device, progress=report
         )
     if model:
-        _keep(model, "speed", speed_setting(prompt_tokens, new_tokens, runs, device), asdict(result))
+        setting = speed_setting(prompt_tokens, new_tokens, runs, engine_of(subject, device))
+        _keep(model, "speed", setting, asdict(result), subject)
     if as_json:
         _print_json(asdict(result))
         return
     for name, (middle, least, most) in (("prefill", result.prefill), ("decode", result.decode)):
         output.print(f"{name} {middle:.1f} tokens/s (median of {result.runs} runs; {least:.1f} to {most:.1f})")
     output.print(f"{result.engine}, batch 1, {result.prompt_tokens} prompt and {result.new_tokens} new tokens")
-    if result.load_seconds is not None and result.peak_memory is not None:
-        output.print(f"loaded in {result.load_seconds:.1f} s; peak memory {result.peak_memory / 1e9:.2f} GB")
+    if result.load_seconds is not None:
+        output.print(f"loaded in {result.load_seconds:.1f} s")
+    if result.peak_memory is not None:
+        output.print(f"peak memory {decimal(result.peak_memory)}")
 
 
 @app.command()
@@ -514,14 +516,14 @@ def compare(
     if as_json:
         _print_json([asdict(row) for row in rows])
         return
-    table = Table("checkpoint", "perplexity", "loss above base (95 %)", "", "GB", "bits/weight")
+    table = Table("checkpoint", "perplexity", "loss above base (95 %)", "", "size", "bits/weight")
     for row in rows:
         table.add_row(
             row.name,
             f"{row.perplexity:.3f}",
             "" if row.loss_above_base is None else _interval(row.loss_above_base, 4),
             row.loss_verdict or "",
-            f"{row.nbytes / 1e9:.3f}",
+            decimal(row.nbytes),
             f"{row.bits_per_weight:.3f}" if row.bits_per_weight else "16",
         )
     output.print(table)
@@ -532,12 +534,16 @@ def compare(
 def card(
     directory: Annotated[Path, typer.Argument(help="A checkpoint that `hlwq quantize` made.")],
     repository: Annotated[str | None, typer.Option(help="The hub id it will have.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="What `hlwq compare` wrote: its table and charts go into the card.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a README.md that is there.")] = False,
 ) -> None:
     """Write a model card into a checkpoint, with what has been measured of it."""
     from hlwq.report.card import write_card
 
-    output.print(f"{write_card(directory, repository, overwrite=overwrite)}", soft_wrap=True, highlight=False)
+    file = write_card(directory, repository, report=report, overwrite=overwrite)
+    output.print(f"{file}", soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -673,12 +679,36 @@ def _show_warning(
         messages.print(f"[yellow]warning:[/yellow] {escape(str(message))}", soft_wrap=True, highlight=False)
 
 
-def _keep(model: str, kind: str, setting: dict[str, Any], result: dict[str, Any]) -> None:
-    """Leave a measurement beside a checkpoint that hlwq made, for `compare` and `card`."""
-    from hlwq.evaluate.results import keep
+def _subject(model: str | None, endpoint: str | None) -> str | Endpoint:
+    """What is measured: the server, if there is one."""
+    from hlwq.evaluate.generation import Endpoint
 
-    if (Path(model) / "hlwq.json").is_file():
-        keep(Path(model), kind, setting, result)
+    if endpoint:
+        return Endpoint(endpoint)
+    if model is None:
+        raise HlwqError("Name a MODEL, or a server with --endpoint.")
+    return model
+
+
+def _keep(model: str, kind: str, setting: dict[str, Any], result: dict[str, Any], subject: str | Endpoint) -> None:
+    """Leave a measurement where `compare` and `card` find it."""
+    from hlwq.evaluate.results import keep
+    from hlwq.sources import locate
+
+    keep(locate(model), kind, setting, result, server=None if isinstance(subject, str) else subject)
+
+
+def _print_humaneval(result: HumanEval, as_json: bool) -> None:
+    if as_json:
+        _print_json(asdict(result))
+        return
+    for count, estimate in result.pass_at.items():
+        output.print(f"HumanEval pass@{count} {_interval(estimate, 4)}")
+    sampling = f"temperature {result.temperature:g}" if result.temperature else "greedy"
+    output.print(
+        f"{len(result.solved)} problems, {result.samples} programs each, prompting {result.prompting}, {sampling}, "
+        f"at most {result.max_tokens} tokens; 95 % interval"
+    )
 
 
 def _range(values: list[float | None]) -> str:

@@ -28,14 +28,30 @@ def torch_device(name: str) -> torch.device:
     return device
 
 
+def compute_dtype(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> torch.dtype:
+    """The dtype to run a model of this dtype in: its own, or float32 on a CPU that would be ten times slower so."""
+    if device.type != "cpu" or dtype is torch.float32:
+        return dtype
+    fast = dtype is torch.bfloat16 and torch.backends.mkldnn.is_available()
+    return dtype if fast and torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+
+
 def peak_memory() -> int:
     """The most memory that this process has held, in bytes."""
-    status = Path("/proc/self/status")
-    if status.is_file():  # Linux: getrusage starts from the peak of the process that started this one
-        peak_line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(peak_line.split()[1]) * 1024
+    peak = peak_of_process("self")  # on Linux getrusage starts from the peak of the process that started this one
+    if peak is not None:
+        return peak
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_of_process(process: int | str) -> int | None:
+    """The most memory that a process, by its number, has held, in bytes; None where the system does not say."""
+    status = Path(f"/proc/{process}/status")
+    if not status.is_file():
+        return None
+    peak_line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(peak_line.split()[1]) * 1024
 
 
 def available_memory() -> int:

@@ -28,7 +28,7 @@ from hlwq.plan import Plan, PlannedTensor, layer_unit, make_plan, plan_decoding
 from hlwq.recipes import Overrides, Recipe, override, recipe_named
 from hlwq.solvers.gptq import Gram, output_error, quantize_gptq
 from hlwq.solvers.nearest import quantize_nearest
-from hlwq.sources import DecodedCheckpoint, locate, open_dense
+from hlwq.sources import DecodedCheckpoint, locate, open_dense, stated_by_card
 from hlwq.transformers_models import load_tokenizer, quiet_transformers, require_transformers
 from hlwq.version import __version__
 
@@ -138,11 +138,14 @@ def quantize(
         calibration=calibration,
         **overrides,
     )
-    # A hub snapshot's directory is named after its commit.
-    commit = reader.path.name if not Path(source).exists() else None
+    # Where a file lies on this machine says nothing to others, and is nobody's business; a hub snapshot's directory is
+    # named after its commit.
+    local = Path(source).expanduser()
+    commit = None if local.exists() else reader.path.name
     origin = {
-        "source": str(source),
+        "source": local.resolve().name if local.exists() else str(source),
         "revision": commit,
+        "card": stated_by_card(reader.path),
         "include_embeddings": include_embeddings,
         "include": list(include),
         "exclude": list(exclude),
@@ -208,7 +211,11 @@ def convert(
         recipe = override(recipe_named("rtn"), **overrides)
         plan = make_plan(decoded, recipe, format, modules=decoded.quantized_modules())
     manifest = path / "hlwq.json"
-    origin = {"source": str(directory), "made_by": read_json(manifest) if manifest.is_file() else None}
+    origin = {
+        "source": path.resolve().name,
+        "card": stated_by_card(path),
+        "made_by": read_json(manifest) if manifest.is_file() else None,
+    }
     return run_plan(decoded, plan, Path(out), origin=origin, device=device, progress=progress)
 
 

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hlwq.devices import torch_device
+from hlwq.devices import compute_dtype, torch_device
 from hlwq.errors import HlwqError
 from hlwq.evaluate.generation import Endpoint
-from hlwq.evaluate.model import load_model
+from hlwq.evaluate.model import load_for_evaluation
 from hlwq.evaluate.perplexity import read_text, windows_of
 from hlwq.evaluate.statistics import Estimate, mean_estimate
 from hlwq.models import describe
@@ -67,8 +67,8 @@ def divergence(
     """Compare a model with the one it was made from.
 
     The base runs once for a text: its last hidden states are kept in the cache, a few kilobytes per token, and give its
-    exact distributions by one product with its output head, whatever the vocabulary. Models run in bfloat16, softmax in
-    float32.
+    exact distributions by one product with its output head, whatever the vocabulary. Models run as for
+    `perplexity`.
 
     Args:
         model: a directory of any format, a hub id, a `.gguf` file, or a server.
@@ -88,7 +88,7 @@ def divergence(
     chunks = windows_of(ids, context, context, limit)
     report = progress or (lambda done, total, item: None)
     hidden = _base_states(base, chunks, device, report)
-    head = _head(base, torch_device(device))
+    head = _head(base).to(torch_device(device), hidden.dtype)
     per_token, same = [], []
     for index, found in enumerate(_model_logprobs(model, chunks, device)):
         report(len(chunks) + index, 2 * len(chunks), "comparing")
@@ -154,7 +154,7 @@ def _model_logprobs(
         for chunk in chunks:
             yield model.prompt_logprobs(chunk, SERVER_TOP)
         return
-    loaded, _ = load_model(locate(model), device)
+    loaded, _ = load_for_evaluation(locate(model), device)
     for chunk in chunks:
         with quiet_transformers():
             yield loaded(input_ids=torch.tensor([chunk[:-1]], device=loaded.device), use_cache=False).logits[0]
@@ -162,14 +162,15 @@ def _model_logprobs(
 
 @torch.inference_mode()
 def _base_states(base: Path, chunks: list[list[int]], device: str, report: Progress) -> Tensor:
-    """The base's last hidden states, bfloat16 (chunks, n, hidden), from the cache if they are there."""
+    """The base's last hidden states, (chunks, n, hidden) in the dtype it runs in, from the cache if they are there."""
     stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(base.glob("*.safetensors"))]
-    key = sha256(repr((str(base.resolve()), stamps, chunks)).encode()).hexdigest()[:24]
+    dtype = compute_dtype(torch_device(device))
+    key = sha256(repr((str(base.resolve()), stamps, chunks, str(dtype))).encode()).hexdigest()[:24]
     folder = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface")) / "hlwq" / "hidden-states"
     file = folder / f"{key}.safetensors"
     if file.is_file():
         return load_file(file)["hidden"]
-    model, _ = load_model(base, device)
+    model, _ = load_for_evaluation(base, device)
     states = []
     for index, chunk in enumerate(chunks):
         report(index, 2 * len(chunks), "running the base")
@@ -183,9 +184,9 @@ def _base_states(base: Path, chunks: list[list[int]], device: str, report: Progr
     return torch.stack(states)
 
 
-def _head(base: Path, device: torch.device) -> Tensor:
+def _head(base: Path) -> Tensor:
     """The base's output head, bfloat16 (vocabulary, hidden)."""
     checkpoint = DecodedCheckpoint(base)
     layout = describe(checkpoint.config, checkpoint.tensors)
     name = f"{layout.embedding}.weight" if layout.tied else "lm_head.weight"
-    return checkpoint.read(name).to(device, torch.bfloat16)
+    return checkpoint.read(name).to(torch.bfloat16)

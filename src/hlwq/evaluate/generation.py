@@ -13,11 +13,15 @@ from typing import Any
 import torch
 
 from hlwq.errors import HlwqError
-from hlwq.evaluate.model import load_model
+from hlwq.evaluate.model import load_for_evaluation
 from hlwq.sources import locate
-from hlwq.transformers_models import quiet_transformers
+from hlwq.transformers_models import load_tokenizer, quiet_transformers
 
 Generate = Callable[["Request"], str]
+TRANSFORMERS = "transformers"
+"""The engine of what runs in this process."""
+ENGINES = {"vllm": "vLLM", "llamacpp": "llama.cpp", "sglang": "SGLang", None: "mlx-lm"}
+"""Programs by what their servers call the owner of a model; mlx_lm.server names none."""
 
 
 @dataclass(frozen=True)
@@ -47,17 +51,24 @@ def cut_at(text: str, stop: Sequence[str]) -> str:
     return text[: min(ends)] if ends else text
 
 
-def transformers_generate(model: str | Path, device: str = "cpu") -> tuple[Generate, bool]:
-    """Load a directory of any format or a hub id; returns its generator, and whether it has a chat template.
+def has_chat_template(model: str | Path) -> bool:
+    """Whether a directory's or hub id's tokenizer has a chat template. Raises HlwqError if there is no tokenizer."""
+    return bool(getattr(load_tokenizer(locate(model)), "chat_template", None))
+
+
+def transformers_generate(model: str | Path, device: str = "cpu") -> Generate:
+    """Load a directory of any format or a hub id, to generate with it.
 
     Raises:
-        HlwqError: see `locate` and `load_model`.
+        HlwqError: see `locate` and `load_model`; of the generator: the model has no chat template.
     """
-    loaded, tokenizer = load_model(locate(model), device)
+    loaded, tokenizer = load_for_evaluation(locate(model), device)
 
     def generate(request: Request) -> str:
         text = request.prompt
         if request.chat:
+            if not getattr(tokenizer, "chat_template", None):
+                raise HlwqError(f"{model} has no chat template. Use --prompting completion.")
             messages = [{"role": "user", "content": request.prompt}]
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not request.chat).to(loaded.device)
@@ -78,7 +89,7 @@ def transformers_generate(model: str | Path, device: str = "cpu") -> tuple[Gener
         answer: str = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return cut_at(answer, request.stop)
 
-    return generate, bool(getattr(tokenizer, "chat_template", None))
+    return generate
 
 
 class Endpoint:
@@ -86,23 +97,31 @@ class Endpoint:
 
     Attributes:
         url: up to and including `/v1`.
-        model: the name that the server gives its model.
+        engine: the program behind it, such as `vLLM`, or `server` if it does not say.
+        version: of the program, where it says.
+        model: the name that the server gives its model; None where it offers several, the first being no better than
+            its own choice.
     """
 
-    def __init__(self, url: str, model: str | None = None, timeout: float = 600.0) -> None:
-        """Ask the server which model it serves, unless one is named.
+    def __init__(self, url: str, timeout: float = 600.0) -> None:
+        """Ask the server what it is and which model it serves.
 
         Raises:
-            HlwqError: it does not answer.
+            HlwqError: it does not answer, or serves no model.
         """
         self.url, self._timeout = url.rstrip("/"), timeout
-        self.model = model or self._served_model()
-
-    def _served_model(self) -> str:
-        served = self._call("/models")["data"]
+        served = self._call("/models").get("data")
         if not served:
             raise HlwqError(f"--endpoint {self.url} serves no model.")
-        return str(served[0]["id"])
+        self.model = str(served[0]["id"]) if len(served) == 1 else None
+        self.engine = ENGINES.get(served[0].get("owned_by"), "server")
+        self.version = self._version()
+
+    def _version(self) -> str | None:
+        if self.engine != "vLLM":
+            return None
+        address = self.url.removesuffix("/v1")
+        return str(self._call("/version", address=address)["version"])
 
     def generate(self, request: Request) -> str:
         """The server's answer.
@@ -111,7 +130,6 @@ class Endpoint:
             HlwqError: it fails, or answers in a way that is not understood.
         """
         body: dict[str, Any] = {
-            "model": self.model,
             "max_tokens": request.max_tokens,
             "temperature": request.temperature,
             "seed": request.seed,
@@ -127,14 +145,18 @@ class Endpoint:
         choice = self._call("/completions", {**body, "prompt": request.prompt})["choices"][0]
         return cut_at(choice["text"], request.stop)
 
-    def complete(self, tokens: Sequence[int], count: int) -> int:
-        """Have the server write `count` tokens after others, whatever they are; returns how many it wrote.
+    def complete(self, prompt: str, count: int) -> tuple[int, int]:
+        """Have the server continue a text by `count` tokens, past the end of its own answer where it can do that.
+
+        Returns:
+            How many tokens the prompt had, and how many were written.
 
         Raises:
             HlwqError: it fails.
         """
-        body = {"model": self.model, "prompt": list(tokens), "max_tokens": count, "temperature": 0, "ignore_eos": True}
-        return int(self._call("/completions", body)["usage"]["completion_tokens"])
+        body = {"prompt": prompt, "max_tokens": count, "temperature": 0, "ignore_eos": True}
+        usage = self._call("/completions", body)["usage"]
+        return int(usage["prompt_tokens"]), int(usage["completion_tokens"])
 
     def prompt_logprobs(self, tokens: Sequence[int], top: int) -> list[dict[int, float]]:
         """The server's log-probabilities of each token but the first: of the token itself, and of the likeliest.
@@ -144,16 +166,18 @@ class Endpoint:
         Raises:
             HlwqError: the server does not return them.
         """
-        body = {"model": self.model, "prompt": list(tokens), "max_tokens": 1, "temperature": 0, "prompt_logprobs": top}
+        body = {"prompt": list(tokens), "max_tokens": 1, "temperature": 0, "prompt_logprobs": top}
         choice = self._call("/completions", body)["choices"][0]
         found = choice.get("prompt_logprobs")
         if not found:
             raise HlwqError(f"--endpoint {self.url} returns no log-probabilities of prompts. vLLM does.")
         return [{int(token): float(entry["logprob"]) for token, entry in each.items()} for each in found[1:]]
 
-    def _call(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    def _call(self, path: str, body: dict[str, Any] | None = None, address: str | None = None) -> dict[str, Any]:
+        if body is not None and self.model is not None:
+            body = {"model": self.model, **body}
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        request = urllib.request.Request((address or self.url) + path, data, {"Content-Type": "application/json"})
         try:
             with urllib.request.urlopen(request, timeout=self._timeout) as response:
                 answer: dict[str, Any] = json.loads(response.read())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -19,6 +19,8 @@ from hlwq.evaluate.statistics import Estimate, mean_estimate, pass_at_k, wilson
 Prompting = Literal["completion", "chat"]
 Progress = Callable[[int, int, str], None]
 
+MAX_TOKENS = 512
+"""Of an answer, unless told otherwise."""
 COMPLETION_STOPS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n@", "\nassert ")
 """What ends a function that is being continued: anything at the left margin."""
 INSTRUCTION = (
@@ -68,7 +70,7 @@ def humaneval(
     prompting: Prompting,
     samples: int = 1,
     temperature: float = 0.0,
-    max_tokens: int = 512,
+    max_tokens: int = MAX_TOKENS,
     ks: Iterable[int] = (1,),
     limit: int | None = None,
     record: Path | None = None,
@@ -161,7 +163,7 @@ def _written(
     max_tokens: int,
     concurrency: int,
 ) -> Iterator[dict[str, Any]]:
-    """The programs still to be written, in the order of the work."""
+    """The programs still to be written, each as soon as it is."""
 
     def write(job: tuple[str, int]) -> dict[str, Any]:
         task, index = job
@@ -174,7 +176,12 @@ def _written(
         return {"task_id": task, "sample": index, "answer": answer}
 
     with ThreadPoolExecutor(concurrency) as pool:
-        yield from pool.map(write, work)
+        jobs = [pool.submit(write, job) for job in work]
+        try:
+            for done in as_completed(jobs):
+                yield done.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _recorded(record: Path, setting: dict[str, Any]) -> dict[tuple[str, int], dict[str, Any]]:

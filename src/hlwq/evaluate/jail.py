@@ -75,7 +75,7 @@ def supervise(request: dict[str, Any], report: Any) -> NoReturn:
             run(request, writing)
         os.close(writing)
         os.set_blocking(reading, False)
-        verdict = wait_for(program, reading, request["seconds"])
+        verdict = wait_for(program, reading, request["wall_seconds"])
     except OSError as error:
         verdict = f"no isolation: {error.strerror} ({error.filename})"
     report.write(f"{secret} {verdict}")
@@ -134,7 +134,7 @@ def run(request: dict[str, Any], writing: int) -> NoReturn:
     """As the program's process: give up all rights, set the limits, and execute it."""
     memory = request["memory_bytes"]
     limits = {
-        resource.RLIMIT_CPU: int(request["seconds"]) + 1,
+        resource.RLIMIT_CPU: request["seconds"],
         resource.RLIMIT_AS: memory,
         resource.RLIMIT_FSIZE: request["disk_bytes"],
         resource.RLIMIT_NOFILE: 64,

@@ -7,11 +7,21 @@ from typing import Any
 
 import torch
 
-from hlwq.devices import torch_device
+from hlwq.devices import compute_dtype, torch_device
 from hlwq.errors import HlwqError
 from hlwq.models import describe
 from hlwq.sources import DecodedCheckpoint
 from hlwq.transformers_models import build_skeleton, load_tokenizer, quiet_transformers, require_transformers
+
+
+def load_for_evaluation(path: Path, device: str = "cpu") -> tuple[Any, Any]:
+    """`load_model` with weights rounded to bfloat16, and run in float32 on a CPU without fast kernels for bfloat16.
+
+    Raises:
+        HlwqError: see `load_model`.
+    """
+    model, tokenizer = load_model(path, device)
+    return model.to(compute_dtype(torch_device(device))), tokenizer
 
 
 def load_model(path: Path, device: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hlwq.errors import HlwqError
 from hlwq.evaluate.generation import Endpoint
-from hlwq.evaluate.model import load_model
+from hlwq.evaluate.model import load_for_evaluation
 from hlwq.evaluate.statistics import mean_estimate, standard_error
 from hlwq.sources import locate
 from hlwq.transformers_models import load_tokenizer, quiet_transformers
@@ -65,7 +65,8 @@ def perplexity(
     `windowed`: windows of `context` tokens start every `stride` tokens and the last `stride` tokens of each are scored,
     in the first window too, so that every scored token has at least `context − stride` before it. `chunked`: chunks of
     `context` tokens that do not overlap; all tokens but each chunk's first are scored (the protocol of Frantar et al.,
-    arXiv 2210.17323). Weights in bfloat16, log-softmax in float32; the file is tokenized once, whole.
+    arXiv 2210.17323). Weights in bfloat16 (run in float32 on a CPU without
+    fast kernels for it), log-softmax in float32; the file is tokenized once, whole.
 
     Args:
         model: a directory of any format, a hub id, a `.gguf` file, or a server that gives log-probabilities of prompts.
@@ -89,7 +90,7 @@ def perplexity(
             raise HlwqError("A server does not say how it tokenizes. Name the model's directory too.")
         loaded, tokenizer = model, load_tokenizer(locate(tokenizer_of))
     else:
-        loaded, tokenizer = load_model(locate(model), device)
+        loaded, tokenizer = load_for_evaluation(locate(model), device)
     with quiet_transformers():
         tokens = torch.tensor(tokenizer(contents)["input_ids"])
         return perplexity_of_tokens(

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from hlwq.checkpoint import read_json, write_json
+from hlwq.checkpoint import hash_file, read_json, write_json
+from hlwq.evaluate.generation import TRANSFORMERS, Endpoint
 from hlwq.version import __version__
 
 SAMPLE_BYTES = 1 << 16
@@ -36,7 +37,7 @@ def measured(
     """
     file = _file_of(directory, kind, setting)
     if file.is_file():
-        found = read_json(file)
+        found: dict[str, Any] = read_json(file)
         if found.get("checkpoint") == fingerprint(directory):
             return found
     started = time.monotonic()
@@ -44,16 +45,22 @@ def measured(
 
 
 def keep(
-    directory: Path, kind: str, setting: dict[str, Any], result: dict[str, Any], seconds: float | None = None
+    directory: Path,
+    kind: str,
+    setting: dict[str, Any],
+    result: dict[str, Any],
+    seconds: float | None = None,
+    server: Endpoint | None = None,
 ) -> dict[str, Any]:
-    """Put a measurement where `measured` finds it; returns what was written."""
+    """Put a measurement, perhaps made through a server, where `measured` and `kept` find it; returns what it wrote."""
+    versions = _versions() | ({server.engine: server.version} if server and server.version else {})
     found: dict[str, Any] = json.loads(
         json.dumps(
             {
                 "kind": kind,
                 "setting": setting,
                 "checkpoint": fingerprint(directory),
-                "versions": _versions(),
+                "versions": versions,
                 "hardware": _hardware(),
                 "seconds": seconds,
                 "result": result,
@@ -66,22 +73,51 @@ def keep(
     return found
 
 
+def kept(directory: Path, kind: str) -> list[dict[str, Any]]:
+    """The measurements of one kind that are of a checkpoint's present weights, the latest first."""
+    weights = fingerprint(directory)
+    files = sorted(
+        results_folder(directory).glob(f"{kind}-*.json"), key=lambda file: file.stat().st_mtime, reverse=True
+    )
+    return [entry for entry in map(read_json, files) if entry.get("checkpoint") == weights]
+
+
 def perplexity_setting(
-    text: Path, protocol: str, context: int, stride: int, limit: int | None, device: str
+    text: Path, protocol: str, context: int, stride: int, limit: int | None, engine: str
 ) -> dict[str, Any]:
     """What a perplexity depends on, for `measured` and `keep`."""
     own = stride if protocol == "windowed" else context
-    return {**divergence_setting(text, context, limit, device), "protocol": protocol, "stride": own}
+    return {**divergence_setting(text, context, limit, engine), "protocol": protocol, "stride": own}
 
 
-def divergence_setting(text: Path, context: int, limit: int | None, device: str) -> dict[str, Any]:
+def divergence_setting(text: Path, context: int, limit: int | None, engine: str) -> dict[str, Any]:
     """What a divergence depends on, for `measured` and `keep`."""
-    return {"text": text.name, "context": context, "limit": limit, "device": device}
+    digest = hash_file(text)[:16]
+    return {"text": text.name, "text_sha256": digest, "context": context, "limit": limit, "engine": engine}
 
 
-def speed_setting(prompt_tokens: int, new_tokens: int, runs: int, device: str) -> dict[str, Any]:
+def humaneval_setting(
+    prompting: str, samples: int, temperature: float, max_tokens: int, limit: int | None, engine: str
+) -> dict[str, Any]:
+    """What HumanEval depends on, for `measured` and `keep`."""
+    return {
+        "prompting": prompting,
+        "samples": samples,
+        "temperature": temperature,
+        "max_tokens": max_tokens,
+        "limit": limit,
+        "engine": engine,
+    }
+
+
+def speed_setting(prompt_tokens: int, new_tokens: int, runs: int, engine: str) -> dict[str, Any]:
     """What a speed depends on, for `measured` and `keep`."""
-    return {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "runs": runs, "device": device}
+    return {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "runs": runs, "engine": engine}
+
+
+def engine_of(model: object, device: str) -> str:
+    """What runs a model: a server's program, or transformers on a device."""
+    return model.engine if isinstance(model, Endpoint) else f"{TRANSFORMERS}, {device}"
 
 
 def _file_of(directory: Path, kind: str, setting: dict[str, Any]) -> Path:

@@ -10,17 +10,50 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 
-from hlwq.devices import peak_memory
+from hlwq.devices import peak_memory, peak_of_process
 from hlwq.errors import HlwqError
-from hlwq.evaluate.generation import Endpoint
+from hlwq.evaluate.generation import TRANSFORMERS, Endpoint
 from hlwq.evaluate.model import load_model
 from hlwq.sources import locate
 from hlwq.transformers_models import quiet_transformers
 
 Progress = Callable[[int, int, str], None]
+PROMPT_TOKENS, NEW_TOKENS, RUNS = 512, 64, 3
+"""What is measured unless told otherwise."""
+ATTEMPTS = 5
+"""Prompts that a server which ends its answers early is given for one run."""
+WORDS = (
+    "the",
+    "of",
+    "and",
+    "to",
+    "in",
+    "is",
+    "it",
+    "that",
+    "for",
+    "was",
+    "on",
+    "are",
+    "as",
+    "with",
+    "at",
+    "be",
+    "this",
+)
+"""About one token each. Servers are timed on texts, since not all of them take tokens."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Tokens per second of one run."""
+
+    prefill: float
+    decode: float
 
 
 @dataclass(frozen=True)
@@ -29,14 +62,14 @@ class Speed:
 
     Attributes:
         engine: what ran the model.
-        prompt_tokens: of each run.
-        new_tokens: of each run.
+        prompt_tokens: of each run, about as many for a server.
+        new_tokens: of each run; a server may end earlier, and is then timed on what it wrote.
         runs: how many.
         prefill: prompt tokens per second: median, least, most.
         decode: new tokens per second after the first: median, least, most.
         load_seconds: until the model could be used; None for a server, which was up.
-        peak_memory: bytes of this process; None for a server.
-        device_memory: bytes of the GPU at its peak; None without one.
+        peak_memory: bytes of this process, or of a server's on this machine; None if it is elsewhere.
+        device_memory: bytes of this process on the GPU at their peak; None without one, and for a server.
     """
 
     engine: str
@@ -53,16 +86,16 @@ class Speed:
 def speed(
     model: str | Path | Endpoint,
     *,
-    prompt_tokens: int = 512,
-    new_tokens: int = 64,
-    runs: int = 3,
+    prompt_tokens: int = PROMPT_TOKENS,
+    new_tokens: int = NEW_TOKENS,
+    runs: int = RUNS,
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> Speed:
     """Measure a model in this process (transformers, decoded to bfloat16) or in a server.
 
     A server's prefill is timed by asking for a single token, its decoding by what more tokens take beyond that; each
-    prompt is another one, so that none is served from a cache.
+    prompt is another one, so that none is served from a cache. Its memory is that of its processes, if it runs here.
 
     Raises:
         HlwqError: an option is out of range, or the model or the server cannot be used.
@@ -74,15 +107,15 @@ def speed(
     started = time.monotonic()
     load_seconds = None
     if isinstance(model, Endpoint):
-        time_both, engine = _server_timer(model, prompt_tokens, new_tokens), f"server, {model.model}"
+        measure, engine = _server_timer(model, prompt_tokens, new_tokens), model.engine
     else:
         loaded, tokenizer = load_model(locate(model), device)
         load_seconds = time.monotonic() - started
-        time_both, engine = _local_timer(loaded, len(tokenizer), prompt_tokens, new_tokens), "transformers"
+        measure, engine = _local_timer(loaded, len(tokenizer), prompt_tokens, new_tokens), TRANSFORMERS
     times = []
     for run in range(runs + 1):
         report(run, runs + 1, "warming up" if run == 0 else f"run {run}")
-        found = time_both(run)
+        found = measure(run)
         if run:
             times.append(found)
     report(runs + 1, runs + 1, "measured")
@@ -92,10 +125,10 @@ def speed(
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         runs=runs,
-        prefill=_spread([prompt_tokens / prefill for prefill, _ in times]),
-        decode=_spread([(new_tokens - 1) / decode for _, decode in times]),
+        prefill=_spread([each.prefill for each in times]),
+        decode=_spread([each.decode for each in times]),
         load_seconds=load_seconds,
-        peak_memory=peak_memory() if load_seconds is not None else None,
+        peak_memory=server_memory(model.url) if isinstance(model, Endpoint) else peak_memory(),
         device_memory=torch.cuda.max_memory_allocated() if cuda else None,
     )
 
@@ -104,13 +137,11 @@ def _spread(values: list[float]) -> tuple[float, float, float]:
     return median(values), min(values), max(values)
 
 
-def _local_timer(
-    model: Any, vocabulary: int, prompt_tokens: int, new_tokens: int
-) -> Callable[[int], tuple[float, float]]:
-    """Seconds of prefill and of decoding, by greedy steps of a model in this process."""
+def _local_timer(model: Any, vocabulary: int, prompt_tokens: int, new_tokens: int) -> Callable[[int], Run]:
+    """By greedy steps of a model in this process."""
 
     @torch.inference_mode()
-    def measure(run: int) -> tuple[float, float]:
+    def measure(run: int) -> Run:
         generator = torch.Generator().manual_seed(run)
         tokens = torch.randint(vocabulary, (1, prompt_tokens), generator=generator).to(model.device)
         gc.collect()
@@ -123,24 +154,53 @@ def _local_timer(
                 step = torch.tensor([[chosen]], device=model.device)
                 outputs = model(input_ids=step, past_key_values=outputs.past_key_values, use_cache=True)
                 chosen = int(outputs.logits[0, -1].argmax())
-            return first - started, time.perf_counter() - first
+            return Run(prompt_tokens / (first - started), (new_tokens - 1) / (time.perf_counter() - first))
 
     return measure
 
 
-def _server_timer(endpoint: Endpoint, prompt_tokens: int, new_tokens: int) -> Callable[[int], tuple[float, float]]:
-    """Seconds of prefill and of decoding, by two requests to a server."""
+def _server_timer(endpoint: Endpoint, prompt_tokens: int, new_tokens: int) -> Callable[[int], Run]:
+    """By two requests to a server: for a single token, and for more."""
 
-    def measure(run: int) -> tuple[float, float]:
+    def measure(run: int) -> Run:
         chooser = random.Random(run)
-        times = []
-        for count in (1, new_tokens):
-            prompt = [chooser.randrange(100, 1000) for _ in range(prompt_tokens)]
-            started = time.perf_counter()
-            made = endpoint.complete(prompt, count)
-            times.append(time.perf_counter() - started)
-            if made != count:
-                raise HlwqError(f"The server made {made} tokens instead of {count}. It ignores `ignore_eos`.")
-        return times[0], max(times[1] - times[0], 1e-9)
+        for _ in range(ATTEMPTS):
+            seconds, written = [], []
+            for count in (1, new_tokens):
+                prompt = " ".join(chooser.choices(WORDS, k=prompt_tokens))
+                started = time.perf_counter()
+                asked, made = endpoint.complete(prompt, count)
+                seconds.append(time.perf_counter() - started)
+                written.append(made)
+            if written[1] > new_tokens // 2:
+                return Run(asked / seconds[0], (written[1] - 1) / max(seconds[1] - seconds[0], 1e-9))
+        raise HlwqError(
+            f"--endpoint {endpoint.url} wrote {written[1]} tokens instead of {new_tokens}, {ATTEMPTS} times: its model "
+            "ends its answers early, and it does not know `ignore_eos`. Lower --new-tokens."
+        )
 
     return measure
+
+
+def server_memory(url: str) -> int | None:
+    """The most memory that the processes of a server have held, each at its own peak, in bytes.
+
+    Pages that they share count once for each. None for a server on another machine; where the system does not tell
+    the peaks of other processes, what they hold now.
+    """
+    import psutil  # here, since it is an extra
+
+    address = urlsplit(url)
+    if address.hostname not in ("127.0.0.1", "localhost", "::1"):
+        return None
+    total = 0
+    try:
+        for connection in psutil.net_connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == address.port and connection.pid:
+                listener = psutil.Process(connection.pid)
+                for process in {listener, *listener.children(recursive=True)}:
+                    total += peak_of_process(process.pid) or process.memory_info().rss
+                break
+    except psutil.Error:  # of another user, or gone
+        return None
+    return total or None

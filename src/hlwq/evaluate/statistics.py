@@ -70,6 +70,14 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
     return float(binomtest(only_first, disagreeing).pvalue) if disagreeing else 1.0
 
 
+def paired_verdict(ours: Sequence[bool], theirs: Sequence[bool]) -> tuple[float, Verdict]:
+    """McNemar's p-value for two paired yes/no outcomes, and what it says about ours, yes being better."""
+    p_value = mcnemar(ours, theirs)
+    if p_value >= 1 - CONFIDENCE:
+        return p_value, "no measurable difference"
+    return p_value, "better" if sum(ours) > sum(theirs) else "worse"
+
+
 def pass_at_k(samples: int, correct: int, k: int) -> float:
     """The unbiased estimate of pass@k for one problem: 1 − C(n−c, k)/C(n, k) (Chen et al., arXiv 2107.03374, eq. 1).
 

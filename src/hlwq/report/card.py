@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+from rich.filesize import decimal
 
 from hlwq.check import check_directory
 from hlwq.checkpoint import read_json
 from hlwq.errors import HlwqError
-from hlwq.evaluate.results import fingerprint, results_folder
+from hlwq.evaluate.results import kept
 from hlwq.inspect import inspect
 from hlwq.usage import commands
 from hlwq.version import __version__
 
+KINDS = ("perplexity", "divergence", "humaneval", "speed")
+CHARTS = "charts"
 CITATIONS = {
     "gptq": "GPTQ: Frantar et al., arXiv 2210.17323",
     "foem_beta": "FOEM: Zheng et al., arXiv 2507.11017",
@@ -25,19 +28,22 @@ CITATIONS = {
 }
 
 
-def write_card(directory: Path, repository: str | None = None, *, overwrite: bool = False) -> Path:
+def write_card(
+    directory: Path, repository: str | None = None, *, report: Path | None = None, overwrite: bool = False
+) -> Path:
     """Write `README.md` into a checkpoint that `quantize` made, from its manifest and its `results/`.
 
     Args:
         directory: the checkpoint.
         repository: the hub id it will have; by default the directory's name.
+        report: what `compare` wrote, of this checkpoint among others; its table and charts go into the card.
         overwrite: replace a `README.md` that is there.
 
     Returns:
         The file.
 
     Raises:
-        HlwqError: the directory was not made by hlwq, or has a card that is not to be replaced.
+        HlwqError: the directory was not made by hlwq, has a card that is not to be replaced, or is not in the report.
     """
     if not (directory / "hlwq.json").is_file():
         raise HlwqError(f"{directory} has no hlwq.json: only what `hlwq quantize` made can be described.")
@@ -45,22 +51,22 @@ def write_card(directory: Path, repository: str | None = None, *, overwrite: boo
         raise HlwqError(f"{directory / 'README.md'} is there already. --overwrite replaces it.")
     manifest = read_json(directory / "hlwq.json")
     found = inspect(directory)
-    source = manifest["origin"]["source"]
-    results = _results(directory)
-    # A local path says nothing to readers, and is nobody's business.
-    base = None if Path(source).exists() else source
+    origin = manifest["origin"]
+    stated = dict(origin.get("card", {}))
+    if origin.get("revision"):  # a name of the hub's; a local one says nothing to readers
+        stated["base_model"] = origin["source"]
+    results = {kind: entries[0] for kind in KINDS if (entries := kept(directory, kind))}
+    title = repository or directory.resolve().name
     data = ModelCardData(
-        base_model=base,
-        base_model_relation="quantized" if base else None,
-        license=_license(base),
+        base_model_relation="quantized" if "base_model" in stated else None,
         library_name="mlx" if found.format == "mlx" else "transformers",
         tags=["hlwq", manifest["recipe"], found.format],
-        model_name=(repository or directory.resolve().name).rsplit("/", 1)[-1],
+        model_name=title.rsplit("/", 1)[-1],
         eval_results=_eval_results(results) or None,
+        **stated,
     )
     bits = found.bits_per_quantized_weight
     failing = {line.engine for line in check_directory(directory) if not line.passed}
-    title = repository or directory.resolve().name
     runs = [
         f"**{engine}**\n\n    {command}\n"
         for engine, command in commands(directory, found.format, without=failing, called=title)
@@ -69,8 +75,8 @@ def write_card(directory: Path, repository: str | None = None, *, overwrite: boo
         [
             f"---\n{data.to_yaml()}\n---\n",
             f"# {title}\n",
-            f"{base or Path(source).name}, quantized by [hlwq](https://github.com/hlwq/hlwq) {__version__} "
-            f"with recipe `{manifest['recipe']}` in format `{found.format}`: {found.nbytes / 1e9:.2f} GB, "
+            f"{origin['source']}, quantized by [hlwq](https://github.com/hlwq/hlwq) {__version__} "
+            f"with recipe `{manifest['recipe']}` in format `{found.format}`: {decimal(found.nbytes)}, "
             + (f"{bits:.3f} bits per quantized weight, all overhead counted.\n" if bits else "weights decoded.\n"),
             "## How to run it\n",
             *runs,
@@ -78,6 +84,7 @@ def write_card(directory: Path, repository: str | None = None, *, overwrite: boo
             *_details(manifest),
             "\n## What was measured\n",
             _measurements(results),
+            *(_compared(directory, report) if report else []),
             "## Caveats\n",
             *(f"- {caveat}" for caveat in _caveats(manifest, results)),
             "\n## References\n",
@@ -119,15 +126,19 @@ def files_to_push(directory: Path) -> list[tuple[str, int]]:
     return [(file.relative_to(directory).as_posix(), file.stat().st_size) for file in files]
 
 
-def _results(directory: Path) -> dict[str, dict[str, Any]]:
-    """The measurements beside the checkpoint that are of these weights, by kind; of several, the latest."""
-    found: dict[str, dict[str, Any]] = {}
-    weights = fingerprint(directory)
-    for file in sorted(results_folder(directory).glob("*.json"), key=lambda file: file.stat().st_mtime):
-        entry = json.loads(file.read_text(encoding="utf-8"))
-        if entry["checkpoint"] == weights:
-            found[entry["kind"]] = entry
-    return found
+def _compared(directory: Path, report: Path) -> list[str]:
+    """The table and the charts of a report, whose pictures are copied beside the card."""
+    rows, table = report / "rows.json", report / "table.md"
+    if not (rows.is_file() and table.is_file()):
+        raise HlwqError(f"--report {report} is not what `hlwq compare` wrote: it has no rows.json and table.md.")
+    if directory.resolve().name not in (row["name"] for row in json.loads(rows.read_text(encoding="utf-8"))):
+        raise HlwqError(f"--report {report} does not compare {directory.resolve().name}. Run `hlwq compare` with it.")
+    (directory / CHARTS).mkdir(exist_ok=True)
+    lines = ["## Compared with others\n", table.read_text(encoding="utf-8")]
+    for picture in sorted(report.glob("*.png")):
+        shutil.copyfile(picture, directory / CHARTS / picture.name)
+        lines.append(f"![{picture.stem}]({CHARTS}/{picture.name})\n")
+    return lines
 
 
 def _eval_results(results: dict[str, dict[str, Any]]) -> list[EvalResult]:
@@ -183,24 +194,39 @@ def _measurements(results: dict[str, dict[str, Any]]) -> str:
         result = entry["result"]
         if kind == "perplexity":
             error = f" ± {result['standard_error']:.3f}" if result["standard_error"] is not None else ""
-            value = f"{result['perplexity']:.4f}{error} ({result['protocol']}, {result['tokens']:,} tokens)"
+            value = (
+                f"{result['perplexity']:.4f}{error} ({entry['setting']['text']}, {result['protocol']}, context "
+                f"{result['context']}, {len(result['chunk_losses'])} chunks, {result['tokens']:,} tokens)"
+            )
         elif kind == "divergence":
             mean = result["mean"]
-            value = f"KL {mean['mean']:.4f} [{mean['low']:.4f}, {mean['high']:.4f}] nats per token (n = {mean['n']})"
+            same = result["top1_agreement"]
+            value = (
+                f"KL {mean['mean']:.4f} [{mean['low']:.4f}, {mean['high']:.4f}] nats per token, 99th percentile "
+                f"{result['percentile_99']:.3f}; top-1 agreement {same['mean']:.4f} [{same['low']:.4f}, "
+                f"{same['high']:.4f}] (n = {mean['n']} chunks)"
+            )
         elif kind == "humaneval":
             one = result["pass_at"]["1"]
             value = f"pass@1 {one['mean']:.4f} [{one['low']:.4f}, {one['high']:.4f}] (n = {one['n']})"
         else:
-            value = f"decode {result['decode'][0]:.1f} tokens/s ({result['engine']})"
-        lines.append(f"| {kind} | {value} | {entry['hardware']} |")
+            prefill, decode = result["prefill"], result["decode"]
+            value = (
+                f"prefill {prefill[0]:.1f} ({prefill[1]:.1f} to {prefill[2]:.1f}), decode {decode[0]:.1f} "
+                f"({decode[1]:.1f} to {decode[2]:.1f}) tokens/s (n = {result['runs']} runs)"
+            )
+            if result["peak_memory"]:
+                value += f"; peak memory {decimal(result['peak_memory'])}"
+        lines.append(f"| {kind} | {value} | {entry['setting']['engine']} | {entry['hardware']} |")
     if not lines:
         return "Nothing yet.\n"
-    return "| | value, with its 95 % interval or standard error | on |\n|---|---|---|\n" + "\n".join(lines) + "\n"
+    head = "| | value, with its 95 % interval, standard error (±) or range | engine | on |\n|---|---|---|---|\n"
+    return head + "\n".join(lines) + "\n"
 
 
 def _caveats(manifest: dict[str, Any], results: dict[str, dict[str, Any]]) -> list[str]:
     caveats = []
-    missing = [kind for kind in ("perplexity", "divergence", "humaneval", "speed") if kind not in results]
+    missing = [kind for kind in KINDS if kind not in results]
     if missing:
         caveats.append(f"Not measured: {', '.join(missing)}.")
     if "humaneval" in results:
@@ -219,15 +245,3 @@ def _citations(manifest: dict[str, Any]) -> list[str]:
         wanted.update(["gptq"] if gptq else [])
         wanted.update(name for name in ("foem_beta", "gptaq_alpha") if gptq.get(name))
     return [text for key, text in CITATIONS.items() if key in wanted] or ["Rounding to nearest needs none."]
-
-
-def _license(base: str | None) -> str | None:
-    """The license that the base model's card states, if it is in the cache."""
-    if base is None:
-        return None
-    try:
-        card = ModelCard.load(base)
-    except (HfHubHTTPError, EntryNotFoundError, OSError, ValueError):
-        # The hub cannot be asked, or the base has no card. A license that is not known must not be guessed.
-        return None
-    return getattr(card.data, "license", None)

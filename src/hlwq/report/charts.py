@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from io import StringIO
+from dataclasses import dataclass
+from io import BytesIO, StringIO
 from typing import Any
 
 from hlwq.errors import HlwqError
@@ -11,10 +12,20 @@ from hlwq.report.compare import BASE, Row
 
 # Okabe and Ito's colours, which are told apart with any kind of colour vision and in grey.
 BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#7F7F7F"
+LOOKS = [{"color": BLUE}, {"color": ORANGE, "hatch": "//"}, {"color": "#56B4E9", "hatch": ".."}, {"color": GREY}]
+"""Of the engines' bars."""
 
 
-def loss_chart(rows: Sequence[Row]) -> str:
-    """Loss above the base with its interval, the best first; an SVG."""
+@dataclass(frozen=True)
+class Chart:
+    """One chart: as text for pages, and as pixels for cards, since the hub shows no SVG."""
+
+    svg: str
+    png: bytes
+
+
+def loss_chart(rows: Sequence[Row]) -> Chart:
+    """Loss above the base with its interval, the best first."""
     plt = _pyplot()
     compared = sorted((row for row in rows if row.loss_above_base), key=lambda row: -_mean(row))
     figure, axes = plt.subplots(figsize=(7, 0.45 * len(compared) + 1.2))
@@ -35,11 +46,11 @@ def loss_chart(rows: Sequence[Row]) -> str:
     axes.axvline(0, color=GREY, linewidth=0.8)
     axes.set_xlabel("loss above the unquantized model, nats per token (95 % paired interval); in grey: perplexity")
     axes.margins(x=0.12)
-    return _svg(figure)
+    return _drawn(figure)
 
 
-def size_chart(rows: Sequence[Row]) -> str:
-    """Loss above the base against bytes, with the front of those that no other beats in both; an SVG."""
+def size_chart(rows: Sequence[Row]) -> Chart:
+    """Loss above the base against bytes, with the front of those that no other beats in both."""
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(7, 4.5))
     compared = [row for row in rows if row.loss_above_base]
@@ -56,31 +67,33 @@ def size_chart(rows: Sequence[Row]) -> str:
     axes.set_xlabel("size on disk, GB")
     axes.set_ylabel("loss above the unquantized model, nats per token")
     axes.margins(x=0.2)
-    return _svg(figure)
+    return _drawn(figure)
 
 
-def speed_chart(rows: Sequence[Row]) -> str | None:
-    """Decode speed with its spread over runs, and peak memory; an SVG, or None if neither was measured."""
-    timed = [row for row in rows if row.decode and row.peak_memory]
+def speed_chart(rows: Sequence[Row]) -> Chart | None:
+    """Decode speed with its spread over runs, and peak memory, by engine; None if neither was measured."""
+    timed = [(row.name, each) for row in reversed(rows) for each in reversed(row.speeds)]
     if not timed:
         return None
     plt = _pyplot()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 0.4 * len(timed) + 1.2), sharey=True)
-    for place, row in enumerate(reversed(timed)):
-        assert row.decode is not None
-        assert row.peak_memory is not None
-        middle, least, most = row.decode
-        left.barh(place, middle, color=BLUE, xerr=[[middle - least], [most - middle]], capsize=3)
-        right.barh(place, row.peak_memory / 1e9, color=ORANGE, hatch="//", edgecolor="white")
-    left.set_yticks(range(len(timed)), [row.name for row in reversed(timed)])
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 0.35 * len(timed) + 1.2), sharey=True)
+    engines = sorted({each.engine for _, each in timed})
+    looks = dict(zip(engines, LOOKS * len(engines), strict=False))
+    for place, (_, each) in enumerate(timed):
+        middle, least, most = each.decode
+        look: dict[str, Any] = {"edgecolor": "white", **looks[each.engine]}
+        left.barh(place, middle, xerr=[[middle - least], [most - middle]], capsize=3, **look)
+        right.barh(place, (each.peak_memory or 0) / 1e9, **look)
+    left.set_yticks(range(len(timed)), [name for name, _ in timed])
     left.set_xlabel("decode, tokens/s (median; least to most)")
     right.set_xlabel("peak memory, GB")
-    figure.suptitle("in transformers, weights decoded to bfloat16", fontsize=9)
-    return _svg(figure)
+    handles = [plt.Rectangle((0, 0), 1, 1, edgecolor="white", **looks[engine]) for engine in engines]
+    figure.legend(handles, engines, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(engines), frameon=False)
+    return _drawn(figure)
 
 
-def layer_chart(rows: Sequence[Row]) -> str | None:
-    """The largest relative output error of each layer; an SVG, or None if no checkpoint records any."""
+def layer_chart(rows: Sequence[Row]) -> Chart | None:
+    """The largest relative output error of each layer; None if no checkpoint records any."""
     recorded = [row for row in rows if row.layer_errors]
     if not recorded:
         return None
@@ -92,7 +105,7 @@ def layer_chart(rows: Sequence[Row]) -> str | None:
     axes.set_xlabel("layer")
     axes.set_ylabel("largest relative output error")
     axes.legend(fontsize=8)
-    return _svg(figure)
+    return _drawn(figure)
 
 
 def pareto_front(rows: Sequence[Row]) -> list[Row]:
@@ -121,10 +134,11 @@ def _pyplot() -> Any:
     return plt
 
 
-def _svg(figure: Any) -> str:
+def _drawn(figure: Any) -> Chart:
     import matplotlib.pyplot as plt
 
-    stream = StringIO()
-    figure.savefig(stream, format="svg", bbox_inches="tight", metadata={"Date": None})
+    svg, png = StringIO(), BytesIO()
+    figure.savefig(svg, format="svg", bbox_inches="tight", metadata={"Date": None})
+    figure.savefig(png, format="png", bbox_inches="tight", dpi=160)
     plt.close(figure)
-    return stream.getvalue()[stream.getvalue().index("<svg") :]
+    return Chart(svg.getvalue()[svg.getvalue().index("<svg") :], png.getvalue())

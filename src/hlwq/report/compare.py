@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,19 @@ from hlwq.checkpoint import read_json
 from hlwq.errors import HlwqError
 from hlwq.evaluate.divergence import divergence
 from hlwq.evaluate.generation import transformers_generate
-from hlwq.evaluate.humaneval import Prompting, humaneval
+from hlwq.evaluate.humaneval import MAX_TOKENS, Prompting, humaneval
 from hlwq.evaluate.perplexity import Perplexity, Protocol, paired_difference, perplexity
-from hlwq.evaluate.results import divergence_setting, measured, perplexity_setting, speed_setting
-from hlwq.evaluate.speed import speed
-from hlwq.evaluate.statistics import Estimate, Verdict, mcnemar, verdict
+from hlwq.evaluate.results import (
+    divergence_setting,
+    engine_of,
+    humaneval_setting,
+    kept,
+    measured,
+    perplexity_setting,
+    speed_setting,
+)
+from hlwq.evaluate.speed import NEW_TOKENS, PROMPT_TOKENS, RUNS, Speed, speed
+from hlwq.evaluate.statistics import Estimate, Verdict, paired_verdict, verdict
 from hlwq.formats import format_named
 from hlwq.inspect import inspect
 from hlwq.sources import DecodedCheckpoint, locate
@@ -43,12 +52,13 @@ class Row:
         loss_above_base: nats per token, paired over chunks; None for the base.
         loss_verdict: whether its loss is measurably better or worse than the base's.
         divergence: KL(base ‖ this), nats per token; None for the base.
+        kl_percentile_99: of that over tokens.
         top1_agreement: share of tokens whose likeliest successor is the base's.
-        humaneval: pass@1; None if it was not measured.
-        humaneval_p: of McNemar's test against the base.
-        decode: new tokens per second: median, least, most; None if it was not measured.
-        prefill: prompt tokens per second.
-        peak_memory: bytes, in the run that measured speed.
+        humaneval: pass@1 of greedy programs; None if it was not measured.
+        humaneval_how: the prompting and the engine.
+        humaneval_p: of McNemar's test against the base; None where the base was not measured alike.
+        humaneval_verdict: whether that says better or worse.
+        speeds: in each engine that it was measured in.
         layer_errors: largest relative output error of each layer, where the checkpoint records them.
     """
 
@@ -65,12 +75,13 @@ class Row:
     loss_above_base: Estimate | None
     loss_verdict: Verdict | None
     divergence: Estimate | None
+    kl_percentile_99: float | None
     top1_agreement: Estimate | None
     humaneval: Estimate | None
+    humaneval_how: str | None
     humaneval_p: float | None
-    decode: tuple[float, float, float] | None
-    prefill: tuple[float, float, float] | None
-    peak_memory: int | None
+    humaneval_verdict: Verdict | None
+    speeds: tuple[Speed, ...]
     layer_errors: tuple[float, ...]
 
 
@@ -84,8 +95,8 @@ class Protocols:
         context: tokens in a chunk.
         stride: of the windowed protocol.
         limit: chunks, or None for the whole text.
-        humaneval: how programs are asked for, or None to leave HumanEval out.
-        speed: whether speed and memory are measured.
+        humaneval: how programs are asked for, or None to show only what was measured before.
+        speed: whether speed and memory are measured; what was measured before is shown in any case.
         device: where.
     """
 
@@ -123,11 +134,9 @@ def compare(
     report = progress or (lambda done, total, item: None)
     everything = [(BASE, source), *zip(names, paths, strict=True)]
     rows: list[Row] = []
-    first: tuple[Perplexity, dict[str, int] | None] | None = None
+    base_loss: Perplexity | None = None
     for done, (name, path) in enumerate(everything):
-        report(done, len(everything), name)
-        row, scored, solved = _measure(name, path, source, protocols, first)
-        first = first or (scored, solved)
+        row, base_loss = _measure(name, path, source, base_loss, protocols, partial(report, done, len(everything)))
         rows.append(row)
     report(len(everything), len(everything), "measured")
     return rows
@@ -137,68 +146,22 @@ def _measure(
     name: str,
     path: Path,
     source: Path,
+    base_loss: Perplexity | None,
     protocols: Protocols,
-    base: tuple[Perplexity, dict[str, int] | None] | None,
-) -> tuple[Row, Perplexity, dict[str, int] | None]:
+    report: Callable[[str], None],
+) -> tuple[Row, Perplexity]:
+    """The row of one checkpoint, and the loss of the base, which is measured first."""
     found = inspect(path)
-    text = str(protocols.text)
-    windows = perplexity_setting(
-        protocols.text, protocols.protocol, protocols.context, protocols.stride, protocols.limit, protocols.device
-    )
-    scored = Perplexity(
-        **_tuples(
-            measured(
-                path,
-                "perplexity",
-                windows,
-                lambda: asdict(
-                    perplexity(
-                        path,
-                        text,
-                        protocol=protocols.protocol,
-                        context=protocols.context,
-                        stride=protocols.stride,
-                        limit=protocols.limit,
-                        device=protocols.device,
-                    )
-                ),
-            )["result"]
-        )
-    )
-    kl: dict[str, Any] | None = None
-    difference: Estimate | None = None
-    if base is not None:
-        difference = Estimate(*paired_difference(base[0], scored), len(scored.chunk_losses))
-        kl = measured(
-            path,
-            "divergence",
-            divergence_setting(protocols.text, protocols.context, protocols.limit, protocols.device),
-            lambda: asdict(
-                divergence(
-                    path,
-                    source,
-                    text,
-                    context=protocols.context,
-                    limit=protocols.limit,
-                    device=protocols.device,
-                )
-            ),
-        )["result"]
-    programs = _humaneval(path, protocols) if protocols.humaneval else None
-    solved = programs["solved"] if programs else None
-    fast = (
-        measured(
-            path,
-            "speed",
-            speed_setting(512, 64, 3, protocols.device),
-            lambda: asdict(speed(path, device=protocols.device)),
-        )["result"]
-        if protocols.speed
-        else None
-    )
-    p_value = None
-    if base is not None and base[1] is not None and solved is not None:
-        p_value = mcnemar([bool(base[1][task]) for task in solved], [bool(solved[task]) for task in solved])
+    report(f"{name}: perplexity")
+    scored = _perplexity(path, protocols)
+    difference, kl = None, None
+    if base_loss is not None:
+        difference = Estimate(*paired_difference(base_loss, scored), len(scored.chunk_losses))
+        report(f"{name}: divergence")
+        kl = _divergence(path, source, protocols)
+    report(f"{name}: HumanEval")
+    programs, p_value, said = _humaneval(path, source, protocols)
+    report(f"{name}: speed")
     row = Row(
         name=name,
         directory=str(path),
@@ -213,29 +176,76 @@ def _measure(
         loss_above_base=difference,
         loss_verdict=verdict(difference, higher_is_better=False) if difference else None,
         divergence=Estimate(**kl["mean"]) if kl else None,
+        kl_percentile_99=kl["percentile_99"] if kl else None,
         top1_agreement=Estimate(**kl["top1_agreement"]) if kl else None,
-        humaneval=Estimate(**programs["pass_at"]["1"]) if programs else None,
+        humaneval=Estimate(**programs["result"]["pass_at"]["1"]) if programs else None,
+        humaneval_how="{prompting}, {engine}".format(**programs["setting"]) if programs else None,
         humaneval_p=p_value,
-        decode=tuple(fast["decode"]) if fast else None,
-        prefill=tuple(fast["prefill"]) if fast else None,
-        peak_memory=fast["peak_memory"] if fast else None,
+        humaneval_verdict=said,
+        speeds=_speeds(path, protocols),
         layer_errors=_layer_errors(path),
     )
-    return row, scored, solved
+    return row, base_loss or scored
 
 
-def _humaneval(path: Path, protocols: Protocols) -> dict[str, Any]:
-    prompting = protocols.humaneval
-    assert prompting is not None
+def _perplexity(path: Path, protocols: Protocols) -> Perplexity:
+    options: dict[str, Any] = dict(
+        protocol=protocols.protocol, context=protocols.context, stride=protocols.stride, limit=protocols.limit
+    )
+    setting = perplexity_setting(protocols.text, **options, engine=engine_of(path, protocols.device))
 
     def measure() -> dict[str, Any]:
-        generate, _ = transformers_generate(path, protocols.device)
-        return asdict(humaneval(generate, prompting=prompting))
+        return asdict(perplexity(path, protocols.text, **options, device=protocols.device))
 
-    result: dict[str, Any] = measured(
-        path, "humaneval", {"prompting": prompting, "engine": "transformers", "device": protocols.device}, measure
-    )["result"]
+    return Perplexity(**_tuples(measured(path, "perplexity", setting, measure)["result"]))
+
+
+def _divergence(path: Path, source: Path, protocols: Protocols) -> dict[str, Any]:
+    options: dict[str, Any] = dict(context=protocols.context, limit=protocols.limit)
+    setting = divergence_setting(protocols.text, **options, engine=engine_of(path, protocols.device))
+
+    def measure() -> dict[str, Any]:
+        return asdict(divergence(path, source, protocols.text, **options, device=protocols.device))
+
+    result: dict[str, Any] = measured(path, "divergence", setting, measure)["result"]
     return result
+
+
+def _humaneval(
+    path: Path, source: Path, protocols: Protocols
+) -> tuple[dict[str, Any] | None, float | None, Verdict | None]:
+    """The measurement, if there is one, and McNemar's test against the same measurement of the base.
+
+    What was measured before, perhaps through a server, is taken as it is if the base was measured alike.
+    """
+    if protocols.humaneval:
+        prompting = protocols.humaneval
+        setting = humaneval_setting(prompting, 1, 0.0, MAX_TOKENS, None, engine_of(path, protocols.device))
+
+        def measure() -> dict[str, Any]:
+            return asdict(humaneval(transformers_generate(path, protocols.device), prompting=prompting))
+
+        measured(path, "humaneval", setting, measure)
+    bases = kept(source, "humaneval")
+    for entry in kept(path, "humaneval"):
+        base = next((each["result"]["solved"] for each in bases if each["setting"] == entry["setting"]), None)
+        if base is None or entry["setting"]["samples"] > 1:
+            continue
+        if path == source:
+            return entry, None, None
+        solved = entry["result"]["solved"]
+        return entry, *paired_verdict([bool(solved[task]) for task in base], [bool(base[task]) for task in base])
+    return None, None, None
+
+
+def _speeds(path: Path, protocols: Protocols) -> tuple[Speed, ...]:
+    if protocols.speed:
+        setting = speed_setting(PROMPT_TOKENS, NEW_TOKENS, RUNS, engine_of(path, protocols.device))
+        measured(path, "speed", setting, lambda: asdict(speed(path, device=protocols.device)))
+    found: dict[str, Speed] = {}
+    for entry in kept(path, "speed"):
+        found.setdefault(entry["setting"]["engine"], Speed(**_tuples(entry["result"])))
+    return tuple(found[engine] for engine in sorted(found))
 
 
 def _tuples(result: dict[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ figcaption, .note { color: #555; font-size: 13px; }
 
 
 def write_report(rows: Sequence[Row], protocols: Protocols, base: str, out: Path) -> list[Path]:
-    """Write `report.html` (self-contained), `table.md`, `rows.json` and the charts as SVG.
+    """Write `report.html` (self-contained), `table.md`, `rows.json`, and the charts as SVG and PNG.
 
     Args:
         rows: of the base first, then of the checkpoints.
@@ -42,12 +42,12 @@ def write_report(rows: Sequence[Row], protocols: Protocols, base: str, out: Path
     charts = {
         "loss": (loss_chart(rows), "Loss above the unquantized model. Intervals that touch 0 say nothing."),
         "size": (size_chart(rows), "Quality against size; the dashed line joins those that no other beats in both."),
-        "speed": (speed_chart(rows), "Speed and memory in this process, by transformers with decoded weights."),
+        "speed": (speed_chart(rows), "Speed and memory, batch 1. transformers runs decoded weights in bfloat16."),
         "layers": (layer_chart(rows), "Where calibrated checkpoints change their layers' outputs most."),
     }
     drawn = {name: (chart, caption) for name, (chart, caption) in charts.items() if chart}
     figures = "".join(
-        f"<figure>{chart}<figcaption>{escape(caption)}</figcaption></figure>" for chart, caption in drawn.values()
+        f"<figure>{chart.svg}<figcaption>{escape(caption)}</figcaption></figure>" for chart, caption in drawn.values()
     )
     page = (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
@@ -57,11 +57,13 @@ def write_report(rows: Sequence[Row], protocols: Protocols, base: str, out: Path
         f"<p class=note>Made by hlwq {__version__}.</p></html>\n"
     )
     files = {"report.html": page, "table.md": markdown_table(rows)}
-    files |= {f"{name}.svg": chart for name, (chart, _) in drawn.items() if chart}
+    files |= {f"{name}.svg": chart.svg for name, (chart, _) in drawn.items()}
     for name, text in files.items():
         (out / name).write_text(text, encoding="utf-8")
+    for name, (chart, _) in drawn.items():
+        (out / f"{name}.png").write_bytes(chart.png)
     save_rows(rows, out / "rows.json")
-    return [out / name for name in (*files, "rows.json")]
+    return [out / name for name in (*files, *(f"{name}.png" for name in drawn), "rows.json")]
 
 
 def describe_protocols(protocols: Protocols, rows: Sequence[Row]) -> str:
@@ -74,6 +76,10 @@ def describe_protocols(protocols: Protocols, rows: Sequence[Row]) -> str:
         f"its standard error over chunks; losses and divergences in nats per token with 95 % intervals{count}, paired "
         "with the unquantized model's. Weights decoded to bfloat16, run by transformers."
     )
-    if protocols.humaneval:
-        text += f" HumanEval: 164 problems, greedy, prompting {protocols.humaneval}, Wilson intervals, exact McNemar."
+    if any(row.humaneval for row in rows):
+        text += " HumanEval: greedy, Wilson intervals; McNemar's exact test against the unquantized model's programs."
+    speeds = [each for row in rows for each in row.speeds]
+    if speeds:
+        text += f" Speeds: batch 1, {speeds[0].prompt_tokens} prompt and {speeds[0].new_tokens} new tokens, median of "
+        text += f"{speeds[0].runs} runs; memory: of the process, or of the server's."
     return text

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
+from rich.filesize import decimal
+
 from hlwq.evaluate.statistics import Estimate
 from hlwq.report.compare import Row
 
@@ -16,10 +18,11 @@ HEADINGS = (
     "KL (95 %)",
     "top-1 agreement",
     "HumanEval pass@1 (95 %)",
-    "size, GB",
+    "size",
     "bits per weight",
-    "decode, tokens/s",
-    "memory, GB",
+    "prefill, tokens/s (least to most)",
+    "decode, tokens/s (least to most)",
+    "peak memory",
     "engines",
 )
 
@@ -28,21 +31,23 @@ def cells(row: Row) -> tuple[str, ...]:
     """One row's entries under `HEADINGS`; empty where nothing was measured."""
     spread = f" ± {row.standard_error:.2f}" if row.standard_error is not None else ""
     loss = f"{_interval(row.loss_above_base, signed=True)}: {row.loss_verdict}" if row.loss_above_base else ""
-    programs = _interval(row.humaneval)
+    programs = f"{_interval(row.humaneval)} ({row.humaneval_how})" if row.humaneval else ""
     if row.humaneval_p is not None:
-        programs += f"; McNemar p = {row.humaneval_p:.2g}"
+        programs += f": {row.humaneval_verdict} (McNemar p = {row.humaneval_p:.2g})"
+    tail = f"; 99th percentile {row.kl_percentile_99:.3f}" if row.kl_percentile_99 is not None else ""
     return (
         row.name,
         ", ".join(filter(None, (row.recipe, row.format))),
         f"{row.perplexity:.3f}{spread}",
         loss,
-        _interval(row.divergence),
+        _interval(row.divergence) + tail,
         _interval(row.top1_agreement),
         programs,
-        f"{row.nbytes / 1e9:.3f}",
+        decimal(row.nbytes),
         f"{row.bits_per_weight:.3f}" if row.bits_per_weight else "16",
-        f"{row.decode[0]:.1f} ({row.decode[1]:.1f} to {row.decode[2]:.1f})" if row.decode else "",
-        f"{row.peak_memory / 1e9:.2f}" if row.peak_memory else "",
+        "; ".join(f"{_spread(each.prefill)} ({each.engine})" for each in row.speeds),
+        "; ".join(f"{_spread(each.decode)} ({each.engine})" for each in row.speeds),
+        "; ".join(f"{decimal(each.peak_memory)} ({each.engine})" for each in row.speeds if each.peak_memory),
         ", ".join(row.engines),
     )
 
@@ -74,4 +79,9 @@ def _interval(estimate: Estimate | None, *, signed: bool = False) -> str:
     if estimate is None:
         return ""
     sign = "+" if signed else ""
-    return f"{estimate.mean:{sign}.4f} [{estimate.low:{sign}.4f}, {estimate.high:{sign}.4f}]"
+    return f"{estimate.mean:{sign}.4f} [{estimate.low:{sign}.4f}, {estimate.high:{sign}.4f}], n = {estimate.n}"
+
+
+def _spread(values: tuple[float, float, float]) -> str:
+    middle, least, most = values
+    return f"{middle:.1f}" if least == most else f"{middle:.1f} ({least:.1f} to {most:.1f})"
