@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
-from collections.abc import Callable
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +19,8 @@ import pytest
 SCRIPTS = Path(__file__).parent
 
 RunEngine = Callable[..., Any]
+CANNOT_RUN_HERE = 77
+"""With this status a script says that the engine lacks something on this machine; its last line says what."""
 
 
 def engine_python(engine: str) -> Path:
@@ -40,7 +47,38 @@ def run_script(engine: str, script: str, directory: Path, out: Path, payload: Pa
         timeout=900,
         check=False,
     )
+    if process.returncode == CANNOT_RUN_HERE:
+        pytest.skip(process.stdout.strip().splitlines()[-1])
     assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-6000:]
+
+
+@contextmanager
+def serve(engine: str, arguments: Callable[[int], list[str]], log: Path) -> Iterator[str]:
+    """Start an engine's server on this machine alone, wait until it answers, and stop it; gives its address."""
+    python = engine_python(engine)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    with log.open("w") as stream:
+        command = [str(python), *arguments(port)]
+        server = subprocess.Popen(command, env=environment, stdout=stream, stderr=stream, start_new_session=True)
+    url = f"http://127.0.0.1:{port}/v1"
+    try:
+        for _ in range(600):
+            assert server.poll() is None, log.read_text()[-6000:]
+            try:
+                urllib.request.urlopen(f"{url}/models", timeout=5).close()
+                break
+            except OSError:
+                time.sleep(0.5)
+        yield url
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        try:
+            server.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
 
 
 def write_payload(file: Path, payload: Any) -> Path:

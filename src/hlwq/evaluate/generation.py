@@ -103,7 +103,7 @@ class Endpoint:
             its own choice.
     """
 
-    def __init__(self, url: str, timeout: float = 600.0) -> None:
+    def __init__(self, url: str, timeout: float = 3600.0) -> None:
         """Ask the server what it is and which model it serves.
 
         Raises:
