@@ -2,19 +2,24 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
+import sys
 import threading
+from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard
 
 import hlwq
 from hlwq import HlwqError
 from hlwq.demo import bundled_model, held_out_text
-from hlwq.evaluate.results import fingerprint, measured, results_folder
-from hlwq.evaluate.statistics import Estimate
+from hlwq.evaluate.results import fingerprint, humaneval_setting, keep, measured, results_folder, speed_setting
+from hlwq.evaluate.speed import speed
+from hlwq.evaluate.statistics import Estimate, wilson
 from hlwq.report.card import files_to_push, push, write_card
 from hlwq.report.charts import pareto_front
 from hlwq.report.compare import BASE, Protocols, Row, compare
@@ -130,6 +135,39 @@ def row_of(name: str, nbytes: int, loss: float) -> Row:
     )
 
 
+def test_speeds_and_programs_of_several_engines_are_told_apart(
+    checkpoints: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoints[0], copy, ignore=shutil.ignore_patterns("README.md"))
+    here = asdict(speed(copy, prompt_tokens=8, new_tokens=4, runs=1))
+    for engine, decode in (("vLLM", 80.0), ("mlx-lm", 20.0)):
+        there = {**here, "engine": engine, "decode": (decode, decode - 1, decode + 1)}
+        keep(copy, "speed", speed_setting(8, 4, 1, engine), there)
+    base_solved = {f"task {number}": int(number < 3) for number in range(40)}
+    for model, gained in ((bundled_model(), 0), (copy, 12)):
+        solved = {
+            task: int(passed or number >= 40 - gained) for number, (task, passed) in enumerate(base_solved.items())
+        }
+        result = {"solved": solved, "pass_at": {"1": asdict(wilson(sum(solved.values()), 40))}}
+        keep(model, "humaneval", humaneval_setting("chat", 1, 0.0, 512, None, "vLLM"), result)
+    keep(copy, "humaneval", humaneval_setting("chat", 1, 0.0, 512, None, "mlx-lm"), result)  # the base has none of it
+    rows = compare([copy], bundled_model(), PROTOCOLS)
+    assert [each.engine for each in rows[1].speeds] == ["mlx-lm", "vLLM"]
+    assert rows[1].humaneval_how == "chat, vLLM"
+    assert rows[1].humaneval is not None
+    assert (rows[1].humaneval.mean, rows[1].humaneval.n) == (15 / 40, 40)
+    assert rows[1].humaneval_verdict == "better"
+    assert rows[1].humaneval_p == pytest.approx(2 / 2**12)
+    assert rows[0].humaneval_p is None
+    write_report(rows, PROTOCOLS, "bundled", tmp_path / "report")
+    page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    assert "80.0 (79.0 to 81.0) (vLLM)" in page
+    assert "better (McNemar p = 0.00049)" in page
+    assert (tmp_path / "report" / "speed.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_the_front_holds_what_nothing_else_beats() -> None:
     rows = [row_of("a", 4, 0.3), row_of("b", 5, 0.1), row_of("c", 6, 0.2), row_of("d", 8, 0.05), row_of("e", 5, 0.15)]
     assert [row.name for row in pareto_front(rows)] == ["a", "b", "d"]
@@ -147,10 +185,6 @@ def test_a_quantized_base_is_refused_before_anything_is_measured(checkpoints: li
 
 
 def test_what_eval_measures_is_found_by_the_card(checkpoints: list[Path], tmp_path: Path) -> None:
-    import shutil
-    import subprocess
-    import sys
-
     copy = tmp_path / "copy"
     shutil.copytree(checkpoints[0], copy, ignore=shutil.ignore_patterns("results", "README.md"))
     command = [sys.executable, "-m", "hlwq.cli", "eval", "perplexity", str(copy), "--text", str(held_out_text())]
@@ -165,8 +199,6 @@ def test_two_directories_of_one_name_are_refused(checkpoints: list[Path]) -> Non
 
 def test_a_card_says_what_was_measured_and_what_was_not(rows: list[Row], checkpoints: list[Path]) -> None:
     card = write_card(checkpoints[2], "me/bundled-v7").read_text(encoding="utf-8")
-    from huggingface_hub import ModelCard
-
     data = ModelCard.load(checkpoints[2] / "README.md").data
     [result] = data.eval_results
     assert result.metric_type == "perplexity"
@@ -180,6 +212,42 @@ def test_a_card_says_what_was_measured_and_what_was_not(rows: list[Row], checkpo
     with pytest.raises(HlwqError, match="--overwrite replaces it"):
         write_card(checkpoints[2])
     assert (checkpoints[2] / "README.md").read_text(encoding="utf-8") == card
+
+
+def test_a_card_takes_the_table_and_the_charts_of_a_report(
+    rows: list[Row], checkpoints: list[Path], tmp_path: Path
+) -> None:
+    write_report(rows, PROTOCOLS, "bundled", tmp_path / "report")
+    plain = write_card(checkpoints[1], overwrite=True).read_text(encoding="utf-8")
+    card = write_card(checkpoints[1], report=tmp_path / "report", overwrite=True).read_text(encoding="utf-8")
+    assert "## Compared with others" not in plain
+    assert (tmp_path / "report" / "table.md").read_text(encoding="utf-8") in card
+    pictures = re.findall(r"!\[\w+\]\((charts/\w+\.png)\)", card)
+    assert pictures == ["charts/layers.png", "charts/loss.png", "charts/size.png"]
+    assert set(pictures) <= {name for name, _ in files_to_push(checkpoints[1])}
+    with pytest.raises(HlwqError, match="is not what `hlwq compare` wrote"):
+        write_card(checkpoints[1], report=tmp_path, overwrite=True)
+    write_report(rows[:2], PROTOCOLS, "bundled", tmp_path / "less")
+    with pytest.raises(HlwqError, match="does not compare q5"):
+        write_card(checkpoints[1], report=tmp_path / "less", overwrite=True)
+
+
+def test_license_and_base_model_are_those_of_the_source(tmp_path: Path) -> None:
+    source = tmp_path / "fine-tune"
+    shutil.copytree(bundled_model(), source)
+    stated = "license: other\nlicense_name: some\nlicense_link: LICENSE\nbase_model: Qwen/Qwen3.5-9B\ntags: [chat]"
+    (source / "README.md").write_text(f"---\n{stated}\n---\n# A model\n")
+    hlwq.quantize(source, tmp_path / "out", "rtn")
+    data = ModelCard.load(write_card(tmp_path / "out")).data.to_dict()
+    assert (data["license"], data["license_name"], data["license_link"]) == ("other", "some", "LICENSE")
+    assert (data["base_model"], data["base_model_relation"]) == ("Qwen/Qwen3.5-9B", "quantized")
+    assert "chat" not in data["tags"]
+    manifest = (tmp_path / "out" / "hlwq.json").read_text()
+    assert str(tmp_path) not in manifest
+    assert json.loads(manifest)["origin"]["source"] == "fine-tune"
+    (source / "README.md").write_text("---\nlicense: [unclosed\n---\n")
+    hlwq.quantize(source, tmp_path / "unstated", "rtn")
+    assert "license" not in ModelCard.load(write_card(tmp_path / "unstated")).data.to_dict()
 
 
 def test_a_card_of_something_else_is_refused(tmp_path: Path) -> None:

@@ -5,7 +5,16 @@ import math
 
 import pytest
 
-from hlwq.evaluate.statistics import Estimate, mcnemar, mean_estimate, pass_at_k, standard_error, verdict, wilson
+from hlwq.evaluate.statistics import (
+    Estimate,
+    mcnemar,
+    mean_estimate,
+    paired_verdict,
+    pass_at_k,
+    standard_error,
+    verdict,
+    wilson,
+)
 
 
 def test_mean_has_students_interval() -> None:
@@ -65,3 +74,10 @@ def test_a_verdict_needs_the_whole_interval() -> None:
     assert verdict(Estimate(0.1, 0.01, 0.2, 8), higher_is_better=False) == "worse"
     assert verdict(Estimate(-0.1, -0.2, -0.01, 8), higher_is_better=False) == "better"
     assert verdict(Estimate(0.1, -0.01, 0.2, 8), higher_is_better=True) == "no measurable difference"
+
+
+def test_a_verdict_on_pairs_needs_a_small_p() -> None:
+    theirs = [False] * 20
+    assert paired_verdict([True] * 6 + [False] * 14, theirs) == (pytest.approx(2 / 2**6), "better")
+    assert paired_verdict([True] * 5 + [False] * 15, theirs) == (pytest.approx(2 / 2**5), "no measurable difference")
+    assert paired_verdict(theirs, [True] * 6 + [False] * 14)[1] == "worse"
