@@ -749,10 +749,10 @@ def _progress(title: str) -> Iterator[Report]:
         def report(done: int, total: int, item: str) -> None:
             nonlocal said
             bar.update(task, completed=done, total=total, item=item)
-            if bar.disable and time.monotonic() - said > 30 and done:
+            if bar.disable and time.monotonic() - said > 30:
                 said = time.monotonic()
-                left = (said - started) * (total - done) / done
-                text = f"{title}: {100 * done / total:.0f} %, {said - started:.0f} s, about {left:.0f} s left ({item})"
+                left = f", about {(said - started) * (total - done) / done:.0f} s left" if done else ""
+                text = f"{title}: {100 * done / total:.0f} %, {said - started:.0f} s{left} ({item})"
                 messages.print(text, markup=False, highlight=False, soft_wrap=True)
 
         yield report

@@ -98,4 +98,5 @@ def test_mlx_lm_server_is_measured_too(tmp_path: Path) -> None:
         text = ["eval", "perplexity", str(directory), "--endpoint", url, "--text", str(held_out_text())]
         refused = CliRunner().invoke(app, text)
         assert isinstance(refused.exception, hlwq.HlwqError)
-        assert "returns no log-probabilities of prompts" in str(refused.exception)
+        assert "log-probabilities of" in str(refused.exception)
+        assert "vLLM" in str(refused.exception)

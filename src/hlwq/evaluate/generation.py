@@ -7,6 +7,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -167,10 +168,12 @@ class Endpoint:
             HlwqError: the server does not return them.
         """
         body = {"prompt": list(tokens), "max_tokens": 1, "temperature": 0, "prompt_logprobs": top}
-        choice = self._call("/completions", body)["choices"][0]
-        found = choice.get("prompt_logprobs")
+        try:
+            found = self._call("/completions", body)["choices"][0].get("prompt_logprobs")
+        except HlwqError as error:
+            raise HlwqError(f"{error} It was asked for log-probabilities of a prompt, which vLLM gives.") from None
         if not found:
-            raise HlwqError(f"--endpoint {self.url} returns no log-probabilities of prompts. vLLM does.")
+            raise HlwqError(f"--endpoint {self.url} gives no log-probabilities of prompts. vLLM does.")
         return [{int(token): float(entry["logprob"]) for token, entry in each.items()} for each in found[1:]]
 
     def _call(self, path: str, body: dict[str, Any] | None = None, address: str | None = None) -> dict[str, Any]:
@@ -180,11 +183,15 @@ class Endpoint:
         request = urllib.request.Request((address or self.url) + path, data, {"Content-Type": "application/json"})
         try:
             with urllib.request.urlopen(request, timeout=self._timeout) as response:
-                answer: dict[str, Any] = json.loads(response.read())
+                said = response.read().decode(errors="replace")
         except urllib.error.HTTPError as error:
             said = error.read().decode(errors="replace")[:300]
             raise HlwqError(f"--endpoint {self.url}{path} answered {error.code}: {said}") from None
-        except (urllib.error.URLError, TimeoutError, OSError, ValueError) as error:
+        except (OSError, HTTPException, ValueError) as error:
             reason = getattr(error, "reason", error)
             raise HlwqError(f"--endpoint {self.url} does not answer ({reason}). Is the server up?") from None
+        try:
+            answer: dict[str, Any] = json.loads(said)
+        except ValueError:
+            raise HlwqError(f"--endpoint {self.url}{path} answered what is not JSON: {said[:100]!r}.") from None
         return answer

@@ -12,7 +12,12 @@ from hlwq.report.compare import BASE, Row
 
 # Okabe and Ito's colours, which are told apart with any kind of colour vision and in grey.
 BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#7F7F7F"
-LOOKS = [{"facecolor": BLUE}, {"facecolor": ORANGE, "hatch": "//"}, {"facecolor": "#56B4E9", "hatch": ".."}, {"facecolor": GREY}]
+LOOKS = [
+    {"facecolor": BLUE},
+    {"facecolor": ORANGE, "hatch": "//"},
+    {"facecolor": "#56B4E9", "hatch": ".."},
+    {"facecolor": GREY},
+]
 """Of the engines' bars."""
 
 
