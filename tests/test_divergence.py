@@ -8,6 +8,7 @@ import torch
 import hlwq
 from hlwq import HlwqError
 from hlwq.demo import bundled_model, held_out_text
+from hlwq.evaluate import perplexity
 from hlwq.evaluate.divergence import _partial_kl, divergence
 from hlwq.evaluate.model import load_for_evaluation
 from hlwq.evaluate.speed import speed
@@ -43,6 +44,9 @@ def test_it_is_the_kl_of_the_whole_distributions(quantized: Path) -> None:
     assert result.top1_agreement.mean == pytest.approx(float(torch.cat(same).double().mean()), abs=0.02)
     assert result.mean.low < result.mean.mean < result.mean.high
     assert not result.lower_bound
+    alone = perplexity(quantized, held_out_text(), protocol="chunked", context=128, limit=3)
+    assert result.perplexity.chunk_losses == pytest.approx(alone.chunk_losses, abs=1e-5)
+    assert result.perplexity.tokens_sha256 == alone.tokens_sha256
 
 
 def test_a_model_does_not_differ_from_itself() -> None:

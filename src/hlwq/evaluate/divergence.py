@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from hlwq.devices import compute_dtype, torch_device
 from hlwq.errors import HlwqError
 from hlwq.evaluate.generation import Endpoint
 from hlwq.evaluate.model import load_for_evaluation
-from hlwq.evaluate.perplexity import read_text, windows_of
+from hlwq.evaluate.perplexity import Perplexity, perplexity_of_losses, read_text, windows_of
 from hlwq.evaluate.statistics import Estimate, mean_estimate
 from hlwq.models import describe
 from hlwq.sources import DecodedCheckpoint, locate
@@ -36,22 +37,22 @@ class Divergence:
     Attributes:
         context: tokens in a chunk; chunks do not overlap, and each token but the first is predicted.
         tokens: predictions compared.
-        tokens_sha256: of the text's token ids.
         mean: KL, with its interval over chunks.
         percentile_99: of the KL over tokens: how bad the bad ones are.
         top1_agreement: share of tokens whose likeliest successor is the same, with its interval over chunks.
         lower_bound: whether the KL is only known to be at least this, since a server gave the likeliest tokens alone.
         chunk_means: mean KL of each chunk.
+        perplexity: of the model, by protocol `chunked`, which the same run gives.
     """
 
     context: int
     tokens: int
-    tokens_sha256: str
     mean: Estimate
     percentile_99: float
     top1_agreement: Estimate
     lower_bound: bool
     chunk_means: tuple[float, ...]
+    perplexity: Perplexity
 
 
 def divergence(
@@ -89,34 +90,38 @@ def divergence(
     report = progress or (lambda done, total, item: None)
     hidden = _base_states(base, chunks, device, report)
     head = _head(base).to(torch_device(device), hidden.dtype)
-    per_token, same = [], []
+    per_token, same, losses = [], [], []
     for index, found in enumerate(_model_logprobs(model, chunks, device)):
         report(len(chunks) + index, 2 * len(chunks), "comparing")
-        kl, agree = _compare(hidden[index].to(head.device), head, found)
+        kl, agree, loss = _compare(hidden[index].to(head.device), head, found, chunks[index][1:])
         per_token.append(kl)
         same.append(agree)
+        losses.append(loss)
     report(2 * len(chunks), 2 * len(chunks), "compared")
     means = tuple(float(each.mean()) for each in per_token)
     return Divergence(
         context=context,
         tokens=sum(len(each) for each in per_token),
-        tokens_sha256=sha256(torch.tensor(ids).numpy().tobytes()).hexdigest(),
         mean=mean_estimate(means),
         percentile_99=float(torch.cat(per_token).quantile(0.99)),
         top1_agreement=mean_estimate([float(each.float().mean()) for each in same]),
         lower_bound=isinstance(model, Endpoint),
         chunk_means=means,
+        perplexity=perplexity_of_losses(losses, context - 1, torch.tensor(ids), "chunked", context, context),
     )
 
 
-def _compare(hidden: Tensor, head: Tensor, found: Tensor | list[dict[int, float]]) -> tuple[Tensor, Tensor]:
-    """KL and agreement of the likeliest token, each (n,), for one chunk of hidden states (n, hidden)."""
-    kls, agreements = [], []
+def _compare(
+    hidden: Tensor, head: Tensor, found: Tensor | list[dict[int, float]], targets: list[int]
+) -> tuple[Tensor, Tensor, float]:
+    """KL and agreement of the likeliest token, each (n,), and the mean loss, of a chunk of states (n, hidden)."""
+    kls, agreements, loss = [], [], 0.0
     for start in range(0, len(hidden), ROWS):
         rows = slice(start, start + ROWS)
         base = (hidden[rows] @ head.T).float().log_softmax(-1)
         if isinstance(found, list):
             kl, likeliest = _partial_kl(base, found[rows])
+            loss -= math.fsum(named[token] for named, token in zip(found[rows], targets[rows], strict=True))
         else:
             theirs = found[rows].to(base.device).float().log_softmax(-1)
             if theirs.shape[1] != base.shape[1]:
@@ -124,9 +129,10 @@ def _compare(hidden: Tensor, head: Tensor, found: Tensor | list[dict[int, float]
                     f"The vocabularies differ: {theirs.shape[1]} tokens against the base's {base.shape[1]}."
                 )
             kl, likeliest = (base.exp() * (base - theirs)).sum(-1), theirs.argmax(-1)
+            loss -= float(theirs.gather(-1, torch.tensor(targets[rows], device=base.device)[:, None]).sum())
         kls.append(kl.clamp(min=0).cpu())
         agreements.append((likeliest == base.argmax(-1)).cpu())
-    return torch.cat(kls), torch.cat(agreements)
+    return torch.cat(kls), torch.cat(agreements), loss / len(targets)
 
 
 def _partial_kl(base: Tensor, found: list[dict[int, float]]) -> tuple[Tensor, Tensor]:

@@ -156,6 +156,13 @@ def perplexity_of_tokens(
         losses.append(score(model, window, scored))
     if progress:
         progress(len(windows), len(windows), "chunks")
+    return perplexity_of_losses(losses, scored, tokens, protocol, context, stride)
+
+
+def perplexity_of_losses(
+    losses: Sequence[float], scored: int, tokens: Tensor, protocol: Protocol, context: int, stride: int
+) -> Perplexity:
+    """What follows from the mean loss, in nats, of each chunk of a text, in which `scored` tokens were scored."""
     mean = sum(losses) / len(losses)
     return Perplexity(
         protocol=protocol,

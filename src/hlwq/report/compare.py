@@ -152,13 +152,13 @@ def _measure(
 ) -> tuple[Row, Perplexity]:
     """The row of one checkpoint, and the loss of the base, which is measured first."""
     found = inspect(path)
+    report(f"{name}: divergence")
+    kl = _divergence(path, source, protocols) if base_loss else None
     report(f"{name}: perplexity")
-    scored = _perplexity(path, protocols)
-    difference, kl = None, None
-    if base_loss is not None:
-        difference = Estimate(*paired_difference(base_loss, scored), len(scored.chunk_losses))
-        report(f"{name}: divergence")
-        kl = _divergence(path, source, protocols)
+    scored = _perplexity(path, protocols, kl)
+    difference = (
+        Estimate(*paired_difference(base_loss, scored), len(scored.chunk_losses)) if base_loss is not None else None
+    )
     report(f"{name}: HumanEval")
     programs, p_value, said = _humaneval(path, source, protocols)
     report(f"{name}: speed")
@@ -188,13 +188,16 @@ def _measure(
     return row, base_loss or scored
 
 
-def _perplexity(path: Path, protocols: Protocols) -> Perplexity:
+def _perplexity(path: Path, protocols: Protocols, kl: dict[str, Any] | None) -> Perplexity:
     options: dict[str, Any] = dict(
         protocol=protocols.protocol, context=protocols.context, stride=protocols.stride, limit=protocols.limit
     )
     setting = perplexity_setting(protocols.text, **options, engine=engine_of(path, protocols.device))
 
     def measure() -> dict[str, Any]:
+        if kl and protocols.protocol == "chunked":  # of the same chunks
+            found: dict[str, Any] = kl["perplexity"]
+            return found
         return asdict(perplexity(path, protocols.text, **options, device=protocols.device))
 
     return Perplexity(**_tuples(measured(path, "perplexity", setting, measure)["result"]))
