@@ -94,7 +94,7 @@ def test_a_file_decodes_to_the_very_weights_that_were_quantized(
 ) -> None:
     matrix = quantized(format_name, bits, group_size, symmetric)
     reader = save(tmp_path / "out", format_name, {DOWN: matrix})
-    stored_format = detect_format(reader.config)
+    stored_format = detect_format(reader)
     assert stored_format is FORMATS[format_name]
     ((module, stored),) = stored_format.stored_modules(reader).items()
     assert (module, stored.shape) == (DOWN, (ROWS, COLUMNS))
@@ -116,8 +116,8 @@ def test_dense_files_hold_the_decoded_weights_in_the_models_dtype(
     wanted = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[dtype]
     assert torch.equal(reader.read(f"{DOWN}.weight"), matrix.dequantize().to(wanted))
     assert reader.config == model_config("llama")
-    assert detect_format(reader.config) is FORMATS["dense"]
-    assert detect_format(reader.config).stored_modules(reader) == {}
+    assert detect_format(reader) is FORMATS["dense"]
+    assert detect_format(reader).stored_modules(reader) == {}
 
 
 def numpy_tensors(path: Path) -> dict[str, np.ndarray]:
@@ -511,9 +511,11 @@ def test_gptq_refuses_shapes_that_engines_do(shape: tuple[int, int]) -> None:
         ({"quantization_config": {"bits": 4}}, "quantized by an unnamed method"),
     ],
 )
-def test_a_format_of_others_is_refused_by_name(config: dict[str, Any], said: str) -> None:
+def test_a_format_of_others_is_refused_by_name(config: dict[str, Any], said: str, tmp_path: Path) -> None:
+    save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(HlwqError, match=said):
-        detect_format(config)
+        detect_format(Reader(tmp_path))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3_5", "qwen3_5_text"])

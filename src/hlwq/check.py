@@ -62,6 +62,7 @@ def check_directory(path: str | Path) -> list[CheckLine]:
         "gptq": _check_gptq,
         "mlx": _check_mlx,
         "hlwq": _check_hlwq,
+        "polar": _check_polar,
         "dense": _check_dense,
     }
     lines += engines[decoded.format.NAME](reader, layout, modules)
@@ -226,6 +227,12 @@ def _check_mlx(reader: Reader, layout: ModelLayout, modules: dict[str, StoredMod
 def _check_hlwq(reader: Reader, layout: ModelLayout, modules: dict[str, StoredModule]) -> list[CheckLine]:
     again = "Quantize again with --recipe hlwq."
     return [_line("hlwq", "fused matrices have one scheme", _mixed_fusions(layout, modules), again)]
+
+
+def _check_polar(reader: Reader, layout: ModelLayout, modules: dict[str, StoredModule]) -> list[CheckLine]:
+    known = layout.required_tensors()
+    strange = [module for module in modules if f"{module}.weight" not in known]
+    return [_line("hlwq", "every coded matrix is one of the model's", strange, "Convert another copy.")]
 
 
 def _check_dense(reader: Reader, layout: ModelLayout, modules: dict[str, StoredModule]) -> list[CheckLine]:

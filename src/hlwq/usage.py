@@ -7,7 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from hlwq.checkpoint import read_json
-from hlwq.formats import format_named
+from hlwq.formats import READABLE_FORMATS
 
 
 def commands(
@@ -25,6 +25,6 @@ def commands(
     path = shlex.quote(called or str(directory))
     return [
         (engine.name, engine.command.format(path=path, text_only=text_only))
-        for engine in format_named(format_name).ENGINES
+        for engine in READABLE_FORMATS[format_name].ENGINES
         if engine.command and engine.name not in without
     ]

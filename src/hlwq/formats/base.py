@@ -81,11 +81,22 @@ class Engine:
     command: str = ""
 
 
-class Format(Protocol):
-    """A way to store quantized matrices that some engine loads. Each module of this package is one."""
+class ReadableFormat(Protocol):
+    """A way in which quantized matrices are found stored. Each module of this package is one."""
 
     NAME: str
     ENGINES: tuple[Engine, ...]
+
+    def stored_modules(self, reader: Reader) -> dict[str, StoredModule]:
+        """The modules that a directory of this format stores as codes. Raises HlwqError if it is inconsistent."""
+
+    def dequantize(self, reader: Reader, module: str, scheme: Scheme) -> Tensor:
+        """Decode one module: float32 (out, in)."""
+
+
+class Format(ReadableFormat, Protocol):
+    """A way to store quantized matrices that some engine loads: what is written as well as read."""
+
     BITS: tuple[int, ...]
     DEFAULT_SYMMETRIC: bool  # of uniform codes, where the user does not say
     FUSED_ALIKE: bool  # engines run some matrices as one, whose members must have one scheme
@@ -107,12 +118,6 @@ class Format(Protocol):
 
     def json_files(self, config: dict[str, Any], contents: Contents) -> dict[str, dict[str, Any]]:
         """`config.json`, and whatever else engines read beside it."""
-
-    def stored_modules(self, reader: Reader) -> dict[str, StoredModule]:
-        """The modules that a directory of this format stores as codes. Raises HlwqError if it is inconsistent."""
-
-    def dequantize(self, reader: Reader, module: str, scheme: Scheme) -> Tensor:
-        """Decode one module: float32 (out, in)."""
 
 
 def engine_storage(dtype: str) -> tuple[torch.dtype, ...]:
