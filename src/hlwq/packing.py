@@ -59,10 +59,11 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
 
 
 def unpack_big_endian(packed: Tensor, bits: int) -> Tensor:
-    """Like `unpack`, for a stream whose most significant bits come first, as PolarQuant and early HLWQ files have it."""
+    """Like `unpack`, for a stream whose most significant bits come first, as early HLWQ files have it."""
     _check(bits, packed.shape[-1], bits)
     turned = packed.unflatten(-1, (-1, bits)).flip(-1).flatten(-2)
-    return unpack(turned, bits).unflatten(-1, (-1, 8)).flip(-1).flatten(-2)
+    codes: Tensor = unpack(turned, bits).unflatten(-1, (-1, 8)).flip(-1).flatten(-2)
+    return codes
 
 
 def _unpack(packed: Tensor, bits: int) -> Tensor:

@@ -33,7 +33,9 @@ def format_named(name: str) -> Format:
         HlwqError: there is none of that name.
     """
     if name not in FORMATS:
-        lack = f"Format {name} can be read, but not written" if name in READABLE_FORMATS else f"There is no format {name}"
+        lack = (
+            f"Format {name} can be read, but not written" if name in READABLE_FORMATS else f"There is no format {name}"
+        )
         raise HlwqError(f"{lack}. Formats are: {', '.join(FORMATS)}.")
     return FORMATS[name]
 

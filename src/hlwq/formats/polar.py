@@ -3,10 +3,10 @@
 Matrices are padded to whole blocks along `in`; a block decodes to norm/√block · H · centroid[code]. The norms are
 (out, blocks), usually float16. There are two spellings of a module M:
 
-- `polar_engine_v4` and `v5`: `M.codes`, `M.norms` and `M.ct_scaled`, the centroids over √block (or `M.ct`, the centroids
-  themselves). The codes are (out, …): a byte each; or, up to 4 bits, nibbles, a block's first half being the low ones
-  of its bytes; or, of 5 bits, a bit stream with the least significant bits first. `polar_config.json` lists each
-  module's bits, block and true width.
+- `polar_engine_v4` and `v5`: `M.codes`, `M.norms` and `M.ct_scaled`, the centroids over √block (or `M.ct`, the
+  centroids themselves). The codes are (out, …): a byte each; or, up to 4 bits, nibbles, a block's first half being the
+  low ones of its bytes; or, of 5 bits, a bit stream with the least significant bits first. `polar_config.json` lists
+  each module's bits, block and true width.
 - Bit-packed: `M__packed`, `M__norms` and `M__meta`, with `__` for the dots of M, with or without its `.weight`. The
   codes are one bit stream with the most significant bits first. The centroids are not stored. Their author's programs
   know two kinds of `meta`: (out, blocks, block, codes), with centroids of a normal distribution cut at ±4, as his
@@ -69,7 +69,8 @@ class _Module:
 def is_polar(reader: Reader) -> bool:
     """Whether a directory holds matrices in either spelling, whatever its `config.json` says."""
     return any(
-        name.endswith("__packed") or (name.endswith(".codes") and f"{name.removesuffix('codes')}norms" in reader.tensors)
+        name.endswith("__packed")
+        or (name.endswith(".codes") and f"{name.removesuffix('codes')}norms" in reader.tensors)
         for name in reader.tensors
     )
 
