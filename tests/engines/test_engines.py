@@ -37,7 +37,7 @@ def prompts() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", ["smollm2", "hybrid"])
-@pytest.mark.parametrize(("engine", "format_name"), [("vllm", "gptq"), ("mlx", "mlx")])
+@pytest.mark.parametrize(("engine", "format_name"), [("vllm", "gptq"), ("vllm", "compressed-tensors"), ("mlx", "mlx")])
 @pytest.mark.parametrize(("recipe", "calibration"), [("rtn", None), ("hlwq-v7", CALIBRATION)])
 def test_engine_computes_what_the_codes_say(
     name: str,
@@ -57,6 +57,37 @@ def test_engine_computes_what_the_codes_say(
     report = run_engine(engine, f"{engine}_logprobs.py", directory, tokens)
     assert difference(report["logprobs"], expected) < TOLERANCE[engine, name]
     assert report["text"]
+
+
+@pytest.mark.parametrize("name", ["smollm2", "hybrid"])
+def test_asymmetric_codes_run_in_vllm(
+    name: str, models: dict[str, Path], prompts: dict[str, str], tmp_path: Path, run_engine: RunEngine
+) -> None:
+    directory = tmp_path / "quantized"
+    hlwq.quantize(models[name], directory, "rtn", format="compressed-tensors", group_size=128, symmetric=False)
+    tokens, expected = reference(directory, prompts[name])
+    report = run_engine("vllm", "vllm_logprobs.py", directory, tokens)
+    assert difference(report["logprobs"], expected) < TOLERANCE["vllm", name]
+    assert report["text"]
+
+
+@pytest.mark.parametrize("name", ["smollm2", "hybrid"])
+@pytest.mark.parametrize("options", [{}, {"symmetric": False}, {"bits": 8}], ids=str)
+def test_transformers_decodes_compressed_tensors_to_the_same_weights(
+    name: str, options: dict[str, Any], models: dict[str, Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+    from transformers import AutoModelForCausalLM
+
+    directory = tmp_path / "quantized"
+    hlwq.quantize(models[name], directory, "rtn", format="compressed-tensors", group_size=128, **options)
+    ours, loaded = DecodedCheckpoint(directory), AutoModelForCausalLM.from_pretrained(directory)
+    with torch.inference_mode():
+        assert loaded(input_ids=torch.arange(40, 60)[None]).logits.isfinite().all()  # its first pass decodes
+    theirs = loaded.state_dict()
+    for module in ours.quantized_modules():
+        weight = theirs[f"{module.replace('.language_model', '')}.weight"]
+        assert torch.equal(weight, ours.read(f"{module}.weight").to(weight.dtype)), module
 
 
 def test_chain_runs_in_mlx(prompts: dict[str, str], tmp_path: Path, run_engine: RunEngine) -> None:

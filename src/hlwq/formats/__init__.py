@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hlwq.checkpoint import Reader
 from hlwq.errors import HlwqError
-from hlwq.formats import dense, gptq, hlwq, mlx, polar
+from hlwq.formats import compressed_tensors, dense, gptq, hlwq, mlx, polar
 from hlwq.formats.base import Contents, Engine, Format, ReadableFormat, Scheme, StoredModule
 
 __all__ = [
@@ -20,7 +20,7 @@ __all__ = [
     "format_named",
 ]
 
-FORMATS: dict[str, Format] = {each.NAME: each for each in (gptq, mlx, hlwq, dense)}
+FORMATS: dict[str, Format] = {each.NAME: each for each in (gptq, compressed_tensors, mlx, hlwq, dense)}
 """What is written, and read."""
 READABLE_FORMATS: dict[str, ReadableFormat] = {**FORMATS, polar.NAME: polar}
 """What is read."""
