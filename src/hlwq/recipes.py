@@ -104,6 +104,7 @@ RECIPES = {
             (_HLWQ5, _INT4),
             ("gptq", "compressed-tensors", "dense"),
         ),
+        Recipe("hlwq-torchao", "HLWQ 5 bits, decoded, then torchao's INT4, group 128, at load", (_HLWQ5,), ("dense",)),
     )
 }
 
