@@ -23,6 +23,7 @@ from hlwq.models import ModelLayout, describe
 from hlwq.plan import fit_group_size, usual_modules
 from hlwq.quantize import quantize_matrix
 from hlwq.sources import open_dense
+from hlwq.transformers_models import quiet_transformers
 
 
 @torch.no_grad()
@@ -121,7 +122,7 @@ def _config_of(model: nn.Module) -> dict[str, Any]:
 def _require_torchao() -> None:
     """Raise HlwqError unless torchao and transformers are installed."""
     try:
-        import torchao  # noqa: F401
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise HlwqError(f"This needs {error.name}. Run: pip install 'hlwq[torchao]'") from None
+        with quiet_transformers():
+            import torchao  # noqa: F401
+    except ImportError:
+        raise HlwqError("This needs torchao. Run: pip install 'hlwq[torchao]'") from None

