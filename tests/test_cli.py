@@ -117,7 +117,7 @@ MISTAKES = [
     ("group size of zero", unchanged, ["--group-size", "0"], ["--group-size"]),
     ("bits GPTQ lacks", unchanged, ["--bits", "5"], ["format gptq has 4, 8 bits, not 5"]),
     ("format the recipe does not fit", unchanged, ["--format", "hlwq"], ["--recipe hlwq"]),
-    ("unknown format", unchanged, ["--format", "gguf"], ["gptq, mlx, hlwq, dense"]),
+    ("unknown format", unchanged, ["--format", "gguf"], ["gptq, compressed-tensors, mlx, hlwq, dense"]),
     ("idle include", unchanged, ["--include", "q_proj"], ["--include 'q_proj'", "quantized already"]),
     ("idle exclude", unchanged, ["--exclude", "norm"], ["--exclude 'norm'", "kept already"]),
     ("pattern that matches nothing", unchanged, ["--exclude", "q_porj"], ["matches no tensor"]),

@@ -17,6 +17,7 @@ from torch import Tensor
 from hlwq import HlwqError
 from hlwq.checkpoint import Reader, Writer
 from hlwq.formats import FORMATS, Contents, Scheme, detect_format, mlx
+from hlwq.formats.compressed_tensors import configured_weights
 from hlwq.formats.gptq import dynamic_rules
 from hlwq.grids import Grid, QuantizedMatrix, UniformGrid
 from hlwq.lloyd import codebook
@@ -27,6 +28,7 @@ from hlwq.solvers.nearest import quantize_nearest
 
 DOWN, UP, O_PROJ = "model.layers.0.mlp.down_proj", "model.layers.0.mlp.up_proj", "model.layers.1.self_attn.o_proj"
 ROWS, COLUMNS = 64, 256
+FORMAT = "compressed-tensors"
 
 
 def hard_weights() -> Tensor:
@@ -81,6 +83,7 @@ def save(path: Path, format_name: str, matrices: dict[str, QuantizedMatrix], dty
 
 CASES = [
     *(("gptq", bits, group, symmetric) for bits in (4, 8) for group in (32, 64, 128) for symmetric in (True, False)),
+    *((FORMAT, bits, group, sign) for bits in (4, 8) for group in (32, 128) for sign in (True, False)),
     *(("mlx", bits, group, False) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)),
     *(("mlx", bits, 64, True) for bits in (2, 3, 4, 5, 6, 8)),
     *(("hlwq", bits, group, None) for bits in range(2, 9) for group in (32, 128)),
@@ -94,7 +97,7 @@ def test_a_file_decodes_to_the_very_weights_that_were_quantized(
 ) -> None:
     matrix = quantized(format_name, bits, group_size, symmetric)
     reader = save(tmp_path / "out", format_name, {DOWN: matrix})
-    stored_format = detect_format(reader.config)
+    stored_format = detect_format(reader)
     assert stored_format is FORMATS[format_name]
     ((module, stored),) = stored_format.stored_modules(reader).items()
     assert (module, stored.shape) == (DOWN, (ROWS, COLUMNS))
@@ -116,8 +119,8 @@ def test_dense_files_hold_the_decoded_weights_in_the_models_dtype(
     wanted = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[dtype]
     assert torch.equal(reader.read(f"{DOWN}.weight"), matrix.dequantize().to(wanted))
     assert reader.config == model_config("llama")
-    assert detect_format(reader.config) is FORMATS["dense"]
-    assert detect_format(reader.config).stored_modules(reader) == {}
+    assert detect_format(reader) is FORMATS["dense"]
+    assert detect_format(reader).stored_modules(reader) == {}
 
 
 def numpy_tensors(path: Path) -> dict[str, np.ndarray]:
@@ -178,6 +181,42 @@ def test_gptq_scales_of_a_bfloat16_model_are_the_same_in_bfloat16(symmetric: boo
     assert torch.equal(scales.bfloat16().half(), scales)
 
 
+@pytest.mark.parametrize(("bits", "group_size", "symmetric"), [case[1:] for case in CASES if case[0] == FORMAT])
+def test_compressed_tensors_layout(bits: int, group_size: int, symmetric: bool, tmp_path: Path) -> None:
+    matrix = quantized(FORMAT, bits, group_size, symmetric)
+    save(tmp_path / "out", FORMAT, {DOWN: matrix})
+    parts, groups = numpy_tensors(tmp_path / "out"), COLUMNS // group_size
+    zeros = {} if symmetric else {"weight_zero_point": (ROWS * bits // 32, groups)}
+    assert {name: each.shape for name, each in parts.items()} == {
+        "weight_packed": (ROWS, COLUMNS * bits // 32),
+        "weight_scale": (ROWS, groups),
+        "weight_shape": (2,),
+        **zeros,
+    }
+    codes = words_to_fields(parts["weight_packed"], bits).reshape(ROWS, groups, group_size)
+    zero = 2 ** (bits - 1) if symmetric else words_to_fields(parts["weight_zero_point"].T, bits).T[..., None]
+    decoded = parts["weight_scale"][..., None] * (codes - zero)
+    np.testing.assert_array_equal(decoded.reshape(ROWS, -1), matrix.dequantize().double().numpy())
+
+
+@pytest.mark.parametrize(("bits", "group_size", "symmetric"), [case[1:] for case in CASES if case[0] == FORMAT])
+def test_compressed_tensors_itself_decodes_the_same_weights(
+    bits: int, group_size: int, symmetric: bool, tmp_path: Path
+) -> None:
+    compressors = pytest.importorskip("compressed_tensors.compressors", reason="compressed-tensors is not installed")
+    from compressed_tensors.quantization import QuantizationConfig
+
+    reader = save(tmp_path / "out", FORMAT, {DOWN: quantized(FORMAT, bits, group_size, symmetric)})
+    config = QuantizationConfig.model_validate(reader.config["quantization_config"])
+    (scheme,) = config.config_groups.values()
+    parts = {name.rpartition(".")[2]: reader.read(name) for name in reader.tensors}
+    theirs = compressors.PackedQuantizationCompressor.decompress(parts, scheme)["weight"]
+    stored = FORMATS[FORMAT].stored_modules(reader)[DOWN]
+    ours = FORMATS[FORMAT].dequantize(reader, DOWN, stored.scheme)
+    assert theirs.dtype == torch.bfloat16
+    assert torch.equal(theirs, ours.bfloat16())
+
+
 @pytest.mark.parametrize(("bits", "group_size", "symmetric"), [case[1:] for case in CASES if case[0] == "mlx"])
 def test_mlx_layout(bits: int, group_size: int, symmetric: bool, tmp_path: Path) -> None:
     matrix = quantized("mlx", bits, group_size, symmetric)
@@ -211,7 +250,7 @@ def test_hlwq_layout(bits: int, group_size: int, tmp_path: Path) -> None:
     np.testing.assert_allclose(blocks.reshape(ROWS, -1), matrix.dequantize().numpy(), atol=1e-6)
 
 
-@pytest.mark.parametrize("format_name", ["gptq", "mlx", "hlwq"])
+@pytest.mark.parametrize("format_name", ["gptq", FORMAT, "mlx", "hlwq"])
 def test_modules_with_other_groups_than_most_are_found_and_decoded(format_name: str, tmp_path: Path) -> None:
     symmetric = None if format_name == "hlwq" else False
     sizes = {DOWN: 64, UP: 64, O_PROJ: 32}
@@ -219,7 +258,7 @@ def test_modules_with_other_groups_than_most_are_found_and_decoded(format_name: 
     assert_found_and_decoded(format_name, save(tmp_path / "out", format_name, matrices), matrices)
 
 
-@pytest.mark.parametrize("format_name", ["gptq", "mlx", "hlwq"])
+@pytest.mark.parametrize("format_name", ["gptq", FORMAT, "mlx", "hlwq"])
 def test_modules_of_as_many_bytes_but_another_scheme_are_told_apart(format_name: str, tmp_path: Path) -> None:
     symmetric = None if format_name == "hlwq" else False
     schemes = {DOWN: (4, 64), UP: (4, 64), O_PROJ: (8, 32)}
@@ -376,6 +415,46 @@ def test_gptq_configuration_says_what_the_file_holds(tmp_path: Path) -> None:
     assert section["dynamic"] == dynamic_rules(contents, Scheme(4, 128, True))
 
 
+def section_of(contents: Contents) -> dict[str, Any]:
+    section: dict[str, Any] = FORMATS[FORMAT].json_files({}, contents)["config.json"]["quantization_config"]
+    return section
+
+
+def test_compressed_tensors_names_every_spelling_of_a_module_and_nothing_else(tmp_path: Path) -> None:
+    contents = hybrid_contents(tmp_path / "model", FORMAT)
+    section = section_of(contents)
+    assert [group["targets"] == ["Linear"] for group in section["config_groups"].values()] == [False, True]
+    for module, scheme in contents.quantized.items():
+        assert (scheme.group_size == 64) == module.endswith("down_proj")
+        for name in spellings(module, contents):
+            weights = configured_weights(section, name)
+            assert weights is not None, name
+            assert (weights["num_bits"], weights["group_size"], weights["symmetric"]) == (4, scheme.group_size, True)
+    outside = [
+        "lm_head",
+        "language_model.lm_head",
+        "model.visual.blocks.0.attn.qkv",
+        "visual.merger.linear_fc2",
+        "mtp.fc",
+    ]
+    for name in [*outside, *(name for module in contents.kept for name in spellings(module, contents))]:
+        assert configured_weights(section, name) is None, name
+
+
+def test_compressed_tensors_names_are_matched_by_the_package_itself_alike(tmp_path: Path) -> None:
+    match = pytest.importorskip("compressed_tensors.utils.match", reason="compressed-tensors is not installed")
+    contents = hybrid_contents(tmp_path / "model", FORMAT)
+    section = section_of(contents)
+    scheme_of = {target: group for group in section["config_groups"].values() for target in group["targets"]}
+    linear = torch.nn.Linear(1, 1)
+    for module in [*contents.quantized, *contents.kept]:
+        ignored = bool(match.match_targets(module, linear, section["ignore"]))
+        assert ignored == (module in contents.kept), module
+        if not ignored:
+            first = match.match_targets(module, linear, scheme_of)[0]
+            assert scheme_of[first]["weights"] == configured_weights(section, module), module
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_text"])
 def test_mlx_configuration_has_what_mlx_lm_asks_of_the_hybrid(family: str, tied: bool, tmp_path: Path) -> None:
@@ -457,7 +536,14 @@ def edited(reader: Reader, drop: str = "", change: Callable[[dict[str, Any]], No
 
 @pytest.mark.parametrize(
     ("format_name", "part"),
-    [("gptq", "qzeros"), ("gptq", "scales"), ("mlx", "weight"), ("mlx", "biases"), ("hlwq", "weight_norms")],
+    [
+        ("gptq", "qzeros"),
+        ("gptq", "scales"),
+        (FORMAT, "weight_scale"),
+        ("mlx", "weight"),
+        ("mlx", "biases"),
+        ("hlwq", "weight_norms"),
+    ],
 )
 def test_a_module_that_lacks_a_part_is_refused_by_name(format_name: str, part: str, tmp_path: Path) -> None:
     matrix = quantized(format_name, 4, 64, None if format_name == "hlwq" else True)
@@ -470,12 +556,20 @@ def setting(section: str, **entries: Any) -> Callable[[dict[str, Any]], None]:
     return lambda config: config[section].update(entries)
 
 
+def regrouped(**entries: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda config: config["quantization_config"]["config_groups"]["group_0"]["weights"].update(entries)
+
+
 @pytest.mark.parametrize(
     ("format_name", "change", "said"),
     [
         ("hlwq", setting("quantization_config", version=2), "format version 2 is unknown. Upgrade"),
         ("hlwq", setting("quantization_config", bits=5), "does not have the bits and group size"),
         ("hlwq", setting("quantization_config", group_size=32), "does not have the bits and group size"),
+        (FORMAT, setting("quantization_config", format="int-quantized"), "format int-quantized cannot be read"),
+        (FORMAT, setting("quantization_config", ignore=["re:.*down_proj"]), "config.json has no scheme for it"),
+        (FORMAT, regrouped(group_size=32), "does not have the bits and group size"),
+        (FORMAT, regrouped(num_bits=3), "has 3-bit codes or scattered groups"),
         ("mlx", setting("quantization", mode="mxfp4"), "MLX mode mxfp4 cannot be read"),
         ("mlx", setting("quantization", bits=5), "does not have the bits and group size"),
     ],
@@ -499,9 +593,11 @@ def test_gptq_files_of_three_bits_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", [(48, 256), (64, 80)])
-def test_gptq_refuses_shapes_that_engines_do(shape: tuple[int, int]) -> None:
-    with pytest.raises(HlwqError, match=re.escape(f"{DOWN} has shape {shape}; format gptq needs multiples of 32")):
-        FORMATS["gptq"].outputs(DOWN, shape, UniformGrid(4, 16), "BF16")
+@pytest.mark.parametrize("format_name", ["gptq", FORMAT])
+def test_shapes_that_engines_refuse_are_refused(format_name: str, shape: tuple[int, int]) -> None:
+    said = f"{DOWN} has shape {shape}; format {format_name} needs multiples of 32"
+    with pytest.raises(HlwqError, match=re.escape(said)):
+        FORMATS[format_name].outputs(DOWN, shape, UniformGrid(4, 16), "BF16")
 
 
 @pytest.mark.parametrize(
@@ -511,9 +607,11 @@ def test_gptq_refuses_shapes_that_engines_do(shape: tuple[int, int]) -> None:
         ({"quantization_config": {"bits": 4}}, "quantized by an unnamed method"),
     ],
 )
-def test_a_format_of_others_is_refused_by_name(config: dict[str, Any], said: str) -> None:
+def test_a_format_of_others_is_refused_by_name(config: dict[str, Any], said: str, tmp_path: Path) -> None:
+    save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(HlwqError, match=said):
-        detect_format(config)
+        detect_format(Reader(tmp_path))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3_5", "qwen3_5_text"])

@@ -16,7 +16,7 @@ from hlwq.plan import REST, Plan, fit_group_size, make_plan, plan_decoding
 from hlwq.recipes import override, recipe_named
 
 RTN, HLWQ = recipe_named("rtn"), recipe_named("hlwq")
-FORMATS = {"gptq": RTN, "mlx": RTN, "hlwq": HLWQ, "dense": HLWQ}
+FORMATS = {"gptq": RTN, "compressed-tensors": RTN, "mlx": RTN, "hlwq": HLWQ, "dense": HLWQ}
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +205,7 @@ def test_a_pattern_that_changes_nothing_is_an_error(options: dict[str, Any], sai
         ({"include": ["in_proj_b"]}, "in_proj_ba", "in_proj_a"),
     ],
 )
-@pytest.mark.parametrize("format_name", ["gptq", "hlwq"])
+@pytest.mark.parametrize("format_name", ["gptq", "compressed-tensors", "hlwq"])
 def test_part_of_a_fused_matrix_is_refused_where_engines_fuse(
     format_name: str, options: dict[str, Any], fused: str, outside: str, hybrid: Reader
 ) -> None:
@@ -273,7 +273,9 @@ def test_a_width_that_no_group_divides_is_refused_by_name(format_name: str, tmp_
     with pytest.raises(HlwqError, match=r"tensor model\.layers\.0\.mlp\.down_proj\.weight has in_features 4304"):
         make_plan(source, FORMATS[format_name], format_name)
     assert "down_proj" not in leaves_of(
-        make_plan(source, FORMATS[format_name], "mlx" if format_name == "gptq" else format_name, exclude=["down_proj"])
+        make_plan(
+            source, FORMATS[format_name], "mlx" if FORMATS[format_name] is RTN else format_name, exclude=["down_proj"]
+        )
     )
 
 
@@ -321,7 +323,7 @@ def test_a_checkpoint_that_does_not_fit_its_configuration_is_refused(
 @pytest.mark.parametrize(
     ("recipe", "format_name", "said"),
     [
-        (RTN, "gguf", "no format gguf. Formats are: gptq, mlx, hlwq, dense"),
+        (RTN, "gguf", "no format gguf. Formats are: gptq, compressed-tensors, mlx, hlwq, dense"),
         (HLWQ, "gptq", "gptq stores uniform codes"),
         (HLWQ, "mlx", "mlx stores uniform codes"),
         (RTN, "hlwq", "hlwq stores Lloyd–Max codes"),

@@ -37,7 +37,8 @@ def weights_of(directory: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "qwen3_5", "qwen3_5_text"])
 @pytest.mark.parametrize(
-    ("recipe", "format_name"), [("rtn", "gptq"), ("rtn", "mlx"), ("hlwq", "hlwq"), ("hlwq", "dense")]
+    ("recipe", "format_name"),
+    [("rtn", "gptq"), ("rtn", "compressed-tensors"), ("rtn", "mlx"), ("hlwq", "hlwq"), ("hlwq", "dense")],
 )
 def test_every_family_in_every_format(family: str, recipe: str, format_name: str, tmp_path: Path) -> None:
     source, out = tmp_path / "model", tmp_path / "out"
@@ -133,11 +134,11 @@ def test_a_recipe_of_ones_own(llama: Path, tmp_path: Path) -> None:
     assert {scheme.group_size for scheme in result.plan.contents().quantized.values()} == {32}
 
 
-@pytest.mark.parametrize("format_name", ["mlx", "gptq"])
+@pytest.mark.parametrize("format_name", ["mlx", "gptq", "compressed-tensors"])
 def test_converting_equals_the_chain_from_the_source(format_name: str, hybrid: Path, tmp_path: Path) -> None:
     quantize(hybrid, tmp_path / "hlwq", "hlwq")
     convert(tmp_path / "hlwq", tmp_path / "converted", format_name)
-    quantize(hybrid, tmp_path / "chain", {"mlx": "hlwq-mlx", "gptq": "hlwq-int4"}[format_name])
+    quantize(hybrid, tmp_path / "chain", "hlwq-mlx" if format_name == "mlx" else "hlwq-int4", format=format_name)
     assert weights_of(tmp_path / "converted") == weights_of(tmp_path / "chain")
 
 

@@ -27,6 +27,7 @@ INT4_STAGE = Stage("uniform", "identity", 4, 64)
         ("hlwq", (HLWQ_STAGE,), "hlwq"),
         ("hlwq-mlx", (HLWQ_STAGE, INT4_STAGE), "mlx"),
         ("hlwq-int4", (HLWQ_STAGE, INT4_STAGE), "gptq"),
+        ("hlwq-torchao", (HLWQ_STAGE,), "dense"),
     ],
 )
 def test_named_recipes_are_what_they_are_called(name: str, stages: tuple[Stage, ...], default_format: str) -> None:
@@ -36,7 +37,8 @@ def test_named_recipes_are_what_they_are_called(name: str, stages: tuple[Stage, 
 
 def test_an_unknown_recipe_is_refused_with_the_known_ones() -> None:
     with pytest.raises(
-        HlwqError, match=r"no recipe awq\. Recipes are: rtn, gptq, foem, hlwq-v7, hlwq, hlwq-mlx, hlwq-int4\."
+        HlwqError,
+        match=r"no recipe awq\. Recipes are: rtn, gptq, foem, hlwq-v7, hlwq, hlwq-mlx, hlwq-int4, hlwq-torchao\.",
     ):
         recipe_named("awq")
 
@@ -53,7 +55,7 @@ def test_every_recipe_can_be_written_in_each_of_its_formats_and_in_no_other(name
         possible.append(format_name)
     # A chain that ends in uniform codes fits whatever holds them; its formats are those it is meant for.
     assert set(RECIPES[name].formats) <= set(possible)
-    assert ("hlwq" in possible) == ("hlwq" in RECIPES[name].formats)
+    assert ("hlwq" in possible) == (RECIPES[name].stages[-1].grid == "lloyd")
     assert make_plan(source, RECIPES[name]).format is FORMATS[RECIPES[name].formats[0]]
 
 

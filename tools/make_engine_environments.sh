@@ -42,6 +42,11 @@ install_gptqmodel() {
     "$1" -m pip install -q gptqmodel==7.7.0 torchvision
 }
 
-for engine in mlx vllm gptqmodel; do
+install_polarquant() {
+    # The package takes whatever transformers there is; accelerate it forgets.
+    "$1" -m pip install -q torch==2.13.0 transformers==5.23.0 accelerate==1.15.0 polarquant==0.6.0
+}
+
+for engine in mlx vllm gptqmodel polarquant; do
     make_environment "$engine"
 done

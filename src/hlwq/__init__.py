@@ -5,6 +5,7 @@ from hlwq.calibration import Calibration
 from hlwq.check import check_directory as check
 from hlwq.errors import HlwqError
 from hlwq.inspect import inspect
+from hlwq.integrations import torchao
 from hlwq.quantize import convert, quantize
 from hlwq.recipes import Recipe, Stage
 from hlwq.solvers.gptq import GptqOptions
@@ -22,4 +23,5 @@ __all__ = [
     "evaluate",
     "inspect",
     "quantize",
+    "torchao",
 ]

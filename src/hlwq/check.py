@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any
 from hlwq.checkpoint import Reader
 from hlwq.errors import HlwqError
 from hlwq.formats import StoredModule, gptq, mlx
+from hlwq.formats.base import GROUP_SIZES
+from hlwq.formats.compressed_tensors import configured_weights
 from hlwq.models import ModelLayout, describe
 from hlwq.models.qwen3_5 import QWEN3_5, layer_types
 from hlwq.sources import ENGINE_SECTIONS, DecodedCheckpoint
@@ -60,8 +61,10 @@ def check_directory(path: str | Path) -> list[CheckLine]:
     lines = [_tokenizer(reader), _complete(decoded, layout)]
     engines: dict[str, Callable[[Reader, ModelLayout, dict[str, StoredModule]], Iterable[CheckLine]]] = {
         "gptq": _check_gptq,
+        "compressed-tensors": _check_compressed_tensors,
         "mlx": _check_mlx,
         "hlwq": _check_hlwq,
+        "polar": _check_polar,
         "dense": _check_dense,
     }
     lines += engines[decoded.format.NAME](reader, layout, modules)
@@ -105,23 +108,13 @@ def _complete(decoded: DecodedCheckpoint, layout: ModelLayout) -> CheckLine:
 def _check_gptq(reader: Reader, layout: ModelLayout, modules: dict[str, StoredModule]) -> list[CheckLine]:
     section = reader.config["quantization_config"]
     vllm, gptqmodel = "vLLM", "GPTQModel"
-    schemes = Counter(module.scheme for module in modules.values())
     again = "Quantize again with the defaults of format gptq."
     asymmetric = [] if section.get("sym") else ["sym is false"]
     ordered = ["desc_act is true"] if section.get("desc_act") else []
-    groups = [
-        f"{name} (group {m.scheme.group_size})"
-        for name, m in modules.items()
-        if m.scheme.group_size not in gptq.GROUP_SIZES
-    ]
-    uneven = [f"{name} {m.shape}" for name, m in modules.items() if m.shape[0] % 32 or m.shape[1] % 32]
     return [
         _line(vllm, "symmetric", asymmetric, "Quantize again with --symmetric, or serve it with GPTQModel."),
-        _line(vllm, "4 or 8 bits (4 on a CPU)", [f"{s.bits} bits" for s in schemes if s.bits not in gptq.BITS], again),
         _line(vllm, "desc_act is false", ordered, again),
-        _line(vllm, "groups of 32, 64 or 128", groups, "Quantize again with --group-size 64."),
-        _line(vllm, "in and out divisible by 32", uneven, "Quantize again and --exclude them."),
-        _line(vllm, "fused matrices have one scheme", _mixed_fusions(layout, modules), again),
+        *_uniform_in_vllm(layout, modules, again),
         _line(
             vllm,
             "dynamic rules agree with the tensors, by fused names",
@@ -136,6 +129,54 @@ def _check_gptq(reader: Reader, layout: ModelLayout, modules: dict[str, StoredMo
         ),
         _line(gptqmodel, "zeros, scales and group indices for every module", _without_index(reader, modules), again),
     ]
+
+
+def _check_compressed_tensors(reader: Reader, layout: ModelLayout, modules: dict[str, StoredModule]) -> list[CheckLine]:
+    section = reader.config["quantization_config"]
+    again = "Quantize again with the defaults of format compressed-tensors."
+    rule = "config_groups and ignore agree with the tensors"
+    return [
+        *_uniform_in_vllm(layout, modules, again),
+        _line("vLLM", f"{rule}, by its names", _wrong_targets(section, layout, modules, True), again),
+        _line("transformers", f"{rule}, by own names", _wrong_targets(section, layout, modules, False), again),
+    ]
+
+
+def _uniform_in_vllm(layout: ModelLayout, modules: dict[str, StoredModule], again: str) -> list[CheckLine]:
+    """What vLLM demands of uniform codes in any format."""
+    bits = {f"{m.scheme.bits} bits" for m in modules.values() if m.scheme.bits not in gptq.BITS}
+    groups = [
+        f"{name} (group {m.scheme.group_size})" for name, m in modules.items() if m.scheme.group_size not in GROUP_SIZES
+    ]
+    uneven = [f"{name} {m.shape}" for name, m in modules.items() if m.shape[0] % 32 or m.shape[1] % 32]
+    return [
+        _line("vLLM", "4 or 8 bits (4 on a CPU)", sorted(bits), again),
+        _line("vLLM", "groups of 32, 64 or 128", groups, "Quantize again with --group-size 64."),
+        _line("vLLM", "in and out divisible by 32", uneven, "Quantize again and --exclude them."),
+        _line("vLLM", "fused matrices have one scheme", _mixed_fusions(layout, modules), again),
+    ]
+
+
+def _wrong_targets(
+    section: dict[str, Any], layout: ModelLayout, modules: dict[str, StoredModule], vllm: bool
+) -> list[str]:
+    """Modules for which `config_groups` and `ignore` say something else than the tensors do."""
+    wrong = []
+    for index, layer in enumerate(layout.layers):
+        prefix = layout.layer_prefix(index)
+        for matrix in layer.matrices():
+            asked = prefix + matrix.name
+            if vllm:  # which asks with the parts' names of a fused matrix, and swaps the wrapper's two prefixes
+                asked = re.sub(r"^model\.language_model\.", "language_model.model.", asked)
+            stored = modules.get(prefix + matrix.name)
+            weights = configured_weights(section, asked)
+            said = weights and (weights["num_bits"], weights["group_size"], weights["symmetric"])
+            if said != (stored and (stored.scheme.bits, stored.scheme.group_size, stored.scheme.symmetric)):
+                wrong.append(asked)
+    outside = ["lm_head"]
+    for kept in layout.family.kept:
+        outside.append(f"{kept.removeprefix('model.') if vllm else kept}blocks.0.mlp.linear_fc1")
+    return wrong + [name for name in outside if configured_weights(section, name) is not None]
 
 
 def _mixed_fusions(layout: ModelLayout, modules: dict[str, StoredModule]) -> list[str]:
@@ -196,7 +237,7 @@ def _check_mlx(reader: Reader, layout: ModelLayout, modules: dict[str, StoredMod
     names = [file.name for file in reader.path.glob("*.safetensors") if not file.name.startswith("model")]
     bits = [f"{m} ({s.scheme.bits} bits)" for m, s in modules.items() if s.scheme.bits not in mlx.BITS]
     groups = [
-        f"{m} (group {s.scheme.group_size})" for m, s in modules.items() if s.scheme.group_size not in mlx.GROUP_SIZES
+        f"{m} (group {s.scheme.group_size})" for m, s in modules.items() if s.scheme.group_size not in GROUP_SIZES
     ]
     config = reader.config
     text = config.get("text_config") or config
@@ -226,6 +267,12 @@ def _check_mlx(reader: Reader, layout: ModelLayout, modules: dict[str, StoredMod
 def _check_hlwq(reader: Reader, layout: ModelLayout, modules: dict[str, StoredModule]) -> list[CheckLine]:
     again = "Quantize again with --recipe hlwq."
     return [_line("hlwq", "fused matrices have one scheme", _mixed_fusions(layout, modules), again)]
+
+
+def _check_polar(reader: Reader, layout: ModelLayout, modules: dict[str, StoredModule]) -> list[CheckLine]:
+    known = layout.required_tensors()
+    strange = [module for module in modules if f"{module}.weight" not in known]
+    return [_line("hlwq", "every coded matrix is one of the model's", strange, "Convert another copy.")]
 
 
 def _check_dense(reader: Reader, layout: ModelLayout, modules: dict[str, StoredModule]) -> list[CheckLine]:

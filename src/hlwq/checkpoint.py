@@ -50,7 +50,14 @@ SIDE_FILES_LEFT_OUT = (
     ".h5",
     ".onnx",
 )
-SIDE_FILES_WRITTEN_ANEW = {"config.json", "quantize_config.json", "hlwq.json", "README.md", ".gitattributes"}
+SIDE_FILES_WRITTEN_ANEW = {
+    "config.json",
+    "quantize_config.json",
+    "polar_config.json",
+    "hlwq.json",
+    "README.md",
+    ".gitattributes",
+}
 DEFAULT_SHARD_BYTES = 5 * 10**9
 """The hub's own habit."""
 

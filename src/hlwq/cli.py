@@ -26,7 +26,7 @@ from hlwq.calibration import Calibration
 from hlwq.check import CheckLine, check_directory
 from hlwq.errors import HlwqError, HlwqWarning
 from hlwq.evaluate.statistics import Estimate
-from hlwq.formats import FORMATS
+from hlwq.formats import READABLE_FORMATS
 from hlwq.inspect import TensorReport
 from hlwq.models import FAMILIES
 from hlwq.plan import Plan
@@ -187,7 +187,7 @@ def quantize(
 def convert(
     directory: Annotated[Path, typer.Argument(help="A quantized directory.")],
     out: Annotated[Path, typer.Argument(help="The directory to make.")],
-    format: Annotated[str, typer.Option(help="gptq, mlx or dense.")],
+    format: Annotated[str, typer.Option(help="What to write: gptq, mlx, compressed-tensors, dense.")],
     bits: Bits = None,
     group_size: GroupSize = None,
     symmetric: Symmetric = None,
@@ -195,7 +195,7 @@ def convert(
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Turn an HLWQ checkpoint into another format, without the model it was made from."""
+    """Turn an HLWQ checkpoint, or an older PolarQuant one, into another format, without the model it was made from."""
     with _progress("converting") as report:
         result = run_convert(
             directory,
@@ -632,7 +632,7 @@ def formats(as_json: Json = False) -> None:
     """List the formats: engine × format × bits × symmetry."""
     rows = [
         {"engine": engine.name, "format": each.NAME, "bits": list(engine.bits), "symmetry": engine.symmetry}
-        for each in FORMATS.values()
+        for each in READABLE_FORMATS.values()
         for engine in each.ENGINES
     ]
     _print_rows(rows, as_json)

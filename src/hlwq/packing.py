@@ -58,6 +58,14 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
     return _in_chunks(lambda rows: _unpack(rows, bits), packed)
 
 
+def unpack_big_endian(packed: Tensor, bits: int) -> Tensor:
+    """Like `unpack`, for a stream whose most significant bits come first, as early HLWQ files have it."""
+    _check(bits, packed.shape[-1], bits)
+    turned = packed.unflatten(-1, (-1, bits)).flip(-1).flatten(-2)
+    codes: Tensor = unpack(turned, bits).unflatten(-1, (-1, 8)).flip(-1).flatten(-2)
+    return codes
+
+
 def _unpack(packed: Tensor, bits: int) -> Tensor:
     groups = packed.unflatten(-1, (-1, bits))
     octets = torch.zeros(*groups.shape[:-1], 8, dtype=torch.uint8, device=packed.device)

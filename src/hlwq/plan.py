@@ -243,6 +243,11 @@ def plan_decoding(source: Source) -> Plan:
     )
 
 
+def usual_modules(layout: ModelLayout) -> set[str]:
+    """The modules that are quantized unless the user says otherwise."""
+    return {module for module, matrix in _decoder_matrices(layout).items() if not matrix.keep}
+
+
 def fit_group_size(wanted: int, in_features: int) -> int | None:
     """`wanted` if it divides in_features, else the largest of 128, 64 and 32 below it that does, else None."""
     return next((size for size in (wanted, *GROUP_SIZES) if size <= wanted and in_features % size == 0), None)
@@ -281,7 +286,7 @@ def _choose(
     """The modules to quantize: the family's choice, changed by options, each of which must change something."""
     matrices = _decoder_matrices(layout)
     embeddings = _embeddings(layout)
-    chosen = {module for module, matrix in matrices.items() if not matrix.keep}
+    chosen = usual_modules(layout)
     if include_embeddings:
         chosen.update(embeddings)
     for pattern in include:

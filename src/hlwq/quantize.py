@@ -23,8 +23,8 @@ from hlwq.devices import available_memory, peak_memory, torch_device
 from hlwq.errors import HlwqError, HlwqWarning
 from hlwq.grids import CHUNK_WEIGHTS, Basis, Grid, Parameters, QuantizedMatrix
 from hlwq.layers import LayerRunner, default_batch_size
-from hlwq.models import ModelLayout
-from hlwq.plan import Plan, PlannedTensor, layer_unit, make_plan, plan_decoding
+from hlwq.models import ModelLayout, describe
+from hlwq.plan import Plan, PlannedTensor, layer_unit, make_plan, plan_decoding, usual_modules
 from hlwq.recipes import Overrides, Recipe, override, recipe_named
 from hlwq.solvers.gptq import Gram, output_error, quantize_gptq
 from hlwq.solvers.nearest import quantize_nearest
@@ -177,9 +177,9 @@ def convert(
     the result of the chain HLWQ → INT4; relative errors are then against the decoded weights.
 
     Args:
-        directory: what `quantize` wrote; any format can be decoded.
+        directory: what `quantize` wrote, or a PolarQuant or early HLWQ directory; any format can be decoded.
         out: the directory to make; absent or empty.
-        format: `gptq`, `mlx` or `dense`.
+        format: `gptq`, `mlx`, `compressed-tensors` or `dense`.
         device: where to compute.
         progress: told how far the work is.
         overrides: parameters of the codes in the new file, see `Overrides`.
@@ -209,7 +209,12 @@ def convert(
                     f"{name} is for calibrated recipes, and a conversion only rounds. Quantize the original."
                 )
         recipe = override(recipe_named("rtn"), **overrides)
-        plan = make_plan(decoded, recipe, format, modules=decoded.quantized_modules())
+        modules = decoded.quantized_modules()
+        if decoded.format.NAME == "polar":  # which has gates of the recurrence as codes, too
+            layout = describe(decoded.config, decoded.tensors)
+            wanted = {*usual_modules(layout), layout.embedding, "lm_head"}
+            modules = [module for module in modules if module in wanted]
+        plan = make_plan(decoded, recipe, format, modules=modules)
     manifest = path / "hlwq.json"
     origin = {
         "source": path.resolve().name,

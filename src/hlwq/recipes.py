@@ -79,7 +79,7 @@ _INT4 = Stage("uniform", "identity", bits=4, group_size=64)
 _FOEM = GptqOptions(foem_beta=0.2)
 CALIBRATED = GptqOptions(gptaq_alpha=0.25)
 """What `--calibrate` does: of GPTQ, FOEM and GPTAQ, what left the least loss over three seeds (see the README)."""
-_UNIFORM_FORMATS = ("gptq", "mlx", "dense")
+_UNIFORM_FORMATS = ("gptq", "compressed-tensors", "mlx", "dense")
 _HLWQ5 = Stage("lloyd", "hadamard", bits=5, group_size=128)
 
 RECIPES = {
@@ -98,7 +98,13 @@ RECIPES = {
         Recipe("hlwq-v7", "GPTQ with FOEM, 4 bits, group 64", (replace(_INT4, gptq=_FOEM),), _UNIFORM_FORMATS),
         Recipe("hlwq", "HLWQ, 5 bits (2 to 8), group 128", (_HLWQ5,), ("hlwq", "dense")),
         Recipe("hlwq-mlx", "HLWQ 5 bits, decoded, then MLX 4 bits, group 64", (_HLWQ5, _INT4), ("mlx",)),
-        Recipe("hlwq-int4", "HLWQ 5 bits, decoded, then INT4, group 64", (_HLWQ5, _INT4), ("gptq", "dense")),
+        Recipe(
+            "hlwq-int4",
+            "HLWQ 5 bits, decoded, then INT4, group 64",
+            (_HLWQ5, _INT4),
+            ("gptq", "compressed-tensors", "dense"),
+        ),
+        Recipe("hlwq-torchao", "HLWQ 5 bits, decoded, then torchao's INT4, group 128, at load", (_HLWQ5,), ("dense",)),
     )
 }
 

@@ -16,7 +16,7 @@ from yaml import YAMLError
 
 from hlwq.checkpoint import DTYPES, Reader, TensorSpec, hash_file, read_json
 from hlwq.errors import HlwqError
-from hlwq.formats import Scheme, StoredModule, detect_format, mlx
+from hlwq.formats import Scheme, StoredModule, detect_format, mlx, polar
 from hlwq.models import check_supported
 
 ENGINE_SECTIONS = ("quantization_config", "quantization")
@@ -116,12 +116,17 @@ def open_dense(path: Path) -> Reader:
     for section in (reader.config, reader.config.get("text_config") or {}):
         quantization = next((section[key] for key in ENGINE_SECTIONS if section.get(key)), None)
         if quantization:
-            method = quantization.get("quant_method", "mlx")
-            raise HlwqError(
-                f"{path / 'config.json'}: the model is quantized already ({method}). Start from its BF16 original, "
-                "or decode it with `hlwq convert`."
-            )
+            raise _quantized_already(path / "config.json", quantization.get("quant_method", "mlx"))
+    if polar.is_polar(reader):
+        raise _quantized_already(path, "PolarQuant")
     return reader
+
+
+def _quantized_already(where: Path, method: str) -> HlwqError:
+    return HlwqError(
+        f"{where}: the model is quantized already ({method}). Start from its BF16 original, "
+        "or decode it with `hlwq convert`."
+    )
 
 
 def model_dtype(config: dict[str, Any]) -> str:
@@ -152,10 +157,12 @@ class DecodedCheckpoint:
         """
         self._reader = Reader(path)
         self.path = path
-        self.format = detect_format(self._reader.config)
+        self.format = detect_format(self._reader)
         self.config = {key: value for key, value in self._reader.config.items() if key not in ENGINE_SECTIONS}
         if self.format.NAME == "mlx":
             self.config = mlx.restored_config(self.config)
+        elif self.format.NAME == "polar":
+            self.config = polar.restored_config(self.config)
         try:
             modules = self.format.stored_modules(self._reader)
         except KeyError as error:

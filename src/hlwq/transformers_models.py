@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -56,14 +57,22 @@ def build_skeleton(config: dict[str, Any], *, tied: bool) -> Any:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without its loading bars, and its hints on long texts and on kernels that are not installed."""
+    """Without its loading bars, and its hints on long texts and on kernels that are not installed.
+
+    Where torchao is installed it comes along, and complains of what it lacks without a GPU.
+    """
     transformers = require_transformers()
     verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    others = {logger: logger.level for logger in map(logging.getLogger, ("torchao", "torch.utils._pytree"))}
+    for logger in others:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
+        for logger, level in others.items():
+            logger.setLevel(level)
         transformers.logging.set_verbosity(verbosity)
         if bars:
             transformers.logging.enable_progress_bar()

@@ -7,7 +7,15 @@ from collections.abc import Collection
 from pathlib import Path
 
 from hlwq.checkpoint import read_json
-from hlwq.formats import format_named
+from hlwq.formats import READABLE_FORMATS
+
+TORCHAO_RECIPE = "hlwq-torchao"
+TORCHAO_COMMAND = (
+    'python -c "import hlwq; from transformers import pipeline; '
+    "options = {{'quantization_config': hlwq.torchao.transformers_config('{path}')}}; "
+    "print(pipeline('text-generation', '{path}', model_kwargs=options)('Hello'))\""
+)
+"""Dense files of this recipe are meant to be rounded by torchao as they are loaded."""
 
 
 def commands(
@@ -23,8 +31,10 @@ def commands(
     """
     text_only = " --language-model-only" if "vision_config" in read_json(directory / "config.json") else ""
     path = shlex.quote(called or str(directory))
-    return [
-        (engine.name, engine.command.format(path=path, text_only=text_only))
-        for engine in format_named(format_name).ENGINES
-        if engine.command and engine.name not in without
-    ]
+    manifest = directory / "hlwq.json"
+    recipe = read_json(manifest)["recipe"] if manifest.is_file() else None
+    if recipe == TORCHAO_RECIPE and format_name == "dense":
+        found = [("torchao", TORCHAO_COMMAND)]
+    else:
+        found = [(engine.name, engine.command) for engine in READABLE_FORMATS[format_name].ENGINES if engine.command]
+    return [(name, command.format(path=path, text_only=text_only)) for name, command in found if name not in without]

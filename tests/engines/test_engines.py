@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from agreement import MISTAKES, TOLERANCE, difference, reference
-from engines import RunEngine, engine_python
+from engines import RunEngine, engine_python, skip_without_int4_kernel
 from safetensors.torch import load_file
 
 import hlwq
@@ -37,7 +37,7 @@ def prompts() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", ["smollm2", "hybrid"])
-@pytest.mark.parametrize(("engine", "format_name"), [("vllm", "gptq"), ("mlx", "mlx")])
+@pytest.mark.parametrize(("engine", "format_name"), [("vllm", "gptq"), ("vllm", "compressed-tensors"), ("mlx", "mlx")])
 @pytest.mark.parametrize(("recipe", "calibration"), [("rtn", None), ("hlwq-v7", CALIBRATION)])
 def test_engine_computes_what_the_codes_say(
     name: str,
@@ -54,9 +54,43 @@ def test_engine_computes_what_the_codes_say(
     # Group 128 does not divide SmolLM2's 576: its modules then differ in their groups.
     hlwq.quantize(models[name], directory, recipe, format=format_name, group_size=128, calibration=calibration)
     tokens, expected = reference(directory, prompts[name])
+    if engine == "vllm":
+        skip_without_int4_kernel()
     report = run_engine(engine, f"{engine}_logprobs.py", directory, tokens)
     assert difference(report["logprobs"], expected) < TOLERANCE[engine, name]
     assert report["text"]
+
+
+@pytest.mark.parametrize("name", ["smollm2", "hybrid"])
+def test_asymmetric_codes_run_in_vllm(
+    name: str, models: dict[str, Path], prompts: dict[str, str], tmp_path: Path, run_engine: RunEngine
+) -> None:
+    directory = tmp_path / "quantized"
+    hlwq.quantize(models[name], directory, "rtn", format="compressed-tensors", group_size=128, symmetric=False)
+    tokens, expected = reference(directory, prompts[name])
+    skip_without_int4_kernel()
+    report = run_engine("vllm", "vllm_logprobs.py", directory, tokens)
+    assert difference(report["logprobs"], expected) < TOLERANCE["vllm", name]
+    assert report["text"]
+
+
+@pytest.mark.parametrize("name", ["smollm2", "hybrid"])
+@pytest.mark.parametrize("options", [{}, {"symmetric": False}, {"bits": 8}], ids=str)
+def test_transformers_decodes_compressed_tensors_to_the_same_weights(
+    name: str, options: dict[str, Any], models: dict[str, Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+    from transformers import AutoModelForCausalLM
+
+    directory = tmp_path / "quantized"
+    hlwq.quantize(models[name], directory, "rtn", format="compressed-tensors", group_size=128, **options)
+    ours, loaded = DecodedCheckpoint(directory), AutoModelForCausalLM.from_pretrained(directory)
+    with torch.inference_mode():
+        assert loaded(input_ids=torch.arange(40, 60)[None]).logits.isfinite().all()  # its first pass decodes
+    theirs = loaded.state_dict()
+    for module in ours.quantized_modules():
+        weight = theirs[f"{module.replace('.language_model', '')}.weight"]
+        assert torch.equal(weight, ours.read(f"{module}.weight").to(weight.dtype)), module
 
 
 def test_chain_runs_in_mlx(prompts: dict[str, str], tmp_path: Path, run_engine: RunEngine) -> None:
@@ -129,6 +163,29 @@ def test_vllm_reads_the_dynamic_rules_as_meant(tmp_path: Path, run_engine: RunEn
     assert expected["language_model.model.layers.0.linear_attn.in_proj_qkvz"]
     said = run_engine("vllm", "vllm_rules.py", directory, list(expected))
     assert {name: rule is not False for name, rule in said["rules"].items()} == expected
+
+
+@pytest.mark.parametrize("name", ["smollm2", "hybrid"])
+def test_vllm_reads_the_config_groups_as_meant(
+    name: str, models: dict[str, Path], tmp_path: Path, run_engine: RunEngine
+) -> None:
+    directory = tmp_path / "quantized"
+    options: dict[str, Any] = {"group_size": 128, "symmetric": False, "exclude": [r"layers\.1\.mlp"]}
+    hlwq.quantize(models[name], directory, "rtn", format="compressed-tensors", **options)
+    decoded = DecodedCheckpoint(directory)
+    layout = describe(decoded.config, decoded.tensors)
+    expected: dict[str, list[Any] | None] = {"lm_head": None, "visual.blocks.0.attn.qkv": None}
+    if name == "smollm2":
+        del expected["visual.blocks.0.attn.qkv"]
+    for index, layer in enumerate(layout.layers):
+        for matrix in layer.matrices():
+            prefix = layout.layer_prefix(index)
+            asked = prefix.replace("model.language_model.", "language_model.model.") + (matrix.fused or matrix.name)
+            scheme = decoded.scheme_of(f"{prefix}{matrix.name}.weight")
+            expected[asked] = [scheme.bits, scheme.group_size, scheme.symmetric] if scheme else None
+    sizes = {scheme[1] for scheme in expected.values() if scheme}
+    assert sizes == ({64, 128} if name == "smollm2" else {128})
+    assert run_engine("vllm", "vllm_schemes.py", directory, list(expected)) == expected
 
 
 def test_vllm_finds_the_group_size_of_each_module(

@@ -2,39 +2,57 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from hlwq.checkpoint import Reader
 from hlwq.errors import HlwqError
-from hlwq.formats import dense, gptq, hlwq, mlx
-from hlwq.formats.base import Contents, Engine, Format, Scheme, StoredModule
+from hlwq.formats import compressed_tensors, dense, gptq, hlwq, mlx, polar
+from hlwq.formats.base import Contents, Engine, Format, ReadableFormat, Scheme, StoredModule
 
-__all__ = ["FORMATS", "Contents", "Engine", "Format", "Scheme", "StoredModule", "detect_format", "format_named"]
+__all__ = [
+    "FORMATS",
+    "READABLE_FORMATS",
+    "Contents",
+    "Engine",
+    "Format",
+    "ReadableFormat",
+    "Scheme",
+    "StoredModule",
+    "detect_format",
+    "format_named",
+]
 
-FORMATS: dict[str, Format] = {each.NAME: each for each in (gptq, mlx, hlwq, dense)}
+FORMATS: dict[str, Format] = {each.NAME: each for each in (gptq, compressed_tensors, mlx, hlwq, dense)}
+"""What is written, and read."""
+READABLE_FORMATS: dict[str, ReadableFormat] = {**FORMATS, polar.NAME: polar}
+"""What is read."""
 
 
 def format_named(name: str) -> Format:
-    """Look a format up.
+    """Look up a format to write.
 
     Raises:
         HlwqError: there is none of that name.
     """
     if name not in FORMATS:
-        raise HlwqError(f"There is no format {name}. Formats are: {', '.join(FORMATS)}.")
+        lack = (
+            f"Format {name} can be read, but not written" if name in READABLE_FORMATS else f"There is no format {name}"
+        )
+        raise HlwqError(f"{lack}. Formats are: {', '.join(FORMATS)}.")
     return FORMATS[name]
 
 
-def detect_format(config: dict[str, Any]) -> Format:
-    """The format of a directory with this `config.json`.
+def detect_format(reader: Reader) -> ReadableFormat:
+    """The format of a directory.
 
     Raises:
         HlwqError: it is quantized in a way that cannot be read here.
     """
-    section = config.get("quantization_config") or config.get("quantization")
+    if polar.is_polar(reader):
+        return polar
+    section = reader.config.get("quantization_config") or reader.config.get("quantization")
     if not section:
         return dense
     # mlx-lm writes no method, but its section under two keys.
-    method = section.get("quant_method", "mlx" if config.get("quantization") else None)
+    method = section.get("quant_method", "mlx" if reader.config.get("quantization") else None)
     if method in FORMATS:
         return FORMATS[method]
     raise HlwqError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,6 +13,9 @@ from hlwq.checkpoint import Reader, TensorSpec
 from hlwq.errors import HlwqError
 from hlwq.grids import Grid, QuantizedMatrix, ScaleMethod
 from hlwq.models import ModelLayout
+
+GROUP_SIZES = (32, 64, 128)
+"""What engines run uniform codes in."""
 
 
 @dataclass(frozen=True)
@@ -81,11 +85,22 @@ class Engine:
     command: str = ""
 
 
-class Format(Protocol):
-    """A way to store quantized matrices that some engine loads. Each module of this package is one."""
+class ReadableFormat(Protocol):
+    """A way in which quantized matrices are found stored. Each module of this package is one."""
 
     NAME: str
     ENGINES: tuple[Engine, ...]
+
+    def stored_modules(self, reader: Reader) -> dict[str, StoredModule]:
+        """The modules that a directory of this format stores as codes. Raises HlwqError if it is inconsistent."""
+
+    def dequantize(self, reader: Reader, module: str, scheme: Scheme) -> Tensor:
+        """Decode one module: float32 (out, in)."""
+
+
+class Format(ReadableFormat, Protocol):
+    """A way to store quantized matrices that some engine loads: what is written as well as read."""
+
     BITS: tuple[int, ...]
     DEFAULT_SYMMETRIC: bool  # of uniform codes, where the user does not say
     FUSED_ALIKE: bool  # engines run some matrices as one, whose members must have one scheme
@@ -108,12 +123,6 @@ class Format(Protocol):
     def json_files(self, config: dict[str, Any], contents: Contents) -> dict[str, dict[str, Any]]:
         """`config.json`, and whatever else engines read beside it."""
 
-    def stored_modules(self, reader: Reader) -> dict[str, StoredModule]:
-        """The modules that a directory of this format stores as codes. Raises HlwqError if it is inconsistent."""
-
-    def dequantize(self, reader: Reader, module: str, scheme: Scheme) -> Tensor:
-        """Decode one module: float32 (out, in)."""
-
 
 def engine_storage(dtype: str) -> tuple[torch.dtype, ...]:
     """Where the scales of a GPTQ file end up: float16 in the file, and the model's bfloat16 in the engine."""
@@ -126,6 +135,31 @@ def check_bits(format_name: str, bits: int, allowed: tuple[int, ...]) -> None:
         raise HlwqError(
             f"format {format_name} has {', '.join(map(str, allowed))} bits, not {bits}. See `hlwq formats`."
         )
+
+
+def check_group_size(format_name: str, group_size: int) -> None:
+    """Raise HlwqError unless engines that run uniform codes have groups of this size."""
+    if group_size not in GROUP_SIZES:
+        raise HlwqError(f"format {format_name} has groups of 32, 64 or 128, not {group_size}. Set --group-size.")
+
+
+def check_multiples_of_32(format_name: str, module: str, shape: tuple[int, int]) -> None:
+    """Raise HlwqError unless both sides of a matrix are multiples of 32, as packing and engines need them."""
+    if shape[0] % 32 or shape[1] % 32:
+        raise HlwqError(
+            f"{module} has shape {shape}; format {format_name} needs multiples of 32. Keep it in its own dtype: "
+            f"--exclude '{re.escape(module.rsplit('.', 1)[-1])}$'."
+        )
+
+
+def integer_zeros(matrix: QuantizedMatrix) -> Tensor:
+    """The codes that stand for 0 in each group of a matrix on a grid with integer zeros: uint8 (out, groups)."""
+    scale, bias = matrix.parameters.scale, matrix.parameters.bias
+    assert bias is not None
+    # A group of scale 0 is all zeros whatever its zero says.
+    empty = scale == 0
+    zeros = torch.where(empty, 2 ** (matrix.grid.bits - 1), -bias / torch.where(empty, 1, scale))
+    return zeros.round().to(torch.uint8)
 
 
 def require_parts(reader: Reader, module: str, *parts: str) -> tuple[str, ...]:

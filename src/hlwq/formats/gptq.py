@@ -9,7 +9,6 @@ becomes there.
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from typing import Any
 
@@ -18,9 +17,20 @@ from torch import Tensor
 
 from hlwq.checkpoint import Reader, TensorSpec
 from hlwq.errors import HlwqError
-from hlwq.formats.base import Contents, Engine, Scheme, StoredModule, check_bits, engine_storage, require_parts
+from hlwq.formats.base import (
+    Contents,
+    Engine,
+    Scheme,
+    StoredModule,
+    check_bits,
+    check_group_size,
+    check_multiples_of_32,
+    engine_storage,
+    integer_zeros,
+    require_parts,
+)
+from hlwq.formats.patterns import module_patterns, outside_the_decoder
 from hlwq.grids import Grid, Parameters, QuantizedMatrix, ScaleMethod, UniformGrid
-from hlwq.models import ModelLayout
 from hlwq.packing import pack, unpack
 from hlwq.version import __version__
 
@@ -35,7 +45,6 @@ FUSED_ALIKE = True
 HOLDS_EMBEDDINGS = False
 HOLDS_DESC_ACT = True
 STORES_DECODED = False
-GROUP_SIZES = (32, 64, 128)
 
 
 def lloyd_grid(bits: int, group_size: int) -> Grid:
@@ -53,8 +62,7 @@ def uniform_grid(bits: int, group_size: int, symmetric: bool, scale_method: Scal
         HlwqError: bits other than 4 or 8, or a group size that Marlin does not have.
     """
     check_bits(NAME, bits, BITS)
-    if group_size not in GROUP_SIZES:
-        raise HlwqError(f"format gptq has groups of 32, 64 or 128, not {group_size}. Set --group-size.")
+    check_group_size(NAME, group_size)
     return UniformGrid(bits, group_size, symmetric, True, scale_method, engine_storage(dtype))
 
 
@@ -64,12 +72,8 @@ def outputs(module: str, shape: tuple[int, int], grid: Grid, dtype: str) -> list
     Raises:
         HlwqError: `out` or `in` is not a multiple of 32, which packing and engines need.
     """
+    check_multiples_of_32(NAME, module, shape)
     rows, columns = shape
-    if rows % 32 or columns % 32:
-        raise HlwqError(
-            f"{module} has shape {shape}; format gptq needs multiples of 32. Keep it in its own dtype: "
-            f"--exclude '{re.escape(module.rsplit('.', 1)[-1])}$'."
-        )
     per_word, groups = 32 // grid.bits, columns // grid.group_size
     return [
         TensorSpec(f"{module}.qweight", "I32", (columns // per_word, rows)),
@@ -81,20 +85,16 @@ def outputs(module: str, shape: tuple[int, int], grid: Grid, dtype: str) -> list
 
 def encode(module: str, matrix: QuantizedMatrix, dtype: str) -> dict[str, Tensor]:
     """Pack codes, zeros and scales as the module's docstring says."""
-    bits, parameters = matrix.grid.bits, matrix.parameters
-    assert parameters.bias is not None
-    # A group of scale 0 is all zeros whatever its zero says.
-    empty = parameters.scale == 0
-    zeros = torch.where(empty, 2 ** (bits - 1), -parameters.bias / torch.where(empty, 1, parameters.scale))
+    bits = matrix.grid.bits
     symmetric = isinstance(matrix.grid, UniformGrid) and matrix.grid.symmetric
-    stored = zeros.round().to(torch.int16) - (1 if symmetric else 0)
+    stored = integer_zeros(matrix) - (1 if symmetric else 0)
     group_of_column = matrix.group_of_column
     if group_of_column is None:
         group_of_column = torch.arange(matrix.codes.shape[1]) // matrix.grid.group_size
     return {
         f"{module}.qweight": pack(matrix.codes, bits).view(torch.int32).T.contiguous(),
-        f"{module}.qzeros": pack(stored.to(torch.uint8).T.contiguous(), bits).view(torch.int32),
-        f"{module}.scales": parameters.scale.T.to(torch.float16).contiguous(),
+        f"{module}.qzeros": pack(stored.T.contiguous(), bits).view(torch.int32),
+        f"{module}.scales": matrix.parameters.scale.T.to(torch.float16).contiguous(),
         f"{module}.g_idx": group_of_column.to(torch.int32),
     }
 
@@ -124,44 +124,16 @@ def dynamic_rules(contents: Contents, common: Scheme) -> dict[str, dict[str, int
     its own prefixes and fused names, GPTQModel with the checkpoint's: each rule matches both spellings.
     """
     layout = contents.layout
-    rules: dict[str, dict[str, int]] = {}
-    for prefix in layout.family.kept:
-        rules[rf"-:(.*\.)?{re.escape(prefix.removeprefix('model.'))}.*"] = {}
-    rules[r"-:(.*\.)?lm_head$"] = {}
-    for pattern in _module_patterns(set(contents.kept), layout):
-        rules[f"-:{pattern}"] = {}
+    kept = [*outside_the_decoder(layout), *module_patterns(set(contents.kept), layout)]
+    rules: dict[str, dict[str, int]] = {f"-:{pattern}": {} for pattern in kept}
     by_scheme: dict[Scheme, set[str]] = defaultdict(set)
     for module, scheme in contents.quantized.items():
         by_scheme[scheme].add(module)
     for scheme, modules in by_scheme.items():
         if scheme != common:
-            for pattern in _module_patterns(modules, layout):
+            for pattern in module_patterns(modules, layout):
                 rules[f"+:{pattern}"] = {"bits": scheme.bits, "group_size": scheme.group_size}
     return rules
-
-
-def _module_patterns(modules: set[str], layout: ModelLayout) -> list[str]:
-    """Regular expressions that match these modules of the decoder, by their own and their fused names."""
-    layers_of: dict[str, set[int]] = defaultdict(set)
-    having: dict[str, set[int]] = defaultdict(set)
-    fused: dict[str, str] = {}
-    for index, layer in enumerate(layout.layers):
-        for matrix in layer.matrices():
-            having[matrix.name].add(index)
-            fused[matrix.name] = matrix.fused
-            if layout.layer_prefix(index) + matrix.name in modules:
-                layers_of[matrix.name].add(index)
-    # One pattern for modules that share their parent and their layers; in it, the fused names beside the own.
-    leaves_of: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for name, layers in layers_of.items():
-        parent, leaf = name.rsplit(".", 1)
-        where = r"\d+" if layers == having[name] else "(" + "|".join(map(str, sorted(layers))) + ")"
-        leaves = leaves_of[parent, where]
-        leaves += [each for each in (leaf, fused[name].rpartition(".")[2]) if each and each not in leaves]
-    return [
-        rf"(.*\.)?layers\.{where}\.{re.escape(parent)}\.({'|'.join(leaves)})$"
-        for (parent, where), leaves in leaves_of.items()
-    ]
 
 
 def stored_modules(reader: Reader) -> dict[str, StoredModule]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hlwq.checkpoint import DTYPES, Reader, TensorSpec
 from hlwq.errors import HlwqError
-from hlwq.formats.base import Contents, Engine, Scheme, StoredModule, check_bits, require_parts
+from hlwq.formats.base import Contents, Engine, Scheme, StoredModule, check_bits, check_group_size, require_parts
 from hlwq.grids import Grid, Parameters, QuantizedMatrix, ScaleMethod, UniformGrid
 from hlwq.models import ModelLayout
 from hlwq.models.qwen3_5 import QWEN3_5
@@ -33,7 +33,6 @@ FUSED_ALIKE = False
 HOLDS_EMBEDDINGS = True
 HOLDS_DESC_ACT = False
 STORES_DECODED = False
-GROUP_SIZES = (32, 64, 128)
 
 
 def lloyd_grid(bits: int, group_size: int) -> Grid:
@@ -51,8 +50,7 @@ def uniform_grid(bits: int, group_size: int, symmetric: bool, scale_method: Scal
         HlwqError: bits or a group size that MLX does not have.
     """
     check_bits(NAME, bits, BITS)
-    if group_size not in GROUP_SIZES:
-        raise HlwqError(f"format mlx has groups of 32, 64 or 128, not {group_size}. Set --group-size.")
+    check_group_size(NAME, group_size)
     return UniformGrid(bits, group_size, symmetric, False, scale_method, (DTYPES[dtype],))
 
 

@@ -1,0 +1,41 @@
+"""Regular expressions by which the configurations of engines name modules."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+
+from hlwq.models import ModelLayout
+
+
+def outside_the_decoder(layout: ModelLayout) -> list[str]:
+    """Patterns of what is never quantized: parts beside the decoder, and the output head.
+
+    vLLM says `visual.…` where the checkpoint says `model.visual.…`: each pattern matches both.
+    """
+    kept = [rf"(.*\.)?{re.escape(prefix.removeprefix('model.'))}.*" for prefix in layout.family.kept]
+    return [*kept, r"(.*\.)?lm_head$"]
+
+
+def module_patterns(modules: set[str], layout: ModelLayout) -> list[str]:
+    """Regular expressions that match these modules of the decoder, by their own and their fused names."""
+    layers_of: dict[str, set[int]] = defaultdict(set)
+    having: dict[str, set[int]] = defaultdict(set)
+    fused: dict[str, str] = {}
+    for index, layer in enumerate(layout.layers):
+        for matrix in layer.matrices():
+            having[matrix.name].add(index)
+            fused[matrix.name] = matrix.fused
+            if layout.layer_prefix(index) + matrix.name in modules:
+                layers_of[matrix.name].add(index)
+    # One pattern for modules that share their parent and their layers; in it, the fused names beside the own.
+    leaves_of: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for name, layers in layers_of.items():
+        parent, leaf = name.rsplit(".", 1)
+        where = r"\d+" if layers == having[name] else "(" + "|".join(map(str, sorted(layers))) + ")"
+        leaves = leaves_of[parent, where]
+        leaves += [each for each in (leaf, fused[name].rpartition(".")[2]) if each and each not in leaves]
+    return [
+        rf"(.*\.)?layers\.{where}\.{re.escape(parent)}\.({'|'.join(leaves)})$"
+        for (parent, where), leaves in leaves_of.items()
+    ]

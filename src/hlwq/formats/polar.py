@@ -1,0 +1,239 @@
+"""What was published under the name PolarQuant, and the first HLWQ files: read, not written.
+
+Matrices are padded to whole blocks along `in`; a block decodes to norm/√block · H · centroid[code]. The norms are
+(out, blocks), usually float16. There are two spellings of a module M:
+
+- `polar_engine_v4` and `v5`: `M.codes`, `M.norms` and `M.ct_scaled`, the centroids over √block (or `M.ct`, the
+  centroids themselves). The codes are (out, …): a byte each; or, up to 4 bits, nibbles, a block's first half being the
+  low ones of its bytes; or, of 5 bits, a bit stream with the least significant bits first. `polar_config.json` lists
+  each module's bits, block and true width.
+- Bit-packed: `M__packed`, `M__norms` and `M__meta`, with `__` for the dots of M, with or without its `.weight`. The
+  codes are one bit stream with the most significant bits first. The centroids are not stored. Their author's programs
+  know two kinds of `meta`: (out, blocks, block, codes), with centroids of a normal distribution cut at ±4, as his
+  notebooks and his converter compute them; and (bits, padded width), with those of his package's own loader.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import inf, pi, sqrt
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hlwq.checkpoint import Reader, read_json
+from hlwq.errors import HlwqError
+from hlwq.formats.base import Engine, Scheme, StoredModule
+from hlwq.grids import CHUNK_WEIGHTS
+from hlwq.hadamard import rotate_blocks
+from hlwq.models import describe
+from hlwq.packing import unpack, unpack_big_endian
+
+NAME = "polar"
+ENGINES: tuple[Engine, ...] = (
+    Engine("hlwq", tuple(range(1, 9)), "Lloyd–Max codes, read only", "hlwq convert {path} {path}-dense --format dense"),
+)
+CONFIG_FILE = "polar_config.json"
+VERSIONS = ("polar_engine_v4", "polar_engine_v5")
+
+
+@dataclass(frozen=True)
+class _Module:
+    """How a module is stored.
+
+    Attributes:
+        bits: of a code.
+        width: bits that a code takes in the file.
+        block: weights that share a norm.
+        shape: (out, in), without the padding.
+        codes: the name of their tensor.
+        norms: likewise.
+        levels: the name of `ct_scaled` or `ct`, or None where the centroids are not stored.
+        meta: the name of that tensor, or None.
+        cut: where the normal distribution of centroids that are not stored ends.
+    """
+
+    bits: int
+    width: int
+    block: int
+    shape: tuple[int, int]
+    codes: str
+    norms: str
+    levels: str | None
+    meta: str | None
+    cut: float
+
+
+def is_polar(reader: Reader) -> bool:
+    """Whether a directory holds matrices in either spelling, whatever its `config.json` says."""
+    return any(
+        name.endswith("__packed")
+        or (name.endswith(".codes") and f"{name.removesuffix('codes')}norms" in reader.tensors)
+        for name in reader.tensors
+    )
+
+
+def restored_config(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration with its architecture, which the package left out where it took the decoder of a vision model."""
+    if config.get("architectures") or config.get("model_type") != "qwen3_5_text":
+        return config
+    return {**config, "architectures": ["Qwen3_5ForCausalLM"]}
+
+
+def stored_modules(reader: Reader) -> dict[str, StoredModule]:
+    """Modules that have codes.
+
+    Raises:
+        HlwqError: an unknown version wrote the directory, or the tensors of a module are missing or disagree.
+    """
+    config = _polar_config(reader)
+    modules = {}
+    for name in reader.tensors:
+        module = _module_of(name)
+        if module is not None:
+            found = _describe_module(reader, config, module, name)
+            parts = tuple(filter(None, (found.codes, found.norms, found.levels, found.meta)))
+            modules[module] = StoredModule(Scheme(found.bits, found.block), found.shape, parts)
+    return modules
+
+
+def dequantize(reader: Reader, module: str, scheme: Scheme) -> Tensor:
+    """norm/√block · H · centroid[code], without the padding.
+
+    Raises:
+        HlwqError: a code has no centroid.
+    """
+    name = next(name for name in reader.tensors if _module_of(name) == module)
+    found = _describe_module(reader, _polar_config(reader), module, name)
+    codes, levels = _codes(reader, found), _levels(reader, found)
+    if int(codes.max()) >= len(levels):
+        raise _damaged(reader, module, f"has the code {int(codes.max())}, but {len(levels)} centroids")
+    norms = reader.read(found.norms).to(torch.float32)
+    decoded = torch.empty(found.shape)
+    count = max(1, CHUNK_WEIGHTS // codes.shape[1])
+    for start in range(0, len(codes), count):
+        rows = slice(start, start + count)
+        blocks = rotate_blocks(levels[codes[rows].int()], found.block).unflatten(-1, (-1, found.block))
+        decoded[rows] = (blocks * norms[rows].unsqueeze(-1)).flatten(-2)[:, : found.shape[1]]
+    return decoded
+
+
+def _module_of(name: str) -> str | None:
+    """The module whose codes a tensor of this name holds, or None."""
+    if name.endswith(".codes"):
+        return name.removesuffix(".codes")
+    if name.endswith("__packed"):
+        return name.removesuffix("__packed").replace("__", ".").removesuffix(".weight")
+    return None
+
+
+def _polar_config(reader: Reader) -> dict[str, Any]:
+    """`polar_config.json`, or nothing where there is none."""
+    file = reader.path / CONFIG_FILE
+    config = read_json(file) if file.is_file() else {}
+    version = config.get("format", VERSIONS[0])
+    if version not in VERSIONS:
+        raise HlwqError(f"{file}: format {version} is unknown; {' and '.join(VERSIONS)} can be read.")
+    if not isinstance(config.get("layers", {}), dict):
+        raise HlwqError(f"{file}: its layers are not a JSON object. Download it again.")
+    return config
+
+
+def _describe_module(reader: Reader, config: dict[str, Any], module: str, codes: str) -> _Module:
+    """Bring together what the headers, `polar_config.json` and `meta` say of a module.
+
+    Raises:
+        HlwqError: they disagree, or a tensor is missing.
+    """
+    dotted = codes.endswith(".codes")
+    prefix = codes.removesuffix("codes" if dotted else "packed")
+    layer = config.get("layers", {}).get(module, {})
+    norms = f"{prefix}norms"
+    levels = f"{prefix}ct" if f"{prefix}ct" in reader.tensors else f"{prefix}ct_scaled"
+    meta = f"{prefix}meta"
+    for name in (norms, levels) if dotted else (norms, meta):
+        if name not in reader.tensors:
+            raise _damaged(reader, module, f"lacks its tensor {name}")
+    block, cut = layer.get("block_size", config.get("block_size", 128)), inf
+    bits = layer.get("bits", config.get("bits"))
+    if not dotted:
+        stated = reader.read(meta).tolist()
+        if len(stated) == 4:
+            block, cut = stated[2], 4.0
+        elif len(stated) == 2:
+            bits = stated[0]
+        else:
+            raise HlwqError(f"{reader.path}: {meta} has {len(stated)} entries; those of 2 and of 4 can be read.")
+    if len(reader.tensors[norms].shape) != 2:
+        raise _damaged(reader, module, f"has norms of shape {reader.tensors[norms].shape}")
+    rows, blocks = reader.tensors[norms].shape
+    if not isinstance(block, int) or block < 8 or block & (block - 1):
+        raise _damaged(reader, module, f"has blocks of {block}, which is no power of two from 8")
+    padded = blocks * block
+    width, rest = divmod(8 * reader.tensors[codes].parameters, rows * padded)
+    bits = bits or width
+    if rest or width not in ((4, 5, 8) if dotted else (2, 3, 4, 5, 6, 8)) or not 1 <= bits <= width:
+        raise _damaged(reader, module, f"has {reader.tensors[codes].parameters} bytes for {rows * padded} codes")
+    if dotted and reader.tensors[levels].shape != (2**bits,):
+        raise _damaged(reader, module, f"has centroids of shape {reader.tensors[levels].shape}, but {bits} bits")
+    columns = layer.get("in_features") or _true_width(reader, module) or padded
+    if not padded - block < columns <= padded:
+        raise _damaged(reader, module, f"has {blocks} blocks of {block} for {columns} columns")
+    stored_levels, stored_meta = (levels, None) if dotted else (None, meta)
+    return _Module(bits, width, block, (rows, columns), codes, norms, stored_levels, stored_meta, cut)
+
+
+def _true_width(reader: Reader, module: str) -> int | None:
+    """The width of a matrix as the model has it, or None where it is not one of the decoder's."""
+    names = [f"{_module_of(name)}.weight" if _module_of(name) else name for name in reader.tensors]
+    shape = describe(restored_config(reader.config), names).required_tensors().get(f"{module}.weight")
+    return shape[1] if shape else None
+
+
+def _codes(reader: Reader, found: _Module) -> Tensor:
+    """The codes of a module, with the padding: uint8 (out, padded)."""
+    rows = found.shape[0]
+    stored = reader.read(found.codes).view(torch.uint8).reshape(rows, -1)
+    if found.width == 8:
+        return stored
+    if found.meta is not None:
+        return unpack_big_endian(stored, found.width)
+    if found.width == 5:
+        return unpack(stored, 5)
+    halves = stored.unflatten(-1, (-1, found.block // 2))
+    return torch.cat([halves & 15, halves >> 4], -1).flatten(-2)
+
+
+def _levels(reader: Reader, found: _Module) -> Tensor:
+    """The centroids of a module over √block: float32 (2^bits,)."""
+    if found.levels is None:
+        return _centroids(found.bits, found.cut) / sqrt(found.block)
+    levels = reader.read(found.levels).to(torch.float32)
+    return levels / sqrt(found.block) if found.levels.endswith(".ct") else levels
+
+
+@lru_cache(maxsize=16)
+def _centroids(bits: int, cut: float) -> Tensor:
+    """The centroids that files without them were made with: a hundred rounds of Lloyd's, which do not converge.
+
+    Args:
+        bits: of a code.
+        cut: where the normal distribution ends, 4 or infinity.
+
+    Returns:
+        float32 (2^bits,). It is shared: do not write to it.
+    """
+    edges = torch.linspace(-4, 4, 2**bits + 1, dtype=torch.float64)
+    edges[0], edges[-1] = -cut, cut
+    centroids = edges[1:]
+    for _ in range(100):
+        density, below = torch.exp(-(edges**2) / 2) / sqrt(2 * pi), torch.special.ndtr(edges)
+        centroids = (density[:-1] - density[1:]) / (below[1:] - below[:-1])
+        edges[1:-1] = (centroids[:-1] + centroids[1:]) / 2
+    return centroids.to(torch.float32)
+
+
+def _damaged(reader: Reader, module: str, why: str) -> HlwqError:
+    return HlwqError(f"{reader.path}: {module} {why}. The directory is damaged; download it again.")

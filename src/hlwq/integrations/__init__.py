@@ -1,0 +1,1 @@
+"""hlwq inside other libraries."""

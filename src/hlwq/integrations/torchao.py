@@ -1,0 +1,128 @@
+"""HLWQ before torchao's own INT4: the weights are rounded by HLWQ, decoded, and rounded again by torchao.
+
+On a GPU torchao packs INT4 for its kernels (`Int4WeightOnlyConfig`), on other devices it keeps a byte for a code
+(`IntxWeightOnlyConfig`); both fit a zero point. Neither can be made for a GPU without one, so the files that hlwq
+writes for this (recipe `hlwq-torchao`) are dense, and torchao rounds them as they are loaded. What it made can be saved
+and loaded again by transformers alone, in safetensors.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hlwq.devices import torch_device
+from hlwq.errors import HlwqError
+from hlwq.formats.patterns import module_patterns
+from hlwq.grids import LloydGrid
+from hlwq.models import ModelLayout, describe
+from hlwq.plan import fit_group_size, usual_modules
+from hlwq.quantize import quantize_matrix
+from hlwq.sources import open_dense
+from hlwq.transformers_models import quiet_transformers
+
+
+@torch.no_grad()
+def quantize_(model: nn.Module, *, bits: int | None = 5, block_size: int = 128, group_size: int = 128) -> None:
+    """Quantize a transformers model in place: the matrices that hlwq quantizes, by HLWQ and then by torchao.
+
+    Args:
+        model: of a supported family, on the device where it shall run.
+        bits: of HLWQ's codes; None leaves HLWQ out, so that torchao rounds the weights themselves.
+        block_size: weights that share a norm in HLWQ, a power of two.
+        group_size: weights that share a scale and a zero in torchao. Where a size does not divide a matrix's
+            in_features, the largest of 128, 64 and 32 below it that does is used for that matrix.
+
+    Raises:
+        HlwqError: torchao is not installed, the family is not supported, or no group size divides a matrix.
+    """
+    _require_torchao()
+    from torchao.quantization import quantize_ as torchao_quantize_
+
+    layout = describe({**_config_of(model), "architectures": [type(model).__name__]}, model.state_dict())
+    weights = {name: model.get_parameter(f"{name}.weight") for name in usual_modules(layout)}
+    widths = {name: weight.shape[1] for name, weight in weights.items()}
+    device = next(model.parameters()).device
+    config = _int4_config(layout, widths, group_size, device)
+    if bits is not None:
+        for name, weight in weights.items():
+            grid = LloydGrid(bits, _fitted(name, weight.shape[1], block_size))
+            matrix, _ = quantize_matrix(weight.cpu(), [(grid, "hadamard")], device)
+            weight.copy_(matrix.dequantize())
+    torchao_quantize_(model, config, filter_fn=None)
+
+
+def transformers_config(directory: str | Path, *, group_size: int = 128, device: str | None = None) -> Any:
+    """What makes transformers quantize a dense directory by torchao as it loads it.
+
+    Use it as `AutoModelForCausalLM.from_pretrained(directory, quantization_config=…)`; `save_pretrained` then writes
+    the quantized model, which loads without it.
+
+    Args:
+        directory: such as recipe hlwq-torchao writes, or any checkpoint that is not quantized.
+        group_size: see `quantize_`.
+        device: where the model shall run: `cuda`, `cpu`; by default a GPU if there is one.
+
+    Returns:
+        A `transformers.TorchAoConfig`.
+
+    Raises:
+        HlwqError: torchao is not installed, the directory cannot be read or is quantized, or no group size divides a
+            matrix.
+    """
+    _require_torchao()
+    from transformers import TorchAoConfig
+
+    reader = open_dense(Path(directory))
+    layout = describe(reader.config, reader.tensors)
+    widths = {name: reader.tensors[f"{name}.weight"].shape[1] for name in usual_modules(layout)}
+    target = torch_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return TorchAoConfig(_int4_config(layout, widths, group_size, target))
+
+
+def _int4_config(layout: ModelLayout, widths: dict[str, int], group_size: int, device: torch.device) -> Any:
+    """torchao's `FqnToConfig` that quantizes these modules and nothing else, whatever stands before `layers`."""
+    from torchao.quantization import FqnToConfig, Int4WeightOnlyConfig, IntxWeightOnlyConfig, MappingType, PerGroup
+
+    by_size: dict[int, set[str]] = defaultdict(set)
+    for name, width in widths.items():
+        by_size[_fitted(name, width, group_size)].add(name)
+    configs: dict[str, Any] = {}
+    for size, names in by_size.items():
+        if device.type == "cuda":
+            config = Int4WeightOnlyConfig(group_size=size, int4_packing_format="tile_packed_to_4d")
+        else:
+            int4 = vars(torch)["int4"]  # torch's type hints lack it
+            config = IntxWeightOnlyConfig(
+                weight_dtype=int4, granularity=PerGroup(size), mapping_type=MappingType.ASYMMETRIC
+            )
+        configs |= {f"re:{pattern}": config for pattern in module_patterns(names, layout)}
+    return FqnToConfig(configs)
+
+
+def _fitted(name: str, width: int, wanted: int) -> int:
+    size = fit_group_size(wanted, width)
+    if size is None:
+        raise HlwqError(f"{name} has in_features {width}, which neither {wanted} nor 128, 64 or 32 below it divides.")
+    return size
+
+
+def _config_of(model: nn.Module) -> dict[str, Any]:
+    config = getattr(model, "config", None)
+    if config is None:
+        raise HlwqError(f"{type(model).__name__} has no configuration. Give a model that transformers loaded.")
+    found: dict[str, Any] = config.to_dict()
+    return found
+
+
+def _require_torchao() -> None:
+    """Raise HlwqError unless torchao and transformers are installed."""
+    try:
+        with quiet_transformers():
+            import torchao  # noqa: F401
+    except ImportError:
+        raise HlwqError("This needs torchao. Run: pip install 'hlwq[torchao]'") from None

@@ -1,0 +1,158 @@
+"""HLWQ before torchao's INT4, and what torchao and transformers make of it on a CPU."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import make_checkpoint
+from torch import nn
+
+import hlwq
+from hlwq import HlwqError
+from hlwq.demo import bundled_model
+from hlwq.evaluate.model import load_model
+from hlwq.grids import LloydGrid
+from hlwq.quantize import quantize_matrix
+from hlwq.usage import commands
+
+IDS = torch.arange(40, 90)[None]
+
+
+@pytest.fixture
+def torchao() -> Any:
+    return pytest.importorskip("torchao.quantization", reason="torchao is not installed: pip install 'hlwq[torchao]'")
+
+
+def loaded() -> Any:
+    """The bundled model, in bfloat16."""
+    return load_model(bundled_model())[0]
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.inference_mode():
+        found: torch.Tensor = model(input_ids=IDS).logits
+    return found
+
+
+def group_sizes(model: nn.Module) -> dict[str, int | None]:
+    """Of each linear layer: the weights that share a scale, or None if torchao has left it alone."""
+    return {
+        name: getattr(module.weight, "block_size", (None, None))[1]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+
+
+def test_the_matrices_that_hlwq_quantizes_are_quantized_as_torchao_would_hlwqs(torchao: Any) -> None:
+    model, name = loaded(), "model.layers.0.mlp.down_proj"
+    weight = model.get_parameter(f"{name}.weight").detach().clone()
+    hlwq.torchao.quantize_(model)
+    sizes = group_sizes(model)
+    assert {module.rpartition(".")[2] for module, size in sizes.items() if size is None} == {
+        "in_proj_a",
+        "in_proj_b",
+        "lm_head",
+    }
+    assert set(sizes.values()) == {None, 128}
+    # The same weight in a layer of its own, by hlwq and torchao themselves.
+    matrix, _ = quantize_matrix(weight, [(LloydGrid(5, 128), "hadamard")], torch.device("cpu"))
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=torch.bfloat16)
+    linear.weight.data = matrix.dequantize(torch.bfloat16)
+    config = torchao.IntxWeightOnlyConfig(
+        weight_dtype=torch.int4, granularity=torchao.PerGroup(128), mapping_type=torchao.MappingType.ASYMMETRIC
+    )
+    torchao.quantize_(linear, config)
+    assert torch.equal(model.get_parameter(f"{name}.weight").dequantize(), linear.weight.dequantize())
+
+
+@pytest.mark.parametrize("options", [{"bits": None}, {"bits": 3}, {"block_size": 64}, {"group_size": 32}], ids=str)
+def test_each_option_changes_the_result(options: dict[str, Any], torchao: Any) -> None:
+    usual, other = loaded(), loaded()
+    hlwq.torchao.quantize_(usual)
+    hlwq.torchao.quantize_(other, **options)
+    assert not torch.equal(logits(usual), logits(other))
+
+
+def test_a_smaller_group_stands_in_where_the_wanted_one_does_not_divide(torchao: Any, tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=192, intermediate_size=320, num_hidden_layers=1, num_attention_heads=4, vocab_size=96
+    )
+    model = LlamaForCausalLM(config)
+    hlwq.torchao.quantize_(model)
+    assert {name.rpartition(".")[2]: size for name, size in group_sizes(model).items()} == {
+        **dict.fromkeys(["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], 64),
+        "lm_head": None,
+    }
+
+
+def test_the_recipe_is_loaded_saved_and_loaded_again_by_transformers(torchao: Any, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    dense, saved = tmp_path / "dense", tmp_path / "saved"
+    result = hlwq.quantize(bundled_model(), dense, "hlwq-torchao")
+    assert result.plan.format.NAME == "dense"
+    assert "quantization_config" not in json.loads((dense / "config.json").read_text())
+    config = hlwq.torchao.transformers_config(dense, device="cpu")
+    model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.bfloat16, quantization_config=config)
+    in_place = loaded()
+    hlwq.torchao.quantize_(in_place)
+    assert torch.equal(logits(model), logits(in_place))
+    model.save_pretrained(saved)
+    assert [file.suffix for file in saved.glob("model*")] == [".safetensors"]  # nothing pickled
+    again = AutoModelForCausalLM.from_pretrained(saved)
+    assert torch.equal(logits(again), logits(model))
+    plain = hlwq.torchao.transformers_config(dense, device="cpu", group_size=32)
+    finer = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.bfloat16, quantization_config=plain)
+    assert not torch.equal(logits(finer), logits(model))
+
+
+@pytest.mark.slow
+def test_the_recipe_says_how_to_run_it(torchao: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    hlwq.quantize(bundled_model(), out, "hlwq-torchao")
+    ((engine, command),) = commands(out, "dense")
+    assert engine == "torchao"
+    program = command.removeprefix('python -c "').removesuffix('"')
+    assert str(out) in program
+    exec(compile(program, "command", "exec"), {})  # what the shell would run
+    assert "generated_text" in capfd.readouterr().out
+
+
+def test_the_recipe_writes_hlwqs_decoded_weights(tmp_path: Path) -> None:
+    hlwq.quantize(bundled_model(), tmp_path / "torchao", "hlwq-torchao")
+    hlwq.quantize(bundled_model(), tmp_path / "hlwq", "hlwq", format="dense")
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("torchao", "hlwq")]
+    assert files[0] == files[1]
+    assert [engine for engine, _ in commands(tmp_path / "hlwq", "dense")] == ["transformers", "vLLM"]
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda path: hlwq.torchao.quantize_(nn.Linear(4, 4)), "Linear has no configuration"),
+        (lambda path: hlwq.torchao.transformers_config(path / "hlwq"), "quantized already"),
+        (
+            lambda path: hlwq.torchao.transformers_config(path / "odd"),
+            "in_features 72, which neither 128 nor 128, 64 or 32",
+        ),
+    ],
+)
+def test_what_cannot_be_done_is_refused(call: Callable[[Path], None], said: str, torchao: Any, tmp_path: Path) -> None:
+    hlwq.quantize(bundled_model(), tmp_path / "hlwq", "hlwq")
+    make_checkpoint(tmp_path / "odd", "llama", intermediate_size=72)
+    with pytest.raises(HlwqError, match=said):
+        call(tmp_path)
+
+
+def test_without_torchao_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    with pytest.raises(HlwqError, match=r"pip install 'hlwq\[torchao\]'"):
+        hlwq.torchao.transformers_config(bundled_model())
