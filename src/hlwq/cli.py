@@ -448,6 +448,9 @@ def eval_speed(
     prompt_tokens: Annotated[int, typer.Option(help="Of each run.")] = 512,
     new_tokens: Annotated[int, typer.Option(help="Of each run.")] = 64,
     runs: Annotated[int, typer.Option(help="After a warm-up.")] = 3,
+    packed: Annotated[
+        bool, typer.Option("--packed", help="Run an hlwq directory packed instead of decoding it.")
+    ] = False,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
@@ -461,10 +464,17 @@ def eval_speed(
     subject = Endpoint(endpoint) if endpoint else (model or "")
     with _progress("measuring") as report:
         result = speed(
-            subject, prompt_tokens=prompt_tokens, new_tokens=new_tokens, runs=runs, device=device, progress=report
+            subject,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            runs=runs,
+            device=device,
+            packed=packed,
+            progress=report,
         )
     if model:
-        _keep(model, "speed", speed_setting(prompt_tokens, new_tokens, runs, device), asdict(result))
+        setting = speed_setting(prompt_tokens, new_tokens, runs, device) | ({"packed": True} if packed else {})
+        _keep(model, "speed", setting, asdict(result))
     if as_json:
         _print_json(asdict(result))
         return
