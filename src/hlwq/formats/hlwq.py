@@ -29,6 +29,7 @@ ENGINES: tuple[Engine, ...] = (
         "python -c 'import sys, hlwq; from transformers import pipeline; "
         'print(pipeline("text-generation", sys.argv[1])("Hello")[0]["generated_text"])\' {path}',
     ),
+    Engine("vLLM with hlwq", BITS, "Lloyd–Max codes", "vllm serve {path}{text_only}"),
     Engine("hlwq", BITS, "Lloyd–Max codes", "hlwq convert {path} {path}-dense --format dense"),
 )
 DEFAULT_SYMMETRIC = True
