@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import sqrt
+from types import ModuleType
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from hlwq.compiled import kernels_for
 from hlwq.errors import HlwqError
 from hlwq.hadamard import rotate_blocks
 from hlwq.lloyd import codebook
@@ -182,12 +184,16 @@ class LloydGrid:
         Raises:
             HlwqError: a norm overflows the storage dtype.
         """
-        norm = torch.linalg.vector_norm(weights, dim=-1, keepdim=True)
+        kernels = self._kernels(weights)
+        norm, best = kernels.fit_norms(weights, self.bits) if kernels else self._norms(weights)
         round_to_storage(norm, self.storage)  # an infinite norm would come back from the least squares as anything
-        if self.least_squares:
-            levels = self.decode(self.round(weights, Parameters(norm)), Parameters(torch.ones_like(norm)))
-            norm = (weights * levels).sum(-1, keepdim=True) / (levels * levels).sum(-1, keepdim=True)
-        return Parameters(round_to_storage(norm, self.storage))
+        return Parameters(round_to_storage(best if self.least_squares else norm, self.storage))
+
+    def _norms(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """The groups' own norms, and those of least squared error."""
+        norm = sum_by_halves(weights * weights).sqrt()
+        levels = self._decode(self._round(weights, Parameters(norm)), Parameters(torch.ones_like(norm)))
+        return norm, sum_by_halves(weights * levels) / sum_by_halves(levels * levels)
 
     def candidates(self, weights: Tensor) -> Iterator[Parameters]:
         """Norms that `fit_weighted` chooses among: the group's own, and others near it."""
@@ -203,6 +209,13 @@ class LloydGrid:
 
     def round(self, weights: Tensor, parameters: Parameters) -> Tensor:
         """The nearest codes, uint8 (…, group), for float32 weights (…, group)."""
+        kernels = self._kernels(weights)
+        if kernels:
+            codes: Tensor = kernels.nearest_codes(weights, parameters.scale, self.bits)
+            return codes
+        return self._round(weights, parameters)
+
+    def _round(self, weights: Tensor, parameters: Parameters) -> Tensor:
         norm = parameters.scale
         inverse = torch.where(norm > 0, sqrt(self.group_size) / norm, 0)
         boundaries = codebook(self.bits, weights.device).boundaries
@@ -210,8 +223,23 @@ class LloydGrid:
 
     def decode(self, codes: Tensor, parameters: Parameters) -> Tensor:
         """The weights, float32 (…, group), that uint8 codes (…, group) stand for."""
+        kernels = self._kernels(codes)
+        if kernels:
+            rows, norms = codes.reshape(-1, self.group_size), parameters.scale.reshape(-1, 1)
+            weights: Tensor = kernels.look_up(rows, norms, self.bits, width=8)
+            return weights.view(codes.shape)
+        return self._decode(codes, parameters)
+
+    def _decode(self, codes: Tensor, parameters: Parameters) -> Tensor:
         centroids = codebook(self.bits, codes.device).centroids
         return centroids[codes.int()] * (parameters.scale / sqrt(self.group_size))
+
+    def _kernels(self, groups: Tensor) -> ModuleType | None:
+        """The compiled kernels for whole groups, where there are any: same bits, fifty times as fast."""
+        kernels = kernels_for(groups)
+        if kernels and self.bits > 1 and groups.ndim > 1 and groups.shape[-1] == self.group_size:
+            return kernels if self.group_size in kernels.GROUP_SIZES else None
+        return None
 
 
 Grid = UniformGrid | LloydGrid
@@ -310,6 +338,14 @@ class QuantizedMatrix:
         codes = self.codes[rows].unflatten(-1, (-1, self.grid.group_size))
         weights = self.grid.decode(codes, parameters).flatten(-2)
         return rotate_blocks(weights, self.grid.group_size) if self.basis == "hadamard" else weights
+
+
+def sum_by_halves(values: Tensor) -> Tensor:
+    """The sums over the last axis, which is kept, each the same on every machine: halves are added until one is left."""
+    while (length := values.shape[-1]) > 1:
+        half = length // 2
+        values = torch.cat([values[..., :half] + values[..., length - half :], values[..., half : length - half]], -1)
+    return values
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
