@@ -32,6 +32,8 @@ GROUP_SIZES = (8, 16, 32, 64, 128, 256)
 """Groups that are kept in registers."""
 THREAD_WEIGHTS = 1 << 18
 """Weights that are worth a thread of their own."""
+CACHED_WEIGHTS = 1 << 15
+"""Float32 that fit the cache of a core beside other things, and that torch copies without threads of its own."""
 BINS = 2048
 """Equal steps of the range of levels: finer than their smallest distance, so that a step contains one boundary at most."""
 
@@ -245,6 +247,16 @@ def cut_codes(builder: ir.IRBuilder, source: ir.Value, width: int) -> ir.Value:
     return shuffle(builder, *parts, low_bytes)
 
 
+def cut_nibbles(builder: ir.IRBuilder, source: ir.Value) -> ir.Value:
+    """The same for codes of 4 bits, of which none begins in one byte and ends in the next."""
+    raw = builder.load(pointer(builder, source, 0, ir.VectorType(I8, 16)), align=1)
+    both = shuffle(builder, raw, raw, [code // 2 for code in LANE_ORDER])
+    words = builder.bitcast(both, ir.VectorType(I16, 16))
+    high = builder.and_(builder.lshr(words, constant(I16, [4] * 16)), constant(I16, [0x0F00] * 16))
+    codes = builder.or_(builder.and_(words, constant(I16, [0x000F] * 16)), high)
+    return builder.bitcast(codes, ir.VectorType(I8, 32))
+
+
 def shuffled_levels(builder: ir.IRBuilder, codes: ir.Value, tables: ir.Value, bits: int) -> list[ir.Value]:
     """The levels of 32 codes, found by `vpshufb` in the tables that `level_tables` makes."""
     kind = codes.type
@@ -290,7 +302,8 @@ def levels(context, source, tables, width, bits, shuffled):
     signature = types.UniTuple(vector, 4)(types.intp, types.intp, width, bits, shuffled)
 
     def generate(target, builder, __, args):
-        codes = cut_codes(builder, args[0], width.literal_value)
+        bits_apart = width.literal_value
+        codes = cut_nibbles(builder, args[0]) if bits_apart == 4 else cut_codes(builder, args[0], bits_apart)
         if shuffled.literal_value:
             found = shuffled_levels(builder, codes, args[1], bits.literal_value)
         else:
@@ -401,15 +414,15 @@ def group_kernels(size: int) -> tuple[Any, Any]:
 
     @compiled
     def fit_groups(weights, centroids, lower_codes, boundaries, bin_scale, norms, refined):
-        levels_of = np.empty(size, np.float32)
+        values, places, levels_of = np.empty(size, np.float32), np.empty(size, np.int32), np.empty(size, np.float32)
         root = np.float32(sqrt(size))
         for group in range(len(weights)):
             here, there = np.intp(weights[group].ctypes.data), np.intp(levels_of.ctypes.data)
-            norm = np.sqrt(dot_by_halves(here, here, size))
-            norms[group] = norm
-            inverse = np.float32(1) / norm * root if norm > 0 else np.float32(0)
+            norms[group] = np.sqrt(dot_by_halves(here, here, size))
+            find_bins(weights[group], norms[group], bin_scale, values, places)
             for column in range(size):
-                code = nearest_code(weights[group, column] * inverse, lower_codes, boundaries, bin_scale)
+                place = np.uint32(places[column])
+                code = lower_codes[place] + np.uint8(values[column] > boundaries[place])
                 levels_of[column] = centroids[code] * (np.float32(1) / root)
             refined[group] = dot_by_halves(here, there, size) / dot_by_halves(there, there, size)
 
@@ -417,26 +430,31 @@ def group_kernels(size: int) -> tuple[Any, Any]:
 
 
 @compiled
-def nearest_code(value, lower_codes, boundaries, bin_scale):
-    """How many boundaries lie below a value: those of lower bins, and the one in its own bin, if any, by comparison."""
-    position = value * bin_scale + np.float32(BINS // 2)
-    position = min(position, np.float32(BINS - 1)) if position > 0 else np.float32(0)
-    index = np.int32(position)
-    return lower_codes[index] + np.uint8(value > boundaries[index])
+def find_bins(weights, norm, bin_scale, values, places):
+    """The values √size/norm · weights of a group, and the bins that they fall into."""
+    inverse = np.float32(1) / norm * np.float32(sqrt(len(weights))) if norm > 0 else np.float32(0)
+    last = np.float32(BINS - 1)
+    for column in range(len(weights)):
+        values[column] = weights[column] * inverse
+        place = values[column] * bin_scale + np.float32(BINS // 2)
+        place = place if place > 0 else np.float32(0)
+        places[column] = np.int32(place if place < last else last)
 
 
 @compiled
-def round_groups(weights, norms, root, lower_codes, boundaries, bin_scale, codes):
+def round_groups(weights, norms, lower_codes, boundaries, bin_scale, codes):
+    """How many boundaries lie below a value: those of lower bins, and the one in its own bin, if any, by comparison."""
+    values, places = np.empty(weights.shape[1], np.float32), np.empty(weights.shape[1], np.int32)
     for group in range(len(weights)):
-        norm = norms[group]
-        inverse = np.float32(1) / norm * root if norm > 0 else np.float32(0)
+        find_bins(weights[group], norms[group], bin_scale, values, places)
         for column in range(weights.shape[1]):
-            codes[group, column] = nearest_code(weights[group, column] * inverse, lower_codes, boundaries, bin_scale)
+            place = np.uint32(places[column])
+            codes[group, column] = lower_codes[place] + np.uint8(values[column] > boundaries[place])
 
 
 @lru_cache
 def bins(bits: int) -> tuple[np.ndarray, np.ndarray, np.float32]:
-    """For `nearest_code`: of each bin the number of boundaries in lower bins and the boundary in it, and the scale.
+    """Of each bin the number of boundaries in lower bins and the boundary in it, and the scale.
 
     Values fall into bins by the same arithmetic as the boundaries do, and it never decreases: so a boundary in a lower
     bin is smaller than the value, and one in a higher bin larger.
@@ -482,10 +500,9 @@ def matmul(inputs: Tensor, packed: Tensor, norms: Tensor, bits: int) -> Tensor:
     rotated = hadamard.rotate_blocks(inputs.to(torch.float32), group_size)
     padded = rotated if alone else torch.nn.functional.pad(rotated, (0, 0, 0, -rows % 4))
     outputs = np.empty((len(padded), len(packed)), np.float32)
-    shuffled = AVX2
-    _, multiply_vector, multiply_rows = row_kernels(bits, bits, shuffled)
+    _, multiply_vector, multiply_rows = row_kernels(bits, bits, AVX2)
     x, codes, scales = padded.numpy(), packed.contiguous().numpy(), scales_of(norms, group_size)
-    log, tables, centroids = group_size.bit_length() - 1, level_tables(bits, shuffled), level_tables(bits, False)
+    log, tables, centroids = group_size.bit_length() - 1, level_tables(bits, AVX2), level_tables(bits, False)
 
     def work(part: slice) -> None:
         if alone:
@@ -503,21 +520,37 @@ def scales_of(norms: Tensor, group_size: int) -> np.ndarray:
     return scales
 
 
-def look_up(packed: Tensor, norms: Tensor, bits: int, width: int) -> Tensor:
-    """norm/√d · centroid[code], float32 (out, in), for codes of `bits` bits that lie `width` bits apart."""
-    columns = packed.shape[1] * 8 // width
+def decode(codes: Tensor, norms: Tensor, bits: int, width: int, rotated: bool, target: Tensor) -> None:
+    """Write norm/√d · centroid[code] to `target` (out, in), of any dtype.
+
+    Args:
+        codes: uint8, of `bits` bits each, `width` bits apart.
+        norms: (out, groups).
+        bits: 2 to 8.
+        width: `bits` for packed codes, 8 for one in a byte.
+        rotated: whether groups are rotated, which decodes HLWQ; their size is then one of GROUP_SIZES.
+        target: where to.
+    """
+    rows, columns = target.shape
     group_size = columns // norms.shape[1]
-    target = np.empty((len(packed), columns), np.float32)
-    shuffled = AVX2
-    kernel, *_ = row_kernels(width, bits, shuffled)
-    codes, scales = packed.contiguous().numpy(), scales_of(norms, group_size)
-    log, tables, centroids = group_size.bit_length() - 1, level_tables(bits, shuffled), level_tables(bits, False)
-    in_threads(
-        lambda part: kernel(codes[part], scales[part], log, tables, centroids, target[part]),
-        len(target),
-        target.size,
-    )
-    return torch.from_numpy(target)
+    kernel, *_ = row_kernels(width, bits, AVX2)
+    rotate_groups = group_kernels(group_size)[0] if rotated else None
+    lines, scales = codes.contiguous().numpy(), scales_of(norms, group_size)
+    log, tables, centroids = group_size.bit_length() - 1, level_tables(bits, AVX2), level_tables(bits, False)
+
+    def work(part: slice) -> None:
+        step = max(1, CACHED_WEIGHTS // max(1, columns))
+        weights = torch.empty(step, columns)
+        for start in range(part.start, part.stop, step):
+            some = slice(start, min(start + step, part.stop))
+            decoded = weights[: some.stop - some.start]
+            kernel(lines[some], scales[some], log, tables, centroids, decoded.numpy())
+            if rotate_groups:
+                groups = decoded.view(-1, group_size).numpy()
+                rotate_groups(groups, groups)
+            target[some] = decoded
+
+    in_threads(work, rows, target.numel())
 
 
 def rotate_blocks(values: Tensor, block_size: int) -> Tensor:
@@ -548,9 +581,8 @@ def nearest_codes(weights: Tensor, norms: Tensor, bits: int) -> Tensor:
     """The codes of groups (…, size) with norms (…, 1), uint8. See `LloydGrid.round`."""
     groups = weights.reshape(-1, weights.shape[-1]).contiguous().numpy()
     codes, scales = np.empty(groups.shape, np.uint8), norms.reshape(-1).numpy()
-    root = np.float32(sqrt(weights.shape[-1]))
     in_threads(
-        lambda part: round_groups(groups[part], scales[part], root, *bins(bits), codes[part]),
+        lambda part: round_groups(groups[part], scales[part], *bins(bits), codes[part]),
         len(groups),
         groups.size,
     )

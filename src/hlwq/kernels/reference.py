@@ -32,7 +32,8 @@ def look_up(packed: Tensor, norms: Tensor, bits: int) -> Tensor:
     """Decode to the rotated coordinates: norm/√d · centroid[code], float32 (out, in)."""
     kernels = kernels_for(packed)
     if kernels:
-        weights: Tensor = kernels.look_up(packed, norms, bits, width=bits)
+        weights = torch.empty(len(packed), packed.shape[1] * 8 // bits)
+        kernels.decode(packed, norms, bits, width=bits, rotated=False, target=weights)
         return weights
     return _look_up(packed, norms, bits)
 
