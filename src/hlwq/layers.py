@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hlwq.checkpoint import disk_errors
+from hlwq.devices import fast_on_cpu
 from hlwq.models import ModelLayout
 from hlwq.solvers.gptq import Gram
 from hlwq.transformers_models import build_skeleton, quiet_transformers
@@ -70,7 +71,7 @@ class LayerRunner:
         """
         self.index = 0
         self._layout, self._device = layout, device
-        self._dtype = dtype if device.type != "cpu" or _fast_on_cpu(dtype) else torch.float32
+        self._dtype = dtype if device.type != "cpu" or fast_on_cpu(dtype) else torch.float32
         self._decoder = build_skeleton(config, tied=layout.tied).get_decoder()
         self._decoder.norm = nn.Identity()
         rotary = self._decoder.rotary_emb
@@ -287,10 +288,3 @@ class _States:
         with disk_errors(self._file.parent), self._file.open("r+b") as stream:
             stream.seek(batch.start * self._sample_bytes)
             stream.write(states.cpu().contiguous().view(torch.uint8).numpy().data)
-
-
-def _fast_on_cpu(dtype: torch.dtype) -> bool:
-    """Whether torch has fast kernels for products of this dtype on this CPU; the others are ten times slower."""
-    if dtype is torch.bfloat16 and torch.backends.mkldnn.is_available():
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return dtype is torch.float32
