@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hlwq.formats import Scheme
 from hlwq.formats.hlwq import decode
-from hlwq.kernels import matmul
+from hlwq.kernels import embedding, matmul
 
 
 class _Packed(nn.Module):
@@ -121,9 +121,7 @@ class HLWQEmbedding(_Packed):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids (…) to rows (…, embedding_dim)."""
-        flat = ids.flatten()
-        rows = decode(self.weight_packed[flat], self.weight_norms[flat], self.bits)
-        return rows.to(self._like.dtype).view(*ids.shape, self.embedding_dim)
+        return embedding(ids, self.weight_packed, self.weight_norms, self.bits, self._like.dtype)
 
     def dequantize(self, dtype: torch.dtype) -> nn.Embedding:
         """The embedding with decoded weights."""

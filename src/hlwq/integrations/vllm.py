@@ -185,9 +185,7 @@ class HLWQMethod(LinearMethodBase):
 
     def embedding(self, layer: Any, ids: Tensor) -> Tensor:
         """Token ids (…) to rows (…, in)."""
-        flat = ids.flatten()
-        rows = hlwq_format.decode(layer.weight_packed[flat], layer.weight_norms[flat], self.scheme.bits)
-        return rows.to(layer.params_dtype).view(*ids.shape, -1)
+        return kernels.embedding(ids, layer.weight_packed, layer.weight_norms, self.scheme.bits, layer.params_dtype)
 
     def tie_weights(self, layer: nn.Module, embed_tokens: nn.Module) -> nn.Module:
         """Let an output head use the codes of the embedding."""
