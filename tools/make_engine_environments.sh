@@ -50,3 +50,5 @@ install_polarquant() {
 for engine in mlx vllm gptqmodel polarquant; do
     make_environment "$engine"
 done
+# hlwq is a plugin of vLLM's, whose environment has all that it needs.
+"$root/vllm/bin/python" -m pip install -q --no-deps -e "$(dirname "$0")/.."

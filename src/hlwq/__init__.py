@@ -1,19 +1,23 @@
 """hlwq: a Hugging Face LLM in, the best small checkpoint that engines load as it is out, with the evidence."""
 
+from typing import Any
+
 from hlwq import evaluate
 from hlwq.calibration import Calibration
 from hlwq.check import check_directory as check
 from hlwq.errors import HlwqError
 from hlwq.inspect import inspect
-from hlwq.integrations import torchao
+from hlwq.integrations import register_with_transformers, torchao
 from hlwq.quantize import convert, quantize
 from hlwq.recipes import Recipe, Stage
 from hlwq.solvers.gptq import GptqOptions
+from hlwq.transformers_models import require_transformers
 from hlwq.version import __version__
 
 __all__ = [
     "Calibration",
     "GptqOptions",
+    "HLWQConfig",
     "HlwqError",
     "Recipe",
     "Stage",
@@ -25,3 +29,16 @@ __all__ = [
     "quantize",
     "torchao",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`HLWQConfig` is a class of transformers', which is imported only by those who ask for it."""
+    if name != "HLWQConfig":
+        raise AttributeError(f"module 'hlwq' has no attribute {name!r}")
+    require_transformers()
+    from hlwq.integrations.transformers import HLWQConfig
+
+    return HLWQConfig
+
+
+register_with_transformers()

@@ -266,7 +266,17 @@ def _check_mlx(reader: Reader, layout: ModelLayout, modules: dict[str, StoredMod
 
 def _check_hlwq(reader: Reader, layout: ModelLayout, modules: dict[str, StoredModule]) -> list[CheckLine]:
     again = "Quantize again with --recipe hlwq."
-    return [_line("hlwq", "fused matrices have one scheme", _mixed_fusions(layout, modules), again)]
+    transformers, vllm = "transformers", "vLLM with hlwq"
+    whole, index = "model.safetensors", "model.safetensors.index.json"
+    unnamed = [] if any((reader.path / name).is_file() for name in (whole, index)) else [f"neither {whole} nor {index}"]
+    untyped = [] if reader.config.get("model_type") else ["model_type"]
+    packed = [layout.embedding] if layout.family is QWEN3_5 and layout.embedding in modules else []
+    return [
+        _line(transformers, f"weights are in {whole}, or named by {index}", unnamed, again),
+        _line(transformers, "config.json says the model's type", untyped, "Copy it from the original's config.json."),
+        _line(vllm, "fused matrices have one scheme", _mixed_fusions(layout, modules), again),
+        _line(vllm, "the embedding of Qwen3.5 is as it was", packed, "Quantize again without --include-embeddings."),
+    ]
 
 
 def _check_polar(reader: Reader, layout: ModelLayout, modules: dict[str, StoredModule]) -> list[CheckLine]:

@@ -450,6 +450,9 @@ def eval_speed(
     prompt_tokens: Annotated[int, typer.Option(help="Of each run.")] = 512,
     new_tokens: Annotated[int, typer.Option(help="Of each run.")] = 64,
     runs: Annotated[int, typer.Option(help="After a warm-up.")] = 3,
+    packed: Annotated[
+        bool, typer.Option("--packed", help="Run an hlwq directory packed instead of decoding it.")
+    ] = False,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
@@ -460,10 +463,16 @@ def eval_speed(
     subject = _subject(model, endpoint)
     with _progress("measuring") as report:
         result = speed(
-            subject, prompt_tokens=prompt_tokens, new_tokens=new_tokens, runs=runs, device=device, progress=report
+            subject,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            runs=runs,
+            device=device,
+            packed=packed,
+            progress=report,
         )
     if model:
-        setting = speed_setting(prompt_tokens, new_tokens, runs, engine_of(subject, device))
+        setting = speed_setting(prompt_tokens, new_tokens, runs, engine_of(subject, device, packed))
         _keep(model, "speed", setting, asdict(result), subject)
     if as_json:
         _print_json(asdict(result))

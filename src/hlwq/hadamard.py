@@ -7,6 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from hlwq.compiled import kernels_for
 from hlwq.errors import HlwqError
 
 
@@ -26,8 +27,7 @@ def hadamard_matrix(size: int, device: torch.device | str = "cpu") -> Tensor:
 
     Sylvester's construction: H_1 = [1], H_2n = [[H_n, H_n], [H_n, −H_n]].
     """
-    if size < 1 or size & (size - 1):
-        raise HlwqError(f"A Hadamard block must be a power of two, not {size}. Use 32, 64 or 128.")
+    _check(size)
     matrix = torch.ones(1, 1, dtype=torch.float64)
     while len(matrix) < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
@@ -37,6 +37,8 @@ def hadamard_matrix(size: int, device: torch.device | str = "cpu") -> Tensor:
 
 def rotate_blocks(values: Tensor, block_size: int) -> Tensor:
     """Multiply each block of the last axis by H: x ↦ x · diag(H_d, …, H_d). Applied twice, it is the identity.
+
+    By the fast transform, which only adds and subtracts, in one order: every machine gets the same bits.
 
     Args:
         values: float32 tensor of shape (…, n), n a multiple of `block_size`.
@@ -50,6 +52,24 @@ def rotate_blocks(values: Tensor, block_size: int) -> Tensor:
     """
     if block_size < 1 or values.shape[-1] % block_size:
         raise HlwqError(f"Blocks of {block_size} do not divide an axis of {values.shape[-1]}.")
-    matrix = hadamard_matrix(block_size, values.device)
-    rotated: Tensor = values.unflatten(-1, (-1, block_size)) @ matrix
-    return rotated.flatten(-2)
+    _check(block_size)
+    kernels = kernels_for(values)
+    if kernels and block_size in kernels.GROUP_SIZES and values.dtype == torch.float32:
+        compiled: Tensor = kernels.rotate_blocks(values, block_size)
+        return compiled
+    return _rotate_blocks(values, block_size)
+
+
+def _rotate_blocks(values: Tensor, block_size: int) -> Tensor:
+    """In plain torch, on any device."""
+    distance = 1
+    while distance < block_size:
+        first, second = values.unflatten(-1, (-1, 2, distance)).unbind(-2)
+        values = torch.stack([first + second, first - second], -2).flatten(-3)
+        distance *= 2
+    return values * block_size**-0.5
+
+
+def _check(size: int) -> None:
+    if size < 1 or size & (size - 1):
+        raise HlwqError(f"A Hadamard block must be a power of two, not {size}. Use 32, 64 or 128.")

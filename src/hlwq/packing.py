@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from hlwq.compiled import kernels_for
 from hlwq.errors import HlwqError
 
 CHUNK_BYTES = 1 << 20
@@ -29,6 +30,10 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         HlwqError: `bits` is out of range or n is not a multiple of 8.
     """
     _check(bits, codes.shape[-1], 8)
+    kernels = kernels_for(codes)
+    if kernels:
+        packed: Tensor = kernels.pack(codes, bits)
+        return packed
     return _in_chunks(lambda rows: _pack(rows, bits), codes)
 
 
@@ -55,6 +60,10 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
         HlwqError: `bits` is out of range or does not divide m.
     """
     _check(bits, packed.shape[-1], bits)
+    kernels = kernels_for(packed)
+    if kernels:
+        codes: Tensor = kernels.unpack(packed, bits)
+        return codes
     return _in_chunks(lambda rows: _unpack(rows, bits), packed)
 
 

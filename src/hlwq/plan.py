@@ -181,7 +181,7 @@ def make_plan(
     """
     output_format = format_named(format_name or recipe.formats[0])
     layout = describe(source.config, source.tensors)
-    _check_tensors(source, layout)
+    check_tensors(source, layout)
     embedding = source.tensors[f"{layout.embedding}.weight"]
     chosen = set(modules or _choose(source, layout, include_embeddings, include, exclude))
     if modules and not output_format.HOLDS_EMBEDDINGS:  # what the source had as codes is then written decoded
@@ -232,7 +232,7 @@ def plan_decoding(source: Source) -> Plan:
         HlwqError: the architecture is not supported or a tensor is missing.
     """
     layout = describe(source.config, source.tensors)
-    _check_tensors(source, layout)
+    check_tensors(source, layout)
     planned = [
         PlannedTensor(spec, "copy", "decoded", _unit(spec.name, layout), (), (spec,))
         for spec in source.tensors.values()
@@ -253,7 +253,8 @@ def fit_group_size(wanted: int, in_features: int) -> int | None:
     return next((size for size in (wanted, *GROUP_SIZES) if size <= wanted and in_features % size == 0), None)
 
 
-def _check_tensors(source: Source, layout: ModelLayout) -> None:
+def check_tensors(source: Source, layout: ModelLayout) -> None:
+    """Raise HlwqError unless every tensor that the model needs is there, in its shape and a dtype to start from."""
     for name, shape in layout.required_tensors().items():
         if name not in source.tensors:
             raise HlwqError(f"tensor {name} is missing from the checkpoint. Download it again.")

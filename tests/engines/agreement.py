@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hlwq.evaluate.model import load_model
+from hlwq.hadamard import rotate_blocks
 
 TOLERANCE = {("vllm", "smollm2"): 0.08, ("vllm", "hybrid"): 0.03, ("mlx", "smollm2"): 0.01, ("mlx", "hybrid"): 0.01}
 """Mean absolute difference of the prompt's log-probabilities, in nats. vLLM computes in bfloat16, whose noise grows
@@ -55,10 +56,21 @@ def _shift_zero(model: Any) -> None:
 
 
 @torch.no_grad()
+def _lose_rotation(model: Any) -> None:
+    for linear in _linears(model):
+        linear.weight.copy_(rotate_blocks(linear.weight, 64))
+
+
+@torch.no_grad()
 def _lose_gates(model: Any) -> None:
     for name, module in model.named_modules():
         if name.endswith(("in_proj_a", "in_proj_b")):
             module.weight.zero_()
 
 
-MISTAKES = {"swapped nibbles": _swap_nibbles, "wrong zero point": _shift_zero, "missed exclusion": _lose_gates}
+MISTAKES = {
+    "swapped nibbles": _swap_nibbles,
+    "wrong zero point": _shift_zero,
+    "missed rotation": _lose_rotation,
+    "missed exclusion": _lose_gates,
+}

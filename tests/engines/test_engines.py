@@ -93,6 +93,40 @@ def test_transformers_decodes_compressed_tensors_to_the_same_weights(
         assert torch.equal(weight, ours.read(f"{module}.weight").to(weight.dtype)), module
 
 
+@pytest.mark.parametrize(
+    ("name", "options"), [("smollm2", {}), ("smollm2", {"include_embeddings": True}), ("hybrid", {"bits": 4})]
+)
+def test_vllm_serves_packed_hlwq(
+    name: str,
+    options: dict[str, Any],
+    models: dict[str, Path],
+    prompts: dict[str, str],
+    tmp_path: Path,
+    run_engine: RunEngine,
+) -> None:
+    directory = tmp_path / "quantized"
+    hlwq.quantize(models[name], directory, "hlwq", **options)
+    tokens, expected = reference(directory, prompts[name])
+    report = run_engine("vllm", "vllm_logprobs.py", directory, tokens)
+    assert difference(report["logprobs"], expected) < TOLERANCE["vllm", name]
+    assert report["text"]
+
+
+def test_vllm_keeps_to_the_schemes_of_the_file(tmp_path: Path, run_engine: RunEngine) -> None:
+    directory = tmp_path / "quantized"
+    hlwq.quantize(bundled_model(), directory, "hlwq", exclude=[r"layers\.1\.mlp"], group_size=512)
+    said = run_engine("vllm", "vllm_packed.py", directory)
+    decoded = DecodedCheckpoint(directory)
+    layout = describe(decoded.config, decoded.tensors)
+    expected = {}
+    for index, layer in enumerate(layout.layers):
+        for matrix in layer.matrices():
+            scheme = decoded.scheme_of(f"{layout.layer_prefix(index)}{matrix.name}.weight")
+            fused = f"language_model.model.layers.{index}.{matrix.fused or matrix.name}"
+            expected[fused] = scheme and [scheme.bits, scheme.group_size]
+    assert said == expected
+
+
 def test_chain_runs_in_mlx(prompts: dict[str, str], tmp_path: Path, run_engine: RunEngine) -> None:
     directory = tmp_path / "quantized"
     hlwq.quantize(bundled_model(), directory, "hlwq-mlx")

@@ -16,16 +16,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def main(directory: str, tokens_file: str, out: str) -> None:
-    import torch
     from vllm import LLM, SamplingParams
-    from vllm.platforms import current_platform
 
     config = json.loads((Path(directory) / "config.json").read_text())
-    if config.get("quantization_config", {}).get("quant_method") == "gptq":
-        current_platform.import_kernels()
-        if not hasattr(torch.ops._C, "cpu_gemm_wna16"):
-            print("vLLM's build for this CPU has no kernel for INT4, which needs AVX-512")
-            sys.exit(77)
     options = {"language_model_only": True} if "vision_config" in config else {}
     llm = LLM(model=directory, enforce_eager=True, max_model_len=512, **options)
     tokens = json.loads(Path(tokens_file).read_text())

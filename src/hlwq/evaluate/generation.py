@@ -19,8 +19,8 @@ from hlwq.sources import locate
 from hlwq.transformers_models import load_tokenizer, quiet_transformers
 
 Generate = Callable[["Request"], str]
-TRANSFORMERS = "transformers"
-"""The engine of what runs in this process."""
+TRANSFORMERS, PACKED = "transformers", "transformers, packed"
+"""The engines of what runs in this process: with decoded weights, and with HLWQ's codes as they are."""
 ENGINES = {"vllm": "vLLM", "llamacpp": "llama.cpp", "sglang": "SGLang", None: "mlx-lm"}
 """Programs by what their servers call the owner of a model; mlx_lm.server names none."""
 

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
+from hlwq.checkpoint import read_json
 from hlwq.devices import compute_dtype, torch_device
 from hlwq.errors import HlwqError
+from hlwq.formats import detect_format
 from hlwq.models import describe
 from hlwq.sources import DecodedCheckpoint
 from hlwq.transformers_models import build_skeleton, load_tokenizer, quiet_transformers, require_transformers
@@ -51,3 +53,26 @@ def load_model(path: Path, device: str = "cpu", dtype: torch.dtype = torch.bfloa
     if loading["missing_keys"]:  # transformers would fill them at random
         raise HlwqError(f"{path}: tensors are missing: {', '.join(sorted(loading['missing_keys'])[:3])}.")
     return model.eval().to(target), load_tokenizer(path)
+
+
+def load_packed(path: Path, device: str = "cpu") -> tuple[Any, Any]:
+    """Load an hlwq directory into transformers with its codes as they are, in the model's own dtype.
+
+    Args:
+        path: the directory.
+        device: where the model goes.
+
+    Returns:
+        The model, in evaluation mode, and its tokenizer.
+
+    Raises:
+        HlwqError: transformers is not installed, the directory is of another format, or the device cannot be used.
+    """
+    transformers = require_transformers()
+    target = torch_device(device)
+    found = detect_format(read_json(path / "config.json")).NAME
+    if found != "hlwq":
+        raise HlwqError(f"{path} is in format {found}: only format hlwq runs packed. Leave --packed out.")
+    with quiet_transformers():
+        model = transformers.AutoModelForCausalLM.from_pretrained(path)
+    return model.to(target), load_tokenizer(path)

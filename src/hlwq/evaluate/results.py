@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from hlwq.checkpoint import hash_file, read_json, write_json
-from hlwq.evaluate.generation import TRANSFORMERS, Endpoint
+from hlwq.evaluate.generation import PACKED, TRANSFORMERS, Endpoint
 from hlwq.version import __version__
 
 SAMPLE_BYTES = 1 << 16
@@ -115,9 +115,9 @@ def speed_setting(prompt_tokens: int, new_tokens: int, runs: int, engine: str) -
     return {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "runs": runs, "engine": engine}
 
 
-def engine_of(model: object, device: str) -> str:
+def engine_of(model: object, device: str, packed: bool = False) -> str:
     """What runs a model: a server's program, or transformers on a device."""
-    return model.engine if isinstance(model, Endpoint) else f"{TRANSFORMERS}, {device}"
+    return model.engine if isinstance(model, Endpoint) else f"{PACKED if packed else TRANSFORMERS}, {device}"
 
 
 def _file_of(directory: Path, kind: str, setting: dict[str, Any]) -> Path:

@@ -16,8 +16,8 @@ import torch
 
 from hlwq.devices import peak_memory, peak_of_process
 from hlwq.errors import HlwqError
-from hlwq.evaluate.generation import TRANSFORMERS, Endpoint
-from hlwq.evaluate.model import load_model
+from hlwq.evaluate.generation import PACKED, TRANSFORMERS, Endpoint
+from hlwq.evaluate.model import load_model, load_packed
 from hlwq.sources import locate
 from hlwq.transformers_models import quiet_transformers
 
@@ -90,9 +90,10 @@ def speed(
     new_tokens: int = NEW_TOKENS,
     runs: int = RUNS,
     device: str = "cpu",
+    packed: bool = False,
     progress: Progress | None = None,
 ) -> Speed:
-    """Measure a model in this process (transformers, decoded to bfloat16) or in a server.
+    """Measure a model in this process (transformers, decoded to bfloat16, or packed) or in a server.
 
     A server's prefill is timed by asking for a single token, its decoding by what more tokens take beyond that; each
     prompt is another one, so that none is served from a cache. Its memory is that of its processes, if it runs here.
@@ -107,11 +108,14 @@ def speed(
     started = time.monotonic()
     load_seconds = None
     if isinstance(model, Endpoint):
+        if packed:
+            raise HlwqError("--packed changes nothing in a server, which runs what it has loaded. Leave it out.")
         measure, engine = _server_timer(model, prompt_tokens, new_tokens), model.engine
     else:
-        loaded, tokenizer = load_model(locate(model), device)
+        loaded, tokenizer = (load_packed if packed else load_model)(locate(model), device)
         load_seconds = time.monotonic() - started
-        measure, engine = _local_timer(loaded, len(tokenizer), prompt_tokens, new_tokens), TRANSFORMERS
+        measure = _local_timer(loaded, len(tokenizer), prompt_tokens, new_tokens)
+        engine = PACKED if packed else TRANSFORMERS
     times = []
     for run in range(runs + 1):
         report(run, runs + 1, "warming up" if run == 0 else f"run {run}")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hlwq.checkpoint import Reader, TensorSpec
+from hlwq.checkpoint import DTYPES, Reader, TensorSpec
 from hlwq.errors import HlwqError
 from hlwq.formats.base import Contents, Engine, Scheme, StoredModule, check_bits, require_parts
 from hlwq.grids import Grid, LloydGrid, Parameters, QuantizedMatrix, ScaleMethod
@@ -22,6 +22,14 @@ from hlwq.packing import pack, unpack
 NAME = "hlwq"
 BITS: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
 ENGINES: tuple[Engine, ...] = (
+    Engine(
+        "transformers",
+        BITS,
+        "Lloyd–Max codes",
+        "python -c 'import sys, hlwq; from transformers import pipeline; "
+        'print(pipeline("text-generation", sys.argv[1])("Hello")[0]["generated_text"])\' {path}',
+    ),
+    Engine("vLLM with hlwq", BITS, "Lloyd–Max codes", "vllm serve {path}{text_only}"),
     Engine("hlwq", BITS, "Lloyd–Max codes", "hlwq convert {path} {path}-dense --format dense"),
 )
 DEFAULT_SYMMETRIC = True
@@ -69,20 +77,42 @@ def encode(module: str, matrix: QuantizedMatrix, dtype: str) -> dict[str, Tensor
 
 
 def json_files(config: dict[str, Any], contents: Contents) -> dict[str, dict[str, Any]]:
-    """`config.json` with its `quantization_config`; modules that differ from the common scheme are listed in it."""
-    common = Counter(contents.quantized.values()).most_common(1)[0][0]
-    section = {
-        "quant_method": "hlwq",
+    """`config.json` with its `quantization_config`.
+
+    It says the model's dtype, in the text model's configuration too: engines would take that of the first tensor, and
+    norms have one of their own.
+    """
+    config = _with_dtype(config, contents.dtype)
+    if "text_config" in config:
+        config["text_config"] = _with_dtype(config["text_config"], contents.dtype)
+    return {"config.json": {**config, "quantization_config": section_for(contents.quantized)}}
+
+
+def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    stated = config.get("dtype") or config.get("torch_dtype")
+    return dict(config) if stated else {**config, "dtype": str(DTYPES[dtype]).removeprefix("torch.")}
+
+
+def section_for(quantized: dict[str, Scheme]) -> dict[str, Any]:
+    """The `quantization_config` for these modules; those that differ from the common scheme are listed in it."""
+    common = Counter(quantized.values()).most_common(1)[0][0]
+    return {
+        "quant_method": NAME,
         "version": VERSION,
         "bits": common.bits,
         "group_size": common.group_size,
         "modules": {
             module: {"bits": scheme.bits, "group_size": scheme.group_size}
-            for module, scheme in contents.quantized.items()
+            for module, scheme in quantized.items()
             if scheme != common
         },
     }
-    return {"config.json": {**config, "quantization_config": section}}
+
+
+def check_version(section: dict[str, Any], where: str) -> None:
+    """Raise HlwqError, which names the place, unless this is the version that is read here."""
+    if section.get("version") != VERSION:
+        raise HlwqError(f"{where}: HLWQ format version {section.get('version')} is unknown. Upgrade hlwq.")
 
 
 def stored_modules(reader: Reader) -> dict[str, StoredModule]:
@@ -92,8 +122,7 @@ def stored_modules(reader: Reader) -> dict[str, StoredModule]:
         HlwqError: a later version wrote the directory, or the tensors of a module are missing or disagree.
     """
     section = reader.config["quantization_config"]
-    if section.get("version") != VERSION:
-        raise HlwqError(f"{reader.path}: HLWQ format version {section.get('version')} is unknown. Upgrade hlwq.")
+    check_version(section, str(reader.path))
     modules = {}
     for name, spec in reader.tensors.items():
         if not name.endswith(".weight_packed"):
@@ -102,17 +131,31 @@ def stored_modules(reader: Reader) -> dict[str, StoredModule]:
         parts = require_parts(reader, module, "weight_packed", "weight_norms")
         chosen = section["modules"].get(module, section)
         scheme = Scheme(chosen["bits"], chosen["group_size"])
-        rows, width = spec.shape
-        columns = reader.tensors[f"{module}.weight_norms"].shape[1] * scheme.group_size
-        if columns * scheme.bits != width * 8:
+        rows = spec.shape[0]
+        columns = reader.tensors[f"{module}.weight_norms"].shape[-1] * scheme.group_size
+        expected = outputs(module, (rows, columns), LloydGrid(scheme.bits, scheme.group_size), "")
+        if [reader.tensors[part] for part in parts] != expected or columns * scheme.bits % 8:
             raise HlwqError(f"{reader.path}: {module} does not have the bits and group size that config.json gives it.")
         modules[module] = StoredModule(scheme, (rows, columns), parts)
     return modules
 
 
 def dequantize(reader: Reader, module: str, scheme: Scheme) -> Tensor:
-    """norm/√group_size · H · centroid[code]."""
-    codes = unpack(reader.read(f"{module}.weight_packed"), scheme.bits)
-    norms = reader.read(f"{module}.weight_norms").to(torch.float32)
-    grid = LloydGrid(scheme.bits, scheme.group_size)
-    return QuantizedMatrix(codes, Parameters(norms), grid, "hadamard").dequantize()
+    """See `decode`."""
+    return decode(reader.read(f"{module}.weight_packed"), reader.read(f"{module}.weight_norms"), scheme.bits)
+
+
+def decode(packed: Tensor, norms: Tensor, bits: int) -> Tensor:
+    """norm/√group_size · H · centroid[code], of any rows of a matrix.
+
+    Args:
+        packed: uint8 (rows, in·bits/8).
+        norms: float16 (rows, groups).
+        bits: of a code.
+
+    Returns:
+        float32 (rows, in).
+    """
+    codes = unpack(packed, bits)
+    grid = LloydGrid(bits, codes.shape[1] // norms.shape[1])
+    return QuantizedMatrix(codes, Parameters(norms.to(torch.float32)), grid, "hadamard").dequantize()

@@ -1,16 +1,30 @@
-"""Products with packed HLWQ matrices that are never decoded as a whole."""
+"""Products with packed HLWQ matrices, and look-ups in them, that never decode the whole matrix.
+
+Since H is symmetric and orthogonal, x · (norm/√d · H c)ᵀ = (x H) · (norm/√d · c)ᵀ: the inputs are rotated once, and the
+codes of the matrix are only looked up. Few rows of inputs, as in generation, are multiplied by a kernel that looks up
+codes on their way to the product; for many, a tile of the matrix is looked up at a time and multiplied by torch.
+"""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from hlwq.compiled import kernels_for
+from hlwq.hadamard import rotate_blocks
 from hlwq.kernels import reference
 
-__all__ = ["matmul"]
+__all__ = ["embedding", "matmul"]
+
+FEW_ROWS = 16
+"""Up to here, the kernel for few rows is faster than torch's product with decoded tiles."""
 
 
 def matmul(inputs: Tensor, packed: Tensor, norms: Tensor, bits: int) -> Tensor:
     """Multiply by a packed matrix Ŵ, as a linear layer does: inputs · Ŵᵀ.
+
+    With the extra `kernels` it is compiled code on a CPU, with Triton on a CUDA device; otherwise, and where gradients
+    of `inputs` are wanted, plain torch.
 
     Args:
         inputs: (…, in), any floating dtype.
@@ -21,4 +35,27 @@ def matmul(inputs: Tensor, packed: Tensor, norms: Tensor, bits: int) -> Tensor:
     Returns:
         (…, out), in the dtype of `inputs`.
     """
-    return reference.matmul(inputs, packed, norms, bits)
+    rows = inputs.reshape(-1, inputs.shape[-1])
+    kernels = kernels_for(inputs) if 0 < len(rows) <= FEW_ROWS else None
+    multiply = kernels.matmul if kernels else reference.matmul
+    outputs: Tensor = multiply(rows, packed, norms, bits)
+    return outputs.to(inputs.dtype).view(*inputs.shape[:-1], len(packed))
+
+
+def embedding(ids: Tensor, packed: Tensor, norms: Tensor, bits: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Rows of a packed embedding; no others are decoded.
+
+    Args:
+        ids: integers (…), rows of the embedding.
+        packed: as for `matmul`, (vocabulary, width·bits/8).
+        norms: as for `matmul`, (vocabulary, groups).
+        bits: of a code, 2 to 8.
+        dtype: of the result; the rows are decoded in float32.
+
+    Returns:
+        (…, width).
+    """
+    rows = ids.flatten()
+    weights = reference.look_up(packed[rows], norms[rows], bits)
+    decoded = rotate_blocks(weights, weights.shape[1] // norms.shape[1])
+    return decoded.to(dtype).view(*ids.shape, -1)

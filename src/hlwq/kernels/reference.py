@@ -1,4 +1,4 @@
-"""The product with a packed matrix in plain torch: any device, and what the other kernels are tested against."""
+"""Packed matrices in plain torch: any device, any number of rows, and what the other kernels are tested against."""
 
 from __future__ import annotations
 
@@ -7,33 +7,38 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from hlwq.hadamard import rotate_blocks
+from hlwq.compiled import kernels_for
+from hlwq.devices import compute_dtype
+from hlwq.hadamard import hadamard_matrix
 from hlwq.lloyd import codebook
 from hlwq.packing import unpack
 
-TILE_WEIGHTS = 1 << 22
-"""Weights that are decoded at once."""
+TILE_WEIGHTS = 1 << 20
+"""Weights that are decoded at once: they stay in a processor's cache."""
 
 
 def matmul(inputs: Tensor, packed: Tensor, norms: Tensor, bits: int) -> Tensor:
-    """See `hlwq.kernels.matmul`.
-
-    Since H is symmetric and orthogonal, x · (norm/√d · H c)ᵀ = (x H) · (norm/√d · c)ᵀ: the inputs are rotated once, and
-    a tile of rows is only looked up.
-    """
-    columns = packed.shape[1] * 8 // bits
-    group_size = columns // norms.shape[1]
-    rotated = rotate_blocks(inputs.to(torch.float32), group_size).to(inputs.dtype)
-    rows = max(1, TILE_WEIGHTS // columns)
-    parts = [
-        rotated @ look_up(some, their_norms, bits).to(inputs.dtype).T
-        for some, their_norms in zip(packed.split(rows), norms.split(rows), strict=True)
-    ]
-    return torch.cat(parts, -1)
+    """See `hlwq.kernels.matmul`; inputs (rows, in). A tile of rows of the matrix is looked up at a time."""
+    dtype = compute_dtype(inputs.device, inputs.dtype)
+    group_size = inputs.shape[1] // norms.shape[1]
+    groups = inputs.to(torch.float32).unflatten(-1, (-1, group_size))
+    rotated = (groups @ hadamard_matrix(group_size, inputs.device)).flatten(-2).to(dtype)
+    rows = max(1, TILE_WEIGHTS // inputs.shape[1])
+    tiles = zip(packed.split(rows), norms.split(rows), strict=True)
+    return torch.cat([rotated @ look_up(*tile, bits).to(dtype).T for tile in tiles], -1)
 
 
 def look_up(packed: Tensor, norms: Tensor, bits: int) -> Tensor:
     """Decode to the rotated coordinates: norm/√d · centroid[code], float32 (out, in)."""
+    kernels = kernels_for(packed)
+    if kernels:
+        weights = torch.empty(len(packed), packed.shape[1] * 8 // bits)
+        kernels.decode(packed, norms, bits, width=bits, rotated=False, target=weights)
+        return weights
+    return _look_up(packed, norms, bits)
+
+
+def _look_up(packed: Tensor, norms: Tensor, bits: int) -> Tensor:
     centroids = codebook(bits, packed.device).centroids
     levels = centroids[unpack(packed, bits).int()].unflatten(-1, (norms.shape[1], -1))
     weights: Tensor = levels * (norms.to(torch.float32) / sqrt(levels.shape[-1])).unsqueeze(-1)

@@ -1,0 +1,272 @@
+"""HLWQ in transformers: checkpoints loaded packed, models quantized while they are loaded, both saved in format hlwq.
+
+Importing this module registers its two classes. What becomes of each tensor is decided where `hlwq quantize` decides
+it, in the plan; transformers reads the files and renames their tensors for the model's class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from copy import copy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from hlwq.errors import HlwqError
+from hlwq.formats import Scheme
+from hlwq.formats import hlwq as hlwq_format
+from hlwq.linear import HLWQEmbedding, HLWQLinear, HLWQTiedHead
+from hlwq.models import describe
+from hlwq.plan import PlannedTensor, check_tensors, make_plan
+from hlwq.quantize import quantize_matrix
+from hlwq.recipes import override, recipe_named
+from hlwq.sources import DecodedCheckpoint, open_dense
+
+if TYPE_CHECKING:
+    from transformers.modeling_utils import PreTrainedModel
+
+
+@auto.register_quantization_config(hlwq_format.NAME)
+class HLWQConfig(QuantizationConfigMixin):
+    """How `from_pretrained` quantizes a model, or loads one that is quantized: its `quantization_config`."""
+
+    quant_method: Any
+
+    def __init__(
+        self,
+        bits: int = 5,
+        group_size: int = 128,
+        *,
+        include_embeddings: bool = False,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        dequantize: bool = False,
+    ) -> None:
+        """For a model that is not quantized, the options of `hlwq quantize --recipe hlwq`.
+
+        Args:
+            bits: of a code, 2 to 8.
+            group_size: weights that share a norm.
+            include_embeddings: quantize the embedding and the output head too.
+            include: regular expressions of modules, kept by default, to quantize.
+            exclude: regular expressions of modules to keep.
+            dequantize: for an HLWQ checkpoint: decode it into ordinary layers.
+        """
+        self.quant_method = hlwq_format.NAME
+        self.bits = bits
+        self.group_size = group_size
+        self.include_embeddings = include_embeddings
+        self.include = include
+        self.exclude = exclude
+        self.dequantize = dequantize
+        self.modules: dict[str, dict[str, int]] = {}
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Read the section of a `config.json`.
+
+        Raises:
+            HlwqError: a later version wrote it.
+        """
+        hlwq_format.check_version({"version": hlwq_format.VERSION, **config_dict}, "config.json")
+        own = {name: value for name, value in config_dict.items() if name not in ("quant_method", "version", "modules")}
+        config = cls(**own)
+        config.modules = config_dict.get("modules", {})
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        """The section as `hlwq quantize` writes it."""
+        common = {"bits": self.bits, "group_size": self.group_size, "modules": self.modules}
+        return {"quant_method": hlwq_format.NAME, "version": hlwq_format.VERSION, **common}
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What is said at loading and not in the file."""
+        return {"dequantize": self.dequantize}
+
+
+# Where a file has a section of its own, transformers takes loading attributes from these classes only.
+vars(auto)["LOADING_ATTRIBUTES_CONFIG_TYPES"] += (HLWQConfig,)
+
+
+@auto.register_quantizer(hlwq_format.NAME)
+class HLWQQuantizer(HfQuantizer):
+    """Puts packed modules into a model while transformers loads it.
+
+    Attributes:
+        planned: the tensors to quantize as they are loaded, by the model's own names of their weights.
+        failure: what went wrong with one of them. Raised when loading has ended, since transformers would wrap it.
+    """
+
+    quantization_config: HLWQConfig
+
+    def __init__(self, quantization_config: HLWQConfig, **kwargs: Any) -> None:
+        super().__init__(copy(quantization_config), **kwargs)  # ours will say what became of this model
+        self.planned: dict[str, PlannedTensor] = {}
+        self.failure: HlwqError | None = None
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Raise HlwqError if the options do not fit the checkpoint."""
+        if self.quantization_config.dequantize and not self.pre_quantized:
+            raise HlwqError("dequantize=True is for HLWQ checkpoints, and this one is not quantized. Leave it out.")
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        if not checkpoint_files:
+            raise HlwqError("HLWQ needs a checkpoint's files: give from_pretrained a directory or a hub id.")
+        directory = Path(checkpoint_files[0]).parent
+        if self.pre_quantized:
+            schemes = _stored_schemes(directory)
+            for module, name in _own_names(model, schemes).items():
+                _replace(model, name, schemes[module])
+        else:
+            self._plan(model, directory)
+
+    def _plan(self, model: PreTrainedModel, directory: Path) -> None:
+        config = self.quantization_config
+        recipe = override(recipe_named("hlwq"), bits=config.bits, group_size=config.group_size)
+        plan = make_plan(
+            open_dense(directory),
+            recipe,
+            hlwq_format.NAME,
+            include_embeddings=config.include_embeddings,
+            include=config.include,
+            exclude=config.exclude,
+        )
+        tensors = {tensor.module: tensor for tensor in plan.quantized()}
+        self.planned = {f"{name}.weight": tensors[module] for module, name in _own_names(model, tensors).items()}
+        section = hlwq_format.section_for(plan.contents().quantized)
+        config.bits, config.group_size, config.modules = (section[key] for key in ("bits", "group_size", "modules"))
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        """Whether a tensor is to be quantized as it is loaded."""
+        return param_name in self.planned
+
+    @property
+    def quantized_element_size(self) -> float | None:
+        """Bytes per weight that is quantized as it is loaded."""
+        return self.quantization_config.bits / 8 + 2 / self.quantization_config.group_size
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """The operation that quantizes a tensor as it is loaded."""
+        return _Quantize(self)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if self.failure is not None:
+            raise self.failure
+        if self.quantization_config.dequantize:
+            self._dequantize(model)
+        return model
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """Put ordinary layers with decoded weights in the place of the packed ones, one at a time."""
+        tied = False
+        for name, module in list(model.named_modules()):
+            if isinstance(module, HLWQLinear | HLWQEmbedding):
+                model.set_submodule(name, module.dequantize(dtype or model.dtype))
+            elif isinstance(module, HLWQTiedHead):
+                model.set_submodule(name, module.dequantize())
+                tied = True
+        if tied:
+            model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+            model.tie_weights()
+        return model
+
+    def is_serializable(self) -> bool:
+        """`save_pretrained` writes an HLWQ checkpoint."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Codes have no gradient."""
+        return False
+
+
+class _Quantize(ConversionOps):
+    """Quantizes the weight of one module, which it replaces by a packed one."""
+
+    def __init__(self, quantizer: HLWQQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        *,
+        full_layer_name: str = "",
+        model: Any = None,
+        missing_keys: set[str] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """One weight in, codes and norms out, by the model's own names."""
+        weights = next(iter(input_dict.values()))
+        weights = weights[0] if isinstance(weights, list) else weights
+        planned, name = self.quantizer.planned[full_layer_name], full_layer_name.removesuffix(".weight")
+        replaced = _replace(model, name, planned.scheme)
+        if missing_keys is not None:
+            missing_keys.difference_update(replaced)
+        try:
+            matrix, _ = quantize_matrix(weights, planned.steps, weights.device)
+        except HlwqError as error:
+            self.quantizer.failure = HlwqError(f"tensor {planned.spec.name}: {error}")
+            return {}
+        tensors: dict[str, Tensor] = hlwq_format.encode(name, matrix, "")
+        return {key: tensor.to(weights.device) for key, tensor in tensors.items()}
+
+
+def _stored_schemes(directory: Path) -> dict[str, Scheme]:
+    """The packed modules of a directory, by the names in its files.
+
+    Raises:
+        HlwqError: a tensor is missing or has a wrong shape, or the directory is of another format.
+    """
+    checkpoint = DecodedCheckpoint(directory)
+    if checkpoint.format.NAME != hlwq_format.NAME:
+        raise HlwqError(f"{directory} is in format {checkpoint.format.NAME}, not hlwq. Load it without HLWQConfig.")
+    check_tensors(checkpoint, describe(checkpoint.config, checkpoint.tensors))
+    schemes = {module: checkpoint.scheme_of(f"{module}.weight") for module in checkpoint.quantized_modules()}
+    return {module: scheme for module, scheme in schemes.items() if scheme is not None}
+
+
+def _own_names(model: PreTrainedModel, modules: Iterable[str]) -> dict[str, str]:
+    """What the model calls the modules that a checkpoint names; those that it does not have are left out."""
+    conversions = get_model_conversion_mapping(model)
+    renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
+    converters = [each for each in conversions if isinstance(each, WeightConverter)]
+    own = model.state_dict()
+    names = {}
+    for module in modules:
+        name, _ = rename_source_key(f"{module}.weight", renamings, converters, model.base_model_prefix, own)
+        if name in own:
+            names[module] = name.removesuffix(".weight")
+    return names
+
+
+def _replace(model: PreTrainedModel, name: str, scheme: Scheme) -> list[str]:
+    """Put an empty packed module in the place of a dense one, and of the output head tied to it.
+
+    Returns:
+        The names of the weights that are then gone.
+    """
+    module = model.get_submodule(name)
+    weight = f"{name}.weight"
+    if isinstance(module, nn.Linear):
+        linear = HLWQLinear(module.in_features, module.out_features, scheme, module.bias, "meta")
+        model.set_submodule(name, linear)
+        return [weight]
+    assert isinstance(module, nn.Embedding)
+    embedding = HLWQEmbedding(module.num_embeddings, module.embedding_dim, scheme, module.weight.dtype, "meta")
+    model.set_submodule(name, embedding)
+    tied = [head for head, source in model.all_tied_weights_keys.items() if source == weight]
+    for head in tied:
+        model.set_submodule(head.removesuffix(".weight"), HLWQTiedHead(embedding))
+        del model.all_tied_weights_keys[head]
+    return [weight, *tied]

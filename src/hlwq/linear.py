@@ -1,0 +1,148 @@
+"""Modules whose weights stay packed: linear layers, embeddings, and output heads tied to an embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from hlwq.formats import Scheme
+from hlwq.formats.hlwq import decode
+from hlwq.kernels import embedding, matmul
+
+
+class _Packed(nn.Module):
+    """A matrix (rows, columns) as `hlwq.formats.hlwq` stores it.
+
+    Attributes:
+        weight_packed: uint8 (rows, columns·bits/8).
+        weight_norms: float16 (rows, columns / group size), whatever dtype the model is cast to.
+        bits: of a code.
+    """
+
+    weight_packed: Tensor
+    weight_norms: Tensor
+
+    def __init__(self, rows: int, columns: int, scheme: Scheme, device: torch.device | str | None) -> None:
+        super().__init__()
+        self.bits = scheme.bits
+        packed = torch.empty(rows, columns * scheme.bits // 8, dtype=torch.uint8, device=device)
+        norms = torch.empty(rows, columns // scheme.group_size, dtype=torch.float16, device=device)
+        self.register_buffer("weight_packed", packed)
+        self.register_buffer("weight_norms", norms)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        norms = self.weight_norms
+        nn.Module._apply(self, fn, recurse)
+        if self.weight_norms.dtype != norms.dtype:  # another dtype would lose bits, and the file's is the one meant
+            self.weight_norms = norms.to(self.weight_norms.device)
+        return self
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns) of the matrix that the codes stand for."""
+        return self.weight_packed.shape[0], self.weight_packed.shape[1] * 8 // self.bits
+
+    def extra_repr(self) -> str:
+        """What is printed between the parentheses."""
+        rows, columns = self.shape
+        return f"{rows}, {columns}, bits={self.bits}, group_size={columns // self.weight_norms.shape[1]}"
+
+    def decoded(self, dtype: torch.dtype) -> nn.Parameter:
+        """The matrix that the codes stand for."""
+        return nn.Parameter(decode(self.weight_packed, self.weight_norms, self.bits).to(dtype))
+
+
+class HLWQLinear(_Packed):
+    """A linear layer with a packed matrix, which is never decoded as a whole."""
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        scheme: Scheme,
+        bias: nn.Parameter | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Leave the codes empty.
+
+        Args:
+            in_features: columns of the matrix.
+            out_features: its rows.
+            scheme: bits and group size.
+            bias: (out_features,), or None.
+            device: where the codes are.
+        """
+        super().__init__(out_features, in_features, scheme, device)
+        self.in_features, self.out_features = in_features, out_features
+        self.register_parameter("bias", bias)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Inputs (…, in_features) to (…, out_features), in the dtype of the inputs."""
+        outputs = matmul(inputs, self.weight_packed, self.weight_norms, self.bits)
+        return outputs if self.bias is None else outputs + self.bias
+
+    def dequantize(self, dtype: torch.dtype) -> nn.Linear:
+        """The layer with decoded weights."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        linear.weight = self.decoded(dtype)
+        linear.register_parameter("bias", self.bias)
+        return linear
+
+
+class HLWQEmbedding(_Packed):
+    """An embedding with a packed matrix, of which only the rows asked for are decoded."""
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        scheme: Scheme,
+        dtype: torch.dtype,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Leave the codes empty.
+
+        Args:
+            num_embeddings: rows of the matrix.
+            embedding_dim: its columns.
+            scheme: bits and group size.
+            dtype: of the rows that `forward` returns, until the model is cast to another.
+            device: where the codes are.
+        """
+        super().__init__(num_embeddings, embedding_dim, scheme, device)
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self._like: Tensor
+        self.register_buffer("_like", torch.empty(0, dtype=dtype, device=device), persistent=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Token ids (…) to rows (…, embedding_dim)."""
+        return embedding(ids, self.weight_packed, self.weight_norms, self.bits, self._like.dtype)
+
+    def dequantize(self, dtype: torch.dtype) -> nn.Embedding:
+        """The embedding with decoded weights."""
+        embedding = nn.Embedding(self.num_embeddings, self.embedding_dim, device="meta")
+        embedding.weight = self.decoded(dtype)
+        return embedding
+
+
+class HLWQTiedHead(nn.Module):
+    """An output head that multiplies by the codes of an embedding, and has none of its own."""
+
+    def __init__(self, embedding: HLWQEmbedding) -> None:
+        super().__init__()
+        self._embedding = (embedding,)  # inside a tuple it is no submodule, whose tensors would be saved twice
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Inputs (…, embedding_dim) to (…, num_embeddings)."""
+        (embedding,) = self._embedding
+        return matmul(inputs, embedding.weight_packed, embedding.weight_norms, embedding.bits)
+
+    def dequantize(self) -> nn.Linear:
+        """A linear layer whose weight is still to be tied."""
+        (embedding,) = self._embedding
+        return nn.Linear(embedding.embedding_dim, embedding.num_embeddings, bias=False, device="meta")
