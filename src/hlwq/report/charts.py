@@ -40,8 +40,10 @@ def loss_chart(rows: Sequence[Row]) -> Chart:
         error = [[estimate.mean - estimate.low], [estimate.high - estimate.mean]]
         axes.errorbar(estimate.mean, place, xerr=error, fmt="o", color=BLUE, capsize=4)
         axes.annotate(
-            f"  {row.perplexity:.2f}",
+            f"{row.perplexity:.2f}",
             (estimate.high, place),
+            xytext=(8, 0),
+            textcoords="offset points",
             va="center",
             fontsize=8,
             color=GREY,
@@ -59,17 +61,18 @@ def size_chart(rows: Sequence[Row]) -> Chart:
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(7, 4.5))
     compared = [row for row in rows if row.loss_above_base]
+    unit, unit_name = (1e9, "GB") if any(row.nbytes >= 1e9 for row in compared) else (1e6, "MB")
     for row in compared:
         estimate = row.loss_above_base
         assert estimate is not None
         error = [[estimate.mean - estimate.low], [estimate.high - estimate.mean]]
-        axes.errorbar(row.nbytes / 1e9, estimate.mean, yerr=error, fmt="o", color=BLUE, capsize=3)
-        axes.annotate(f" {row.name}", (row.nbytes / 1e9, estimate.mean), fontsize=8, va="bottom")
+        axes.errorbar(row.nbytes / unit, estimate.mean, yerr=error, fmt="o", color=BLUE, capsize=3)
+        place = (row.nbytes / unit, estimate.mean)
+        axes.annotate(row.name, place, xytext=(6, 3), textcoords="offset points", fontsize=8)
     front = pareto_front(compared)
-    axes.step(
-        [row.nbytes / 1e9 for row in front], [_mean(row) for row in front], where="post", color=ORANGE, linestyle="--"
-    )
-    axes.set_xlabel("size on disk, GB")
+    sizes, losses = [row.nbytes / unit for row in front], [_mean(row) for row in front]
+    axes.step(sizes, losses, where="post", color=ORANGE, linestyle="--")
+    axes.set_xlabel(f"size on disk, {unit_name}")
     axes.set_ylabel("loss above the unquantized model, nats per token")
     axes.margins(x=0.2)
     return _drawn(figure)
@@ -93,7 +96,7 @@ def speed_chart(rows: Sequence[Row]) -> Chart | None:
     left.set_xlabel("decode, tokens/s (median; least to most)")
     right.set_xlabel("peak memory, GB")
     handles = [plt.Rectangle((0, 0), 1, 1, edgecolor="white", **looks[engine]) for engine in engines]
-    figure.legend(handles, engines, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(engines), frameon=False)
+    figure.legend(handles, engines, loc="lower center", bbox_to_anchor=(0.5, 0.92), ncols=len(engines), frameon=False)
     return _drawn(figure)
 
 
