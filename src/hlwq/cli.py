@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import sys
@@ -82,6 +83,7 @@ class PromptingChoice(StrEnum):
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, mps.")]
+DeviceHere = Annotated[str | None, typer.Option("--device", help="Where to compute: cpu (default), cuda, mps.")]
 Bits = Annotated[int | None, typer.Option(help="Bits of a code in the file.")]
 GroupSize = Annotated[int | None, typer.Option(help="Weights that share a scale or norm in the file.")]
 Symmetric = Annotated[
@@ -295,18 +297,17 @@ def eval_perplexity(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many windows or chunks, from the start.")] = None,
     endpoint: ServerUrl = None,
-    device: Device = "cpu",
+    device: DeviceHere = None,
     as_json: Json = False,
 ) -> None:
     """Measure perplexity on a text."""
-    from hlwq.evaluate.generation import Endpoint
     from hlwq.evaluate.perplexity import perplexity
     from hlwq.evaluate.results import engine_of, perplexity_setting
 
     if protocol is ProtocolChoice.chunked and stride is not None:
         raise HlwqError("--stride changes nothing with --protocol chunked: chunks do not overlap.")
     step = min(512, max(1, context // 2)) if stride is None else stride
-    subject = Endpoint(endpoint) if endpoint else model
+    subject, device = _subject(model, endpoint, device)
     with _progress("measuring") as report:
         result = perplexity(
             subject,
@@ -341,18 +342,18 @@ def eval_divergence(
     context: Annotated[int, typer.Option(min=2, help="Tokens in a chunk.")] = 2048,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many chunks, from the start.")] = None,
     endpoint: ServerUrl = None,
-    device: Device = "cpu",
+    device: DeviceHere = None,
     as_json: Json = False,
 ) -> None:
     """Measure how far a model's predictions are from its original's: KL divergence and top-1 agreement."""
     from hlwq.evaluate.divergence import divergence
-    from hlwq.evaluate.generation import Endpoint
     from hlwq.evaluate.results import divergence_setting, engine_of
+    from hlwq.sources import locate
 
-    subject = Endpoint(endpoint) if endpoint else model
+    subject, device = _subject(model, endpoint, device)
     with _progress("measuring") as report:
         result = divergence(subject, against, text, context=context, limit=limit, device=device, progress=report)
-    setting = divergence_setting(text, context, limit, engine_of(subject, device))
+    setting = divergence_setting(text, context, limit, engine_of(subject, device), locate(against))
     _keep(model, "divergence", setting, asdict(result), subject)
     if as_json:
         _print_json(asdict(result))
@@ -388,7 +389,10 @@ def eval_humaneval(
     max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 512,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many problems, from the first.")] = None,
     record: Annotated[
-        Path | None, typer.Option(help="A JSON-lines file for the programs; repeated runs go on from it.")
+        Path | None,
+        typer.Option(
+            help="A JSON-lines file of programs, from which repeated runs go on (default: beside MODEL)."
+        ),
     ] = None,
     concurrency: Annotated[
         int | None, typer.Option(min=1, help="Requests to a server at the same time (default 8).")
@@ -396,23 +400,25 @@ def eval_humaneval(
     unsafe: Annotated[
         bool, typer.Option("--unsafe", help="Run programs without a sandbox, where none can be had.")
     ] = False,
-    device: Device = "cpu",
+    device: DeviceHere = None,
     as_json: Json = False,
 ) -> None:
     """Measure HumanEval pass@1: a model writes programs, and each is tested in a sandbox of its own."""
     from hlwq.evaluate import humaneval as human_eval
     from hlwq.evaluate.generation import Endpoint, has_chat_template, transformers_generate
-    from hlwq.evaluate.results import engine_of, humaneval_setting
+    from hlwq.evaluate.results import engine_of, fingerprint, humaneval_setting, record_of_programs
     from hlwq.evaluate.sandbox import run_program, run_unsafely
+    from hlwq.sources import locate
 
     run = run_unsafely if unsafe else run_program
     if canonical:
-        if model or endpoint:
-            raise HlwqError("--canonical tests the data set's own solutions: leave MODEL and --endpoint out.")
+        without = (model, endpoint, k, record, concurrency, device)
+        if any(without) or (prompting, samples, temperature) != (PromptingChoice.auto, 1, 0.0):
+            raise HlwqError("--canonical tests the data set's own solutions: only --limit and --unsafe change it.")
         with _progress("testing") as report:
             _print_humaneval(human_eval.canonical(limit, run=run, progress=report), as_json)
         return
-    subject = _subject(model, endpoint)
+    subject, device = _subject(model, endpoint, device)
     if concurrency is not None and not endpoint:
         raise HlwqError("--concurrency changes nothing without --endpoint: one answer is written at a time.")
     if prompting is PromptingChoice.auto:
@@ -421,6 +427,11 @@ def eval_humaneval(
                 "A server does not say what it serves. Name MODEL too, or add --prompting chat or completion."
             )
         prompting = PromptingChoice.chat if has_chat_template(model) else PromptingChoice.completion
+    asked = "chat" if prompting is PromptingChoice.chat else "completion"
+    setting = humaneval_setting(asked, samples, temperature, max_tokens, limit, engine_of(subject, device))
+    checkpoint = locate(model) if model else None
+    if record is None and checkpoint:
+        record = record_of_programs(checkpoint, setting)
     with _progress("measuring") as report:
         report(0, 1, "loading the model")
         result = human_eval.humaneval(
@@ -432,13 +443,12 @@ def eval_humaneval(
             ks=k or (1,),
             limit=limit,
             record=record,
+            model=fingerprint(checkpoint)[:16] if checkpoint else str(endpoint),
             concurrency=(concurrency or 8) if endpoint else 1,
             run=run,
             progress=report,
         )
     if model and not unsafe:
-        engine = engine_of(subject, device)
-        setting = humaneval_setting(result.prompting, samples, temperature, max_tokens, limit, engine)
         _keep(model, "humaneval", setting, asdict(result), subject)
     _print_humaneval(result, as_json)
 
@@ -453,14 +463,14 @@ def eval_speed(
     packed: Annotated[
         bool, typer.Option("--packed", help="Run an hlwq directory packed instead of decoding it.")
     ] = False,
-    device: Device = "cpu",
+    device: DeviceHere = None,
     as_json: Json = False,
 ) -> None:
     """Measure prefill and decode tokens per second, load time and peak memory."""
-    from hlwq.evaluate.results import engine_of, speed_setting
+    from hlwq.evaluate.results import speed_engine, speed_setting
     from hlwq.evaluate.speed import speed
 
-    subject = _subject(model, endpoint)
+    subject, device = _subject(model, endpoint, device)
     with _progress("measuring") as report:
         result = speed(
             subject,
@@ -472,7 +482,7 @@ def eval_speed(
             progress=report,
         )
     if model:
-        setting = speed_setting(prompt_tokens, new_tokens, runs, engine_of(subject, device, packed))
+        setting = speed_setting(prompt_tokens, new_tokens, runs, speed_engine(subject, device, packed))
         _keep(model, "speed", setting, asdict(result), subject)
     if as_json:
         _print_json(asdict(result))
@@ -484,6 +494,8 @@ def eval_speed(
         output.print(f"loaded in {result.load_seconds:.1f} s")
     if result.peak_memory is not None:
         output.print(f"peak memory {decimal(result.peak_memory)}")
+    if result.device_memory is not None:
+        output.print(f"peak memory of the device {decimal(result.device_memory)}")
 
 
 @app.command()
@@ -563,12 +575,11 @@ def push(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be uploaded; upload nothing.")] = False,
 ) -> None:
     """Upload a checkpoint to the hub."""
-    from hlwq.report.card import files_to_push
+    from hlwq.report.card import check_card, files_to_push
     from hlwq.report.card import push as run_push
 
+    check_card(directory, repository)
     files = files_to_push(directory)
-    if not any(name == "README.md" for name, _ in files):
-        raise HlwqError(f"{directory} has no model card. Write one: hlwq card {directory}")
     if dry_run:
         for name, nbytes in files:
             output.print(f"{nbytes:>15,}  {escape(name)}", highlight=False, soft_wrap=True)
@@ -671,7 +682,9 @@ def main() -> None:
         messages.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
         sys.exit(1)
     except KeyboardInterrupt:
-        messages.print("interrupted; repeat the command to go on where it stopped", highlight=False)
+        messages.print(
+            "interrupted; `quantize`, `convert` and `eval humaneval` go on where they stopped", highlight=False
+        )
         sys.exit(130)
 
 
@@ -688,15 +701,21 @@ def _show_warning(
         messages.print(f"[yellow]warning:[/yellow] {escape(str(message))}", soft_wrap=True, highlight=False)
 
 
-def _subject(model: str | None, endpoint: str | None) -> str | Endpoint:
-    """What is measured: the server, if there is one."""
+def _subject(model: str | None, endpoint: str | None, device: str | None) -> tuple[str | Endpoint, str]:
+    """What is measured, which is the server if there is one, and on which device."""
     from hlwq.evaluate.generation import Endpoint
 
-    if endpoint:
-        return Endpoint(endpoint)
-    if model is None:
-        raise HlwqError("Name a MODEL, or a server with --endpoint.")
-    return model
+    if not endpoint:
+        if model is None:
+            raise HlwqError("Name a MODEL, or a server with --endpoint.")
+        return model, device or "cpu"
+    if device:
+        raise HlwqError(f"--device {device} changes nothing with --endpoint: the server computes where it was told to.")
+    server = Endpoint(endpoint)
+    if model and server.model and Path(server.model).name != Path(model).name:
+        text = f"the server says that it serves {server.model}; the result is taken as {model}'s"
+        warnings.warn(text, HlwqWarning, stacklevel=2)
+    return server, "cpu"
 
 
 def _keep(model: str, kind: str, setting: dict[str, Any], result: dict[str, Any], subject: str | Endpoint) -> None:
@@ -768,7 +787,16 @@ def _progress(title: str) -> Iterator[Report]:
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, default=str, ensure_ascii=False))
+    print(json.dumps(_finite(value), indent=2, default=str, ensure_ascii=False))
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for infinities, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _print_rows(rows: list[dict[str, Any]], as_json: bool) -> None:

@@ -47,11 +47,12 @@ def peak_memory() -> int:
 
 def peak_of_process(process: int | str) -> int | None:
     """The most memory that a process, by its number, has held, in bytes; None where the system does not say."""
-    status = Path(f"/proc/{process}/status")
-    if not status.is_file():
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
         return None
-    peak_line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-    return int(peak_line.split()[1]) * 1024
+    peak = next((line for line in lines if line.startswith("VmHWM:")), None)
+    return None if peak is None else int(peak.split()[1]) * 1024
 
 
 def available_memory() -> int:

@@ -10,7 +10,7 @@ import subprocess
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,14 +74,15 @@ def serve(engine: str, arguments: Callable[[int], list[str]], log: Path) -> Iter
                 break
             except OSError:
                 time.sleep(0.5)
+        else:
+            raise AssertionError(f"the server does not answer: {log.read_text()[-6000:]}")
         yield url
     finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        try:
-            server.wait(20)
-        except subprocess.TimeoutExpired:
-            os.killpg(server.pid, signal.SIGKILL)
-            server.wait()
+        for stop in (signal.SIGTERM, signal.SIGKILL):  # its children too, some of which outlive the first
+            with suppress(ProcessLookupError):
+                os.killpg(server.pid, stop)
+            with suppress(subprocess.TimeoutExpired):
+                server.wait(20)
 
 
 def write_payload(file: Path, payload: Any) -> Path:

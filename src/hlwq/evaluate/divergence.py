@@ -18,7 +18,7 @@ from hlwq.errors import HlwqError
 from hlwq.evaluate.generation import Endpoint
 from hlwq.evaluate.model import load_for_evaluation
 from hlwq.evaluate.perplexity import Perplexity, perplexity_of_losses, read_text, windows_of
-from hlwq.evaluate.statistics import Estimate, mean_estimate
+from hlwq.evaluate.statistics import Estimate, mean_estimate, share_estimate
 from hlwq.models import describe
 from hlwq.sources import DecodedCheckpoint, locate
 from hlwq.transformers_models import load_tokenizer, quiet_transformers
@@ -104,7 +104,7 @@ def divergence(
         tokens=sum(len(each) for each in per_token),
         mean=mean_estimate(means),
         percentile_99=float(torch.cat(per_token).quantile(0.99)),
-        top1_agreement=mean_estimate([float(each.float().mean()) for each in same]),
+        top1_agreement=share_estimate([float(each.float().mean()) for each in same]),
         lower_bound=isinstance(model, Endpoint),
         chunk_means=means,
         perplexity=perplexity_of_losses(losses, context - 1, torch.tensor(ids), "chunked", context, context),
@@ -184,10 +184,11 @@ def _base_states(base: Path, chunks: list[list[int]], device: str, report: Progr
             outputs = model.get_decoder()(input_ids=torch.tensor([chunk[:-1]], device=model.device), use_cache=False)
         states.append(outputs.last_hidden_state[0].cpu())
     folder.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    save_file({"hidden": torch.stack(states)}, partial)
+    hidden = torch.stack(states)
+    partial = file.with_suffix(f".{os.getpid()}.partial")  # another process may be at the same
+    save_file({"hidden": hidden}, partial)
     partial.rename(file)
-    return torch.stack(states)
+    return hidden
 
 
 def _head(base: Path) -> Tensor:

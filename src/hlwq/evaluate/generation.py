@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 
@@ -102,6 +103,7 @@ class Endpoint:
         version: of the program, where it says.
         model: the name that the server gives its model; None where it offers several, the first being no better than
             its own choice.
+        local: whether it is on this machine, or reached through a port of it.
     """
 
     def __init__(self, url: str, timeout: float = 3600.0) -> None:
@@ -111,6 +113,7 @@ class Endpoint:
             HlwqError: it does not answer, or serves no model.
         """
         self.url, self._timeout = url.rstrip("/"), timeout
+        self.local = urlsplit(self.url).hostname in ("127.0.0.1", "localhost", "::1")
         served = self._call("/models").get("data")
         if not served:
             raise HlwqError(f"--endpoint {self.url} serves no model.")

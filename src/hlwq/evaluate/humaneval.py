@@ -8,13 +8,12 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any, Literal
 
 from hlwq.errors import HlwqError
 from hlwq.evaluate.generation import Generate, Request
 from hlwq.evaluate.sandbox import Outcome, run_program
-from hlwq.evaluate.statistics import Estimate, mean_estimate, pass_at_k, wilson
+from hlwq.evaluate.statistics import Estimate, pass_at_k, share_estimate, wilson
 
 Prompting = Literal["completion", "chat"]
 Progress = Callable[[int, int, str], None]
@@ -74,6 +73,7 @@ def humaneval(
     ks: Iterable[int] = (1,),
     limit: int | None = None,
     record: Path | None = None,
+    model: str = "",
     concurrency: int = 1,
     run: Callable[[str], Outcome] = run_program,
     progress: Progress | None = None,
@@ -89,6 +89,7 @@ def humaneval(
         ks: which pass@k to report.
         limit: only so many problems, from the first.
         record: a JSON-lines file of the programs. What is there already is not generated again.
+        model: what the record calls the model, so that programs of another are not taken for its own.
         concurrency: requests at the same time, for servers.
         run: what runs a program.
         progress: told how many programs are written, and how many are tested.
@@ -100,7 +101,8 @@ def humaneval(
         raise HlwqError("--samples above 1 needs a --temperature above 0: greedy answers are all alike.")
     if max(ks) > samples:
         raise HlwqError(f"pass@{max(ks)} needs at least {max(ks)} --samples.")
-    setting = {"prompting": prompting, "temperature": temperature, "max_tokens": max_tokens}
+    run("pass")  # hours of writing are in vain where programs cannot be isolated
+    setting = {"model": model, "prompting": prompting, "temperature": temperature, "max_tokens": max_tokens}
     asked = problems(limit)
     done = _recorded(record, setting) if record else {}
     work = [(task, index) for task in asked for index in range(samples) if (task, index) not in done]
@@ -149,7 +151,11 @@ def program_for(problem: dict[str, str], answer: str, prompting: Prompting) -> s
 
 
 def code_of(answer: str) -> str:
-    """The first code block of a chat's answer, or all of it if there is none; a block may lack its end."""
+    """The first code block of a chat's answer, or all of it if there is none; a block may lack its end.
+
+    What a model thinks aloud first is left out.
+    """
+    answer = answer.rpartition("</think>")[2]
     blocks = re.search(r"```(?:[Pp]ython|py)?[ \t]*\n(.*?)(?:```|\Z)", answer, re.DOTALL)
     return blocks[1] if blocks else answer
 
@@ -191,10 +197,10 @@ def _recorded(record: Path, setting: dict[str, Any]) -> dict[tuple[str, int], di
     complete, _, rest = record.read_text(encoding="utf-8").rpartition("\n")
     if rest:  # a line that was being written when the run was stopped
         record.write_text(complete + "\n" if complete else "", encoding="utf-8")
-    for line in complete.splitlines():
+    for line in complete.split("\n") if complete else ():  # an answer may hold what `splitlines` takes for an end
         entry = json.loads(line)
         for key, value in setting.items():
-            if entry.pop(key) != value:
+            if entry.pop(key, None) != value:
                 raise HlwqError(f"{record} was written with another {key}. Repeat it with that, or name another file.")
         found[entry["task_id"], entry["sample"]] = entry
     return found
@@ -207,6 +213,5 @@ def _pass_at(solved: dict[str, int], samples: int, ks: Iterable[int]) -> dict[in
         if samples == 1:
             estimates[k] = wilson(sum(solved.values()), len(solved))
         else:
-            spread = mean_estimate(values)
-            estimates[k] = Estimate(fmean(values), max(0.0, spread.low), min(1.0, spread.high), len(values))
+            estimates[k] = share_estimate(values)
     return estimates

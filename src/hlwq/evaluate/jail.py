@@ -24,8 +24,11 @@ from typing import Any, NoReturn
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWUSER = 0x20000, 0x4000000, 0x8000000, 0x10000000
 CLONE_NEWPID, CLONE_NEWNET = 0x20000000, 0x40000000
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
-MNT_DETACH, PR_SET_NO_NEW_PRIVS, PR_SET_PDEATHSIG = 2, 38, 1
+MNT_DETACH, PR_SET_NO_NEW_PRIVS, PR_SET_PDEATHSIG, PR_CAPBSET_DROP = 2, 38, 1, 24
+CAPABILITY_VERSION = 0x20080522
 NOBODY = 65534
+STARTED = "started"
+"""What the program's process says first, so that a jail that fails is not taken for a program that does."""
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -45,6 +48,7 @@ def main() -> None:
         return
     inside = os.fork()  # the first process of the new PID namespace: all others die with it
     if inside == 0:
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # which is not inherited
         supervise(request, report)
     os.waitpid(inside, 0)
 
@@ -64,7 +68,7 @@ def leave_namespaces() -> None:
 
 def supervise(request: dict[str, Any], report: Any) -> NoReturn:
     """As process 1: build the file system, start the program, and stop it after its time."""
-    secret, verdict = request["secret"], "no isolation"
+    secret = request["secret"]
     try:
         build_root(Path(request["root"]), request["visible"], request["disk_bytes"])
         reading, writing = os.pipe()
@@ -92,8 +96,11 @@ def wait_for(program: int, reading: int, seconds: float) -> str:
             said = b""
             with contextlib.suppress(BlockingIOError):  # it ended without a word
                 said = os.read(reading, 1000)
-            if said:
-                return said.decode(errors="replace")
+            started, _, verdict = said.decode(errors="replace").partition(" ")
+            if started != STARTED:
+                return "no isolation: the process of the program ended before it began"
+            if verdict:
+                return verdict
             if os.WIFSIGNALED(status):
                 return f"killed by {signal.Signals(os.WTERMSIG(status)).name}"
             return "ended early"
@@ -121,7 +128,10 @@ def build_root(root: Path, visible: list[str], disk_bytes: int) -> None:
         mount(f"/dev/{name}", root / "dev" / name, None, MS_BIND)
     (root / "program").mkdir(mode=0o777)
     (root / "program").chmod(0o777)
-    check(libc.syscall(PIVOT_ROOT[os.uname().machine], bytes(root), bytes(root / "old")), "pivot_root")
+    machine = os.uname().machine
+    if machine not in PIVOT_ROOT:
+        raise OSError(0, f"pivot_root is not known for {machine}", "pivot_root")
+    check(libc.syscall(PIVOT_ROOT[machine], bytes(root), bytes(root / "old")), "pivot_root")
     os.chdir("/program")
     check(libc.umount2(b"/old", MNT_DETACH), "umount")
     Path("/old").rmdir()
@@ -145,9 +155,11 @@ def run(request: dict[str, Any], writing: int) -> NoReturn:
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
         os.setresuid(NOBODY, NOBODY, NOBODY)
+    drop_capabilities()
     for kind, limit in limits.items():
         resource.setrlimit(kind, (limit, limit))
     libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    os.write(writing, f"{STARTED} ".encode())
     verdict = "passed"
     try:
         exec(compile(request["program"], "program.py", "exec"), {"__name__": "__main__"})
@@ -155,6 +167,15 @@ def run(request: dict[str, Any], writing: int) -> NoReturn:
         verdict = f"{type(error).__name__}: {str(error)[:200]}"
     os.write(writing, verdict.encode())
     os._exit(0)
+
+
+def drop_capabilities() -> None:
+    """Give up what the first user of a namespace may do there, for good."""
+    capability = 0
+    while libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0) == 0:
+        capability += 1
+    header, none = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0), (ctypes.c_uint32 * 6)()
+    check(libc.capset(header, none), "capset")
 
 
 def mount(source: str | None, target: Path, kind: str | None, flags: int, data: str = "") -> None:

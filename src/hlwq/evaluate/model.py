@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hlwq.checkpoint import read_json
+from hlwq.checkpoint import Reader
 from hlwq.devices import compute_dtype, torch_device
 from hlwq.errors import HlwqError
 from hlwq.formats import detect_format
@@ -70,7 +70,7 @@ def load_packed(path: Path, device: str = "cpu") -> tuple[Any, Any]:
     """
     transformers = require_transformers()
     target = torch_device(device)
-    found = detect_format(read_json(path / "config.json")).NAME
+    found = detect_format(Reader(path)).NAME
     if found != "hlwq":
         raise HlwqError(f"{path} is in format {found}: only format hlwq runs packed. Leave --packed out.")
     with quiet_transformers():

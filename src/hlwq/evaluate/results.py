@@ -7,6 +7,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 from hlwq.checkpoint import hash_file, read_json, write_json
+from hlwq.devices import compute_dtype
 from hlwq.evaluate.generation import PACKED, TRANSFORMERS, Endpoint
 from hlwq.version import __version__
 
@@ -60,8 +62,10 @@ def keep(
                 "kind": kind,
                 "setting": setting,
                 "checkpoint": fingerprint(directory),
+                "measured": datetime.now(UTC).isoformat(timespec="seconds"),
                 "versions": versions,
-                "hardware": _hardware(),
+                "hardware": "a server elsewhere" if server and not server.local else hardware(),
+                "served": server.model if server else None,
                 "seconds": seconds,
                 "result": result,
             }
@@ -76,10 +80,9 @@ def keep(
 def kept(directory: Path, kind: str) -> list[dict[str, Any]]:
     """The measurements of one kind that are of a checkpoint's present weights, the latest first."""
     weights = fingerprint(directory)
-    files = sorted(
-        results_folder(directory).glob(f"{kind}-*.json"), key=lambda file: file.stat().st_mtime, reverse=True
-    )
-    return [entry for entry in map(read_json, files) if entry.get("checkpoint") == weights]
+    entries = map(read_json, results_folder(directory).glob(f"{kind}-*.json"))
+    found = [entry for entry in entries if entry.get("checkpoint") == weights]
+    return sorted(found, key=lambda entry: str(entry["measured"]), reverse=True)
 
 
 def perplexity_setting(
@@ -87,11 +90,15 @@ def perplexity_setting(
 ) -> dict[str, Any]:
     """What a perplexity depends on, for `measured` and `keep`."""
     own = stride if protocol == "windowed" else context
-    return {**divergence_setting(text, context, limit, engine), "protocol": protocol, "stride": own}
+    return {**_on_text(text, context, limit, engine), "protocol": protocol, "stride": own}
 
 
-def divergence_setting(text: Path, context: int, limit: int | None, engine: str) -> dict[str, Any]:
+def divergence_setting(text: Path, context: int, limit: int | None, engine: str, base: Path) -> dict[str, Any]:
     """What a divergence depends on, for `measured` and `keep`."""
+    return {**_on_text(text, context, limit, engine), "base": fingerprint(base)[:16]}
+
+
+def _on_text(text: Path, context: int, limit: int | None, engine: str) -> dict[str, Any]:
     digest = hash_file(text)[:16]
     return {"text": text.name, "text_sha256": digest, "context": context, "limit": limit, "engine": engine}
 
@@ -115,9 +122,23 @@ def speed_setting(prompt_tokens: int, new_tokens: int, runs: int, engine: str) -
     return {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "runs": runs, "engine": engine}
 
 
-def engine_of(model: object, device: str, packed: bool = False) -> str:
-    """What runs a model: a server's program, or transformers on a device."""
+def engine_of(model: object, device: str) -> str:
+    """What runs a model for its quality: a server's program, or transformers on a device in a dtype."""
+    if isinstance(model, Endpoint):
+        return model.engine
+    return f"{TRANSFORMERS}, {device}, {str(compute_dtype(torch.device(device))).removeprefix('torch.')}"
+
+
+def speed_engine(model: object, device: str, packed: bool = False) -> str:
+    """What runs a model for its speed: a server's program, or transformers on a device in the model's own dtype."""
     return model.engine if isinstance(model, Endpoint) else f"{PACKED if packed else TRANSFORMERS}, {device}"
+
+
+def record_of_programs(directory: Path, setting: dict[str, Any]) -> Path:
+    """The JSON-lines file of the programs that a HumanEval result rests on, beside the result."""
+    file = _file_of(directory, "humaneval", setting).with_suffix(".jsonl")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return file
 
 
 def _file_of(directory: Path, kind: str, setting: dict[str, Any]) -> Path:
@@ -134,8 +155,10 @@ def results_folder(directory: Path) -> Path:
 
 
 def fingerprint(directory: Path) -> str:
-    """A hash of a checkpoint: its configuration, and of each weight file the size, the header and samples."""
-    digest = sha256((directory / "config.json").read_bytes())
+    """A hash of a checkpoint: its configuration, tokenizer and templates, and of each weight file size and samples."""
+    digest = sha256()
+    for file in sorted([*directory.glob("*.jinja"), *directory.glob("tokenizer*"), directory / "config.json"]):
+        digest.update(file.name.encode() + file.read_bytes())
     for file in sorted(directory.glob("*.safetensors")):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode())
@@ -156,7 +179,8 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _hardware() -> str:
+def hardware() -> str:
+    """What this machine is, in words."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():

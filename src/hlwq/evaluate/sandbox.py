@@ -14,7 +14,8 @@ from hlwq.errors import HlwqError
 
 JAIL = Path(__file__).with_name("jail.py")
 SYSTEM_DIRECTORIES = ("/usr", "/bin", "/lib", "/lib64")
-GRACE_SECONDS = 5.0
+FINISHED = "hlwq: the program ran to its end"
+GRACE_SECONDS = 60.0
 """Beyond a program's own time, for making the jail and taking it down."""
 
 
@@ -53,7 +54,7 @@ def run_program(program: str, limits: Limits | None = None) -> Outcome:
         limits: what it may use.
 
     Raises:
-        HlwqError: this system cannot isolate it; nothing was run.
+        HlwqError: this system cannot isolate it, and nothing was run; or the sandbox itself was lost.
     """
     limits = limits or Limits()
     if sys.platform != "linux":
@@ -78,7 +79,7 @@ def run_program(program: str, limits: Limits | None = None) -> Outcome:
             said, _ = process.communicate()
     word, _, verdict = said.decode(errors="replace").partition(" ")
     if word != secret:
-        return Outcome(False, "the jail was lost")
+        raise HlwqError("The sandbox was lost before it could say what became of a program. Is there enough memory?")
     if verdict.startswith("no isolation"):
         raise HlwqError(
             f"Programs cannot be isolated here ({verdict}): user namespaces are needed. Run it as root, in a container "
@@ -93,7 +94,8 @@ def run_unsafely(program: str, limits: Limits | None = None) -> Outcome:
     with tempfile.TemporaryDirectory() as folder:
         try:
             process = subprocess.run(
-                [sys.executable, "-I", "-c", program],
+                [sys.executable, "-I", "-c", f"{program}\nprint({FINISHED!r})"],
+                env={},
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 cwd=folder,
@@ -102,7 +104,8 @@ def run_unsafely(program: str, limits: Limits | None = None) -> Outcome:
             )
         except subprocess.TimeoutExpired:
             return Outcome(False, f"timed out after {seconds:g} s")
-    return Outcome(process.returncode == 0, process.stderr.decode(errors="replace")[-200:])
+    finished = process.stdout.decode(errors="replace").endswith(f"{FINISHED}\n")
+    return Outcome(process.returncode == 0 and finished, process.stderr.decode(errors="replace")[-200:])
 
 
 def _visible() -> list[str]:

@@ -132,7 +132,7 @@ def speed(
         prefill=_spread([each.prefill for each in times]),
         decode=_spread([each.decode for each in times]),
         load_seconds=load_seconds,
-        peak_memory=server_memory(model.url) if isinstance(model, Endpoint) else peak_memory(),
+        peak_memory=server_memory(model) if isinstance(model, Endpoint) else peak_memory(),
         device_memory=torch.cuda.max_memory_allocated() if cuda else None,
     )
 
@@ -166,8 +166,9 @@ def _local_timer(model: Any, vocabulary: int, prompt_tokens: int, new_tokens: in
 def _server_timer(endpoint: Endpoint, prompt_tokens: int, new_tokens: int) -> Callable[[int], Run]:
     """By two requests to a server: for a single token, and for more."""
 
+    chooser = random.Random()  # with no seed: a server remembers the prompts of an earlier measurement too
+
     def measure(run: int) -> Run:
-        chooser = random.Random(run)
         for _ in range(ATTEMPTS):
             seconds, written = [], []
             for count in (1, new_tokens):
@@ -176,17 +177,17 @@ def _server_timer(endpoint: Endpoint, prompt_tokens: int, new_tokens: int) -> Ca
                 asked, made = endpoint.complete(prompt, count)
                 seconds.append(time.perf_counter() - started)
                 written.append(made)
-            if written[1] > new_tokens // 2:
-                return Run(asked / seconds[0], (written[1] - 1) / max(seconds[1] - seconds[0], 1e-9))
+            if written[1] > new_tokens // 2 and seconds[1] > seconds[0]:
+                return Run(asked / seconds[0], (written[1] - 1) / (seconds[1] - seconds[0]))
         raise HlwqError(
-            f"--endpoint {endpoint.url} wrote {written[1]} tokens instead of {new_tokens}, {ATTEMPTS} times: its model "
-            "ends its answers early, and it does not know `ignore_eos`. Lower --new-tokens."
+            f"--endpoint {endpoint.url} wrote {written[1]} tokens of {new_tokens} in {seconds[1]:.3f} s and one in "
+            f"{seconds[0]:.3f} s, after {ATTEMPTS} attempts: that gives no speed. Change --new-tokens."
         )
 
     return measure
 
 
-def server_memory(url: str) -> int | None:
+def server_memory(endpoint: Endpoint) -> int | None:
     """The most memory that the processes of a server have held, each at its own peak, in bytes.
 
     Pages that they share count once for each. None for a server on another machine; where the system does not tell
@@ -194,17 +195,17 @@ def server_memory(url: str) -> int | None:
     """
     import psutil  # here, since it is an extra
 
-    address = urlsplit(url)
-    if address.hostname not in ("127.0.0.1", "localhost", "::1"):
+    if not endpoint.local:
         return None
+    port = urlsplit(endpoint.url).port
     total = 0
     try:
         for connection in psutil.net_connections("tcp"):
-            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == address.port and connection.pid:
+            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
                 listener = psutil.Process(connection.pid)
                 for process in {listener, *listener.children(recursive=True)}:
                     total += peak_of_process(process.pid) or process.memory_info().rss
                 break
-    except psutil.Error:  # of another user, or gone
+    except (psutil.Error, OSError):  # of another user, or gone
         return None
     return total or None

@@ -45,6 +45,12 @@ def mean_estimate(values: Sequence[float], confidence: float = CONFIDENCE) -> Es
     return Estimate(mean, mean - margin, mean + margin, len(values))
 
 
+def share_estimate(values: Sequence[float]) -> Estimate:
+    """`mean_estimate` of shares, whose interval cannot leave 0 to 1."""
+    estimate = mean_estimate(values)
+    return Estimate(estimate.mean, max(0.0, estimate.low), min(1.0, estimate.high), estimate.n)
+
+
 def wilson(successes: int, trials: int, confidence: float = CONFIDENCE) -> Estimate:
     """A proportion with Wilson's score interval (Wilson 1927), which holds for few trials and extreme proportions."""
     from scipy.stats import binomtest

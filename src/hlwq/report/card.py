@@ -13,7 +13,7 @@ from rich.filesize import decimal
 from hlwq.check import check_directory
 from hlwq.checkpoint import read_json
 from hlwq.errors import HlwqError
-from hlwq.evaluate.results import kept
+from hlwq.evaluate.results import fingerprint, kept
 from hlwq.inspect import inspect
 from hlwq.usage import commands
 from hlwq.version import __version__
@@ -55,7 +55,7 @@ def write_card(
     stated = dict(origin.get("card", {}))
     if origin.get("revision"):  # a name of the hub's; a local one says nothing to readers
         stated["base_model"] = origin["source"]
-    results = {kind: entries[0] for kind in KINDS if (entries := kept(directory, kind))}
+    results = {kind: entry for kind in KINDS if (entry := _fit_to_show(directory, kind))}
     title = repository or directory.resolve().name
     data = ModelCardData(
         base_model_relation="quantized" if "base_model" in stated else None,
@@ -106,18 +106,44 @@ def push(directory: Path, repository: str, *, private: bool = False, api: HfApi 
         api: another hub than the usual one.
 
     Raises:
-        HlwqError: there is no card, or the hub refuses.
+        HlwqError: there is no card, it is of another repository, or the hub refuses.
     """
-    if not (directory / "README.md").is_file():
-        raise HlwqError(f"{directory} has no model card. Write one: hlwq card {directory}")
+    check_card(directory, repository)
     hub = api or HfApi()
     try:
         url = hub.create_repo(repository, private=private, exist_ok=True)
-        hub.upload_folder(repo_id=repository, folder_path=directory, commit_message=f"Quantized by hlwq {__version__}")
+        if private and not hub.repo_info(repository).private:
+            raise ValueError("it is there already, and public. Make it private on its page first.")
+        message = f"Quantized by hlwq {__version__}"
+        # Shards of an earlier upload would be loaded along with these.
+        stale = ["*.safetensors"]
+        hub.upload_folder(repo_id=repository, folder_path=directory, commit_message=message, delete_patterns=stale)
     except Exception as error:  # of the network, of the hub, of the token
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise HlwqError(f"The hub did not take {repository}: {reason} Log in with `hf auth login`.") from None
     return str(url)
+
+
+def check_card(directory: Path, repository: str) -> None:
+    """Raise HlwqError unless a directory has a card that calls it by the name it will have on the hub."""
+    file = directory / "README.md"
+    again = f"hlwq card {directory} --repository {repository}"
+    if not file.is_file():
+        raise HlwqError(f"{directory} has no model card. Write one: {again}")
+    if f"\n# {repository}\n" not in file.read_text(encoding="utf-8"):
+        raise HlwqError(
+            f"{file} does not call it {repository}, as its commands must. Write it again: {again} --overwrite"
+        )
+
+
+def _fit_to_show(directory: Path, kind: str) -> dict[str, Any] | None:
+    """The latest measurement of a kind; of HumanEval, the latest of all problems by greedy programs."""
+    entries = kept(directory, kind)
+    if kind == "humaneval":
+        asked = [entry["setting"] for entry in entries]
+        whole = [each["limit"] is None and each["samples"] == 1 and not each["temperature"] for each in asked]
+        entries = [entry for entry, fit in zip(entries, whole, strict=True) if fit]
+    return entries[0] if entries else None
 
 
 def files_to_push(directory: Path) -> list[tuple[str, int]]:
@@ -131,8 +157,8 @@ def _compared(directory: Path, report: Path) -> list[str]:
     rows, table = report / "rows.json", report / "table.md"
     if not (rows.is_file() and table.is_file()):
         raise HlwqError(f"--report {report} is not what `hlwq compare` wrote: it has no rows.json and table.md.")
-    if directory.resolve().name not in (row["name"] for row in json.loads(rows.read_text(encoding="utf-8"))):
-        raise HlwqError(f"--report {report} does not compare {directory.resolve().name}. Run `hlwq compare` with it.")
+    if fingerprint(directory) not in (row["checkpoint"] for row in json.loads(rows.read_text(encoding="utf-8"))):
+        raise HlwqError(f"--report {report} does not compare {directory} as it is. Run `hlwq compare` with it.")
     (directory / CHARTS).mkdir(exist_ok=True)
     lines = ["## Compared with others\n", table.read_text(encoding="utf-8")]
     for picture in sorted(report.glob("*.png")):
@@ -201,14 +227,18 @@ def _measurements(results: dict[str, dict[str, Any]]) -> str:
         elif kind == "divergence":
             mean = result["mean"]
             same = result["top1_agreement"]
+            least = "at least " if result["lower_bound"] else ""
             value = (
-                f"KL {mean['mean']:.4f} [{mean['low']:.4f}, {mean['high']:.4f}] nats per token, 99th percentile "
+                f"KL {least}{mean['mean']:.4f} [{mean['low']:.4f}, {mean['high']:.4f}] nats per token, 99th percentile "
                 f"{result['percentile_99']:.3f}; top-1 agreement {same['mean']:.4f} [{same['low']:.4f}, "
                 f"{same['high']:.4f}] (n = {mean['n']} chunks)"
             )
         elif kind == "humaneval":
             one = result["pass_at"]["1"]
-            value = f"pass@1 {one['mean']:.4f} [{one['low']:.4f}, {one['high']:.4f}] (n = {one['n']})"
+            value = (
+                f"pass@1 {one['mean']:.4f} [{one['low']:.4f}, {one['high']:.4f}] (n = {one['n']}; greedy, "
+                f"{entry['setting']['prompting']}, at most {result['max_tokens']} tokens)"
+            )
         else:
             prefill, decode = result["prefill"], result["decode"]
             value = (

@@ -108,7 +108,7 @@ def layer_chart(rows: Sequence[Row]) -> Chart | None:
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(7, 3.5))
     for row, style in zip(recorded, ("-", "--", ":", "-.") * len(recorded), strict=False):
-        axes.plot(range(len(row.layer_errors)), row.layer_errors, style, marker=".", label=row.name)
+        axes.plot(list(row.layer_errors), list(row.layer_errors.values()), style, marker=".", label=row.name)
     axes.set_yscale("log")
     axes.set_xlabel("layer")
     axes.set_ylabel("largest relative output error")

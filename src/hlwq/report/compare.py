@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,13 +20,17 @@ from hlwq.evaluate.perplexity import Perplexity, Protocol, paired_difference, pe
 from hlwq.evaluate.results import (
     divergence_setting,
     engine_of,
+    fingerprint,
+    hardware,
     humaneval_setting,
     kept,
     measured,
     perplexity_setting,
+    record_of_programs,
+    speed_engine,
     speed_setting,
 )
-from hlwq.evaluate.speed import NEW_TOKENS, PROMPT_TOKENS, RUNS, Speed, speed
+from hlwq.evaluate.speed import NEW_TOKENS, PROMPT_TOKENS, RUNS, Speed
 from hlwq.evaluate.statistics import Estimate, Verdict, paired_verdict, verdict
 from hlwq.formats import format_named
 from hlwq.inspect import inspect
@@ -40,7 +46,7 @@ class Row:
 
     Attributes:
         name: of its directory, or `(unquantized)`.
-        directory: where it lies.
+        checkpoint: a hash of its weights, see `fingerprint`.
         recipe: by which it was made, if it says.
         format: how it is stored.
         engines: that load it.
@@ -59,11 +65,11 @@ class Row:
         humaneval_p: of McNemar's test against the base; None where the base was not measured alike.
         humaneval_verdict: whether that says better or worse.
         speeds: in each engine that it was measured in.
-        layer_errors: largest relative output error of each layer, where the checkpoint records them.
+        layer_errors: largest relative output error by layer, where the checkpoint records them.
     """
 
     name: str
-    directory: str
+    checkpoint: str
     recipe: str | None
     format: str
     engines: tuple[str, ...]
@@ -82,7 +88,7 @@ class Row:
     humaneval_p: float | None
     humaneval_verdict: Verdict | None
     speeds: tuple[Speed, ...]
-    layer_errors: tuple[float, ...]
+    layer_errors: dict[int, float]
 
 
 @dataclass(frozen=True)
@@ -135,8 +141,15 @@ def compare(
     everything = [(BASE, source), *zip(names, paths, strict=True)]
     rows: list[Row] = []
     base_loss: Perplexity | None = None
+    programs = _measured_alike(source, paths)
+    if protocols.humaneval:
+        for done, (name, path) in enumerate(everything):
+            report(done, len(everything), f"{name}: HumanEval")
+            programs = _run_humaneval(path, protocols.humaneval, protocols.device)
     for done, (name, path) in enumerate(everything):
-        row, base_loss = _measure(name, path, source, base_loss, protocols, partial(report, done, len(everything)))
+        row, base_loss = _measure(
+            name, path, source, base_loss, programs, protocols, partial(report, done, len(everything))
+        )
         rows.append(row)
     report(len(everything), len(everything), "measured")
     return rows
@@ -147,10 +160,11 @@ def _measure(
     path: Path,
     source: Path,
     base_loss: Perplexity | None,
+    programs: dict[str, Any] | None,
     protocols: Protocols,
     report: Callable[[str], None],
 ) -> tuple[Row, Perplexity]:
-    """The row of one checkpoint, and the loss of the base, which is measured first."""
+    """The row of one checkpoint, and the loss of the base, which comes first; `programs` is HumanEval's setting."""
     found = inspect(path)
     report(f"{name}: divergence")
     kl = _divergence(path, source, protocols) if base_loss else None
@@ -159,12 +173,11 @@ def _measure(
     difference = (
         Estimate(*paired_difference(base_loss, scored), len(scored.chunk_losses)) if base_loss is not None else None
     )
-    report(f"{name}: HumanEval")
-    programs, p_value, said = _humaneval(path, source, protocols)
+    entry, p_value, said = _humaneval(path, source, programs)
     report(f"{name}: speed")
     row = Row(
         name=name,
-        directory=str(path),
+        checkpoint=fingerprint(path),
         recipe=found.recipe,
         format=found.format,
         engines=tuple(engine.name for engine in format_named(found.format).ENGINES),
@@ -178,8 +191,8 @@ def _measure(
         divergence=Estimate(**kl["mean"]) if kl else None,
         kl_percentile_99=kl["percentile_99"] if kl else None,
         top1_agreement=Estimate(**kl["top1_agreement"]) if kl else None,
-        humaneval=Estimate(**programs["result"]["pass_at"]["1"]) if programs else None,
-        humaneval_how="{prompting}, {engine}".format(**programs["setting"]) if programs else None,
+        humaneval=Estimate(**entry["result"]["pass_at"]["1"]) if entry else None,
+        humaneval_how="{prompting}, {engine}".format(**entry["setting"]) if entry else None,
         humaneval_p=p_value,
         humaneval_verdict=said,
         speeds=_speeds(path, protocols),
@@ -205,7 +218,7 @@ def _perplexity(path: Path, protocols: Protocols, kl: dict[str, Any] | None) -> 
 
 def _divergence(path: Path, source: Path, protocols: Protocols) -> dict[str, Any]:
     options: dict[str, Any] = dict(context=protocols.context, limit=protocols.limit)
-    setting = divergence_setting(protocols.text, **options, engine=engine_of(path, protocols.device))
+    setting = divergence_setting(protocols.text, **options, engine=engine_of(path, protocols.device), base=source)
 
     def measure() -> dict[str, Any]:
         return asdict(divergence(path, source, protocols.text, **options, device=protocols.device))
@@ -214,56 +227,76 @@ def _divergence(path: Path, source: Path, protocols: Protocols) -> dict[str, Any
     return result
 
 
+def _run_humaneval(path: Path, prompting: Prompting, device: str) -> dict[str, Any]:
+    """Measure HumanEval, unless it was, and return its setting."""
+    setting = humaneval_setting(prompting, 1, 0.0, MAX_TOKENS, None, engine_of(path, device))
+
+    def measure() -> dict[str, Any]:
+        generate = transformers_generate(path, device)
+        return asdict(humaneval(generate, prompting=prompting, record=record_of_programs(path, setting)))
+
+    measured(path, "humaneval", setting, measure)
+    return setting
+
+
+def _measured_alike(source: Path, paths: Sequence[Path]) -> dict[str, Any] | None:
+    """The latest setting in which greedy programs of the base were measured before, perhaps through a server, and of
+    at least one checkpoint too."""
+    others = [entry["setting"] for path in paths for entry in kept(path, "humaneval")]
+    settings = [entry["setting"] for entry in kept(source, "humaneval")]
+    return next(
+        (each for each in settings if each in others and each["samples"] == 1 and not each["temperature"]), None
+    )
+
+
 def _humaneval(
-    path: Path, source: Path, protocols: Protocols
+    path: Path, source: Path, setting: dict[str, Any] | None
 ) -> tuple[dict[str, Any] | None, float | None, Verdict | None]:
-    """The measurement, if there is one, and McNemar's test against the same measurement of the base.
-
-    What was measured before, perhaps through a server, is taken as it is if the base was measured alike.
-    """
-    if protocols.humaneval:
-        prompting = protocols.humaneval
-        setting = humaneval_setting(prompting, 1, 0.0, MAX_TOKENS, None, engine_of(path, protocols.device))
-
-        def measure() -> dict[str, Any]:
-            return asdict(humaneval(transformers_generate(path, protocols.device), prompting=prompting))
-
-        measured(path, "humaneval", setting, measure)
-    bases = kept(source, "humaneval")
-    for entry in kept(path, "humaneval"):
-        base = next((each["result"]["solved"] for each in bases if each["setting"] == entry["setting"]), None)
-        if base is None or entry["setting"]["samples"] > 1:
-            continue
-        if path == source:
-            return entry, None, None
-        solved = entry["result"]["solved"]
-        return entry, *paired_verdict([bool(solved[task]) for task in base], [bool(base[task]) for task in base])
-    return None, None, None
+    """The measurement in a setting, if there is one, and McNemar's test against that of the base."""
+    entry, base = (
+        next((each for each in kept(where, "humaneval") if each["setting"] == setting), None)
+        for where in (path, source)
+    )
+    if entry is None or base is None or path == source:
+        return entry, None, None
+    ours, theirs = entry["result"]["solved"], base["result"]["solved"]
+    return entry, *paired_verdict([bool(ours[task]) for task in theirs], [bool(theirs[task]) for task in theirs])
 
 
 def _speeds(path: Path, protocols: Protocols) -> tuple[Speed, ...]:
-    if protocols.speed:
-        setting = speed_setting(PROMPT_TOKENS, NEW_TOKENS, RUNS, engine_of(path, protocols.device))
-        measured(path, "speed", setting, lambda: asdict(speed(path, device=protocols.device)))
+    """Speeds measured alike, by engine, and by machine where it is another one."""
+    alike = {"prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS, "runs": RUNS}
+    here = speed_setting(**alike, engine=speed_engine(path, protocols.device))
+    if protocols.speed and not any(
+        each["setting"] == here and each["hardware"] == hardware() for each in kept(path, "speed")
+    ):
+        # In a process of its own, whose memory is that of this model alone.
+        command = [sys.executable, "-m", "hlwq.cli", "eval", "speed", str(path), "--device", protocols.device, "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise HlwqError(f"The speed of {path} could not be measured: {done.stderr.strip()[-300:]}")
     found: dict[str, Speed] = {}
     for entry in kept(path, "speed"):
-        found.setdefault(entry["setting"]["engine"], Speed(**_tuples(entry["result"])))
-    return tuple(found[engine] for engine in sorted(found))
+        if alike.items() <= entry["setting"].items():
+            engine = entry["setting"]["engine"]
+            name = engine if entry["hardware"] == hardware() else f"{engine} on {entry['hardware']}"
+            found.setdefault(name, replace(Speed(**_tuples(entry["result"])), engine=name))
+    return tuple(found[name] for name in sorted(found))
 
 
 def _tuples(result: dict[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in result.items()}
 
 
-def _layer_errors(path: Path) -> tuple[float, ...]:
-    """The largest relative output error of each layer, in order, where `hlwq.json` records them."""
+def _layer_errors(path: Path) -> dict[int, float]:
+    """The largest relative output error by layer, where `hlwq.json` records them."""
     manifest = read_json(path / "hlwq.json") if (path / "hlwq.json").is_file() else {}
     layers: dict[int, float] = {}
     for module, entry in manifest.get("modules", {}).items():
         if "relative_output_error" in entry and ".layers." in module:
             layer = int(module.split(".layers.")[1].split(".")[0])
             layers[layer] = max(layers.get(layer, 0.0), entry["relative_output_error"])
-    return tuple(layers[index] for index in sorted(layers))
+    return dict(sorted(layers.items()))
 
 
 def save_rows(rows: Sequence[Row], file: Path) -> None:

@@ -56,7 +56,10 @@ def write_report(rows: Sequence[Row], protocols: Protocols, base: str, out: Path
         f"<p class=note>{escape(describe_protocols(protocols, rows))}</p>{figures}"
         f"<p class=note>Made by hlwq {__version__}.</p></html>\n"
     )
-    files = {"report.html": page, "table.md": markdown_table(rows)}
+    for picture in (*out.glob("*.png"), *out.glob("*.svg")):  # of an earlier run
+        if picture.stem in charts:
+            picture.unlink()
+    files = {"report.html": page, "table.md": f"{markdown_table(rows)}\n{describe_protocols(protocols, rows)}\n"}
     files |= {f"{name}.svg": chart.svg for name, (chart, _) in drawn.items()}
     for name, text in files.items():
         (out / name).write_text(text, encoding="utf-8")

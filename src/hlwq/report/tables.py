@@ -7,6 +7,7 @@ from html import escape
 
 from rich.filesize import decimal
 
+from hlwq.evaluate.speed import Speed
 from hlwq.evaluate.statistics import Estimate
 from hlwq.report.compare import Row
 
@@ -47,7 +48,7 @@ def cells(row: Row) -> tuple[str, ...]:
         f"{row.bits_per_weight:.3f}" if row.bits_per_weight else "16",
         "; ".join(f"{_spread(each.prefill)} ({each.engine})" for each in row.speeds),
         "; ".join(f"{_spread(each.decode)} ({each.engine})" for each in row.speeds),
-        "; ".join(f"{decimal(each.peak_memory)} ({each.engine})" for each in row.speeds if each.peak_memory),
+        "; ".join(f"{_memory(each)} ({each.engine})" for each in row.speeds if each.peak_memory),
         ", ".join(row.engines),
     )
 
@@ -80,6 +81,11 @@ def _interval(estimate: Estimate | None, *, signed: bool = False) -> str:
         return ""
     sign = "+" if signed else ""
     return f"{estimate.mean:{sign}.4f} [{estimate.low:{sign}.4f}, {estimate.high:{sign}.4f}], n = {estimate.n}"
+
+
+def _memory(speed: Speed) -> str:
+    device = f" + {decimal(speed.device_memory)} of the device's" if speed.device_memory else ""
+    return f"{decimal(speed.peak_memory or 0)}{device}"
 
 
 def _spread(values: tuple[float, float, float]) -> str:
