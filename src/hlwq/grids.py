@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hlwq.compiled import kernels_for
+from hlwq.compiled import cpu_kernels
 from hlwq.errors import HlwqError
 from hlwq.hadamard import rotate_blocks
 from hlwq.lloyd import codebook
@@ -229,7 +229,7 @@ class LloydGrid:
 
     def kernels(self, values: Tensor) -> ModuleType | None:
         """The compiled kernels, where they serve this grid: the same bits, ten times as fast."""
-        kernels = kernels_for(values)
+        kernels = cpu_kernels(values)
         return kernels if kernels and self.bits > 1 and self.group_size in kernels.GROUP_SIZES else None
 
 
@@ -338,7 +338,7 @@ class QuantizedMatrix:
 
 
 def sum_by_halves(values: Tensor) -> Tensor:
-    """The sums over the last axis, which is kept, each the same on every machine: halves are added until one is left."""
+    """The sums over the last axis, which is kept: halves are added until one is left, on every machine alike."""
     while (length := values.shape[-1]) > 1:
         half = length // 2
         values = torch.cat([values[..., :half] + values[..., length - half :], values[..., half : length - half]], -1)
