@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from math import sqrt
 from types import ModuleType
@@ -219,8 +220,10 @@ def test_norms_and_codes_have_the_bits_of_the_plain_ones(bits: int, size: int, c
     )
     groups = groups.unflatten(0, (2, -1))
     norm, best = grid._norms(groups)
-    for ours, plain in zip(cpu.fit_norms(groups, bits), (norm, best), strict=True):
-        assert torch.equal(ours, plain)
+    for least_squares in (True, False):
+        expected = replace(grid, least_squares=least_squares)._norms(groups)
+        for ours, other in zip(cpu.fit_norms(groups, bits, least_squares), expected, strict=True):
+            assert torch.equal(ours, other)
     for each in (norm, best):
         assert torch.equal(cpu.nearest_codes(groups, each, bits), grid._round(groups, Parameters(each)))
 

@@ -185,14 +185,16 @@ class LloydGrid:
             HlwqError: a norm overflows the storage dtype.
         """
         kernels = self.kernels(weights)
-        norm, best = kernels.fit_norms(weights, self.bits) if kernels else self._norms(weights)
+        norm, best = kernels.fit_norms(weights, self.bits, self.least_squares) if kernels else self._norms(weights)
         round_to_storage(norm, self.storage)  # an infinite norm would come back from the least squares as anything
-        return Parameters(round_to_storage(best if self.least_squares else norm, self.storage))
+        return Parameters(round_to_storage(best, self.storage))
 
     def _norms(self, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """The groups' own norms, and those of least squared error."""
+        """The groups' own norms, and those to store: the same, or those of least squared error."""
         squares = sum_by_halves(weights * weights)
         norm = squares.cpu().to(torch.float64).sqrt().to(squares)  # torch's float32 square root is not always nearest
+        if not self.least_squares:
+            return norm, norm
         levels = self.decode(self._round(weights, Parameters(norm)), Parameters(torch.ones_like(norm)))
         return norm, sum_by_halves(weights * levels) / sum_by_halves(levels * levels)
 

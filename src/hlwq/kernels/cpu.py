@@ -140,8 +140,8 @@ def row_kernels(width: int, bits: int, shuffled: bool) -> tuple[Any, Any, Any]:
 
 
 @lru_cache
-def group_kernels(size: int) -> tuple[Any, Any]:
-    """Loops over groups of `size` columns: `rotate_groups` and `fit_groups`."""
+def group_kernels(size: int) -> tuple[Any, Any, Any]:
+    """Loops over groups of `size` columns."""
 
     @compiled
     def rotate_groups(source, target):
@@ -149,12 +149,17 @@ def group_kernels(size: int) -> tuple[Any, Any]:
             rotate(np.intp(source[group].ctypes.data), np.intp(target[group].ctypes.data), size)
 
     @compiled
-    def fit_groups(weights, centroids, lower_codes, boundaries, bin_scale, norms, refined):
+    def measure_groups(weights, norms):
+        for group in range(len(weights)):
+            here = np.intp(weights[group].ctypes.data)
+            norms[group] = np.sqrt(dot_by_halves(here, here, size))
+
+    @compiled
+    def refine_groups(weights, norms, centroids, lower_codes, boundaries, bin_scale, refined):
         values, places, levels_of = np.empty(size, np.float32), np.empty(size, np.int32), np.empty(size, np.float32)
         root = np.float32(sqrt(size))
         for group in range(len(weights)):
             here, there = np.intp(weights[group].ctypes.data), np.intp(levels_of.ctypes.data)
-            norms[group] = np.sqrt(dot_by_halves(here, here, size))
             find_bins(weights[group], norms[group], bin_scale, values, places)
             for column in range(size):
                 place = np.uint32(places[column])
@@ -162,7 +167,7 @@ def group_kernels(size: int) -> tuple[Any, Any]:
                 levels_of[column] = centroids[code] * (np.float32(1) / root)
             refined[group] = dot_by_halves(here, there, size) / dot_by_halves(there, there, size)
 
-    return rotate_groups, fit_groups
+    return rotate_groups, measure_groups, refine_groups
 
 
 @compiled
@@ -295,24 +300,27 @@ def rotate_blocks(values: Tensor, block_size: int) -> Tensor:
     """See `hlwq.hadamard.rotate_blocks`; `block_size` is one of GROUP_SIZES."""
     blocks = values.reshape(-1, block_size).contiguous().numpy()
     target = np.empty_like(blocks)
-    kernel, _ = group_kernels(block_size)
+    kernel, *_ = group_kernels(block_size)
     in_threads(lambda part: kernel(blocks[part], target[part]), len(blocks), blocks.size)
     return torch.from_numpy(target).view(values.shape)
 
 
-def fit_norms(weights: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Of groups (…, size): their norms and their norms by least squares, float32 (…, 1). See `LloydGrid.fit`."""
+def fit_norms(weights: Tensor, bits: int, least_squares: bool) -> tuple[Tensor, Tensor]:
+    """Of groups (…, size): their norms and those to store, float32 (…, 1). See `LloydGrid.fit`."""
     groups = weights.reshape(-1, weights.shape[-1]).contiguous().numpy()
-    norms, refined = np.empty(len(groups), np.float32), np.empty(len(groups), np.float32)
-    _, kernel = group_kernels(weights.shape[-1])
+    norms = np.empty(len(groups), np.float32)
+    best = np.empty_like(norms) if least_squares else norms
+    _, measure, refine = group_kernels(weights.shape[-1])
     centroids = codebook(bits).centroids.numpy()
-    in_threads(
-        lambda part: kernel(groups[part], centroids, *bins(bits), norms[part], refined[part]),
-        len(groups),
-        groups.size,
-    )
+
+    def work(part: slice) -> None:
+        measure(groups[part], norms[part])
+        if least_squares:
+            refine(groups[part], norms[part], centroids, *bins(bits), best[part])
+
+    in_threads(work, len(groups), groups.size)
     shape = (*weights.shape[:-1], 1)
-    return torch.from_numpy(norms).view(shape), torch.from_numpy(refined).view(shape)
+    return torch.from_numpy(norms).view(shape), torch.from_numpy(best).view(shape)
 
 
 def nearest_codes(weights: Tensor, norms: Tensor, bits: int) -> Tensor:
