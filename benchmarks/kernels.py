@@ -3,9 +3,9 @@
     python benchmarks/kernels.py --polarquant VENV/bin/python --json kernels.json
 
 beside polarquant 0.6.0, the published HLWQ code (`pip install polarquant==0.6.0` in VENV; a second process runs it on
-the same matrix), the same in plain torch, and a copy of a float32 matrix. All take turns, and the best of several rounds
-counts, since whatever else the machine does only adds to a time. Decoding writes to memory that is there already, as the
-copy does; polarquant and plain torch cannot be told where to.
+the same matrix), the same in plain torch, and a copy of a float32 matrix. All take turns, and the best of several
+rounds counts, since whatever else the machine does only adds to a time. Decoding writes to memory that is there
+already, as the copy does; polarquant and plain torch cannot be told where to.
 """
 
 from __future__ import annotations
@@ -15,16 +15,22 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
-from math import sqrt
+from collections.abc import Callable, Iterator
+from math import inf, sqrt
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from hlwq.grids import LloydGrid
+from hlwq.hadamard import hadamard_matrix
+from hlwq.kernels import cpu, matmul
+from hlwq.lloyd import codebook
+from hlwq.packing import pack, unpack
+from hlwq.solvers.nearest import quantize_nearest
 
 GROUP = 128
-WIDTHS = range(2, 9)
 
 # What the process beside this one runs: it answers each line `work bits` with seconds.
 POLARQUANT = """
@@ -63,136 +69,121 @@ for line in sys.stdin:
 """
 
 
+Run = Callable[[], object]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--polarquant", metavar="PYTHON", help="an interpreter that has polarquant 0.6.0")
     parser.add_argument("--matrix", type=int, nargs=2, default=(1024, 4096), help="rows and columns to encode")
     parser.add_argument("--product", type=int, nargs=2, default=(4096, 12288), help="rows and columns to multiply by")
-    parser.add_argument("--bits", type=int, nargs="+", default=list(WIDTHS))
+    parser.add_argument("--bits", type=int, nargs="+", default=list(range(2, 9)))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--shared", action="store_true", help="others use this machine: processor time, one thread")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    if options.shared:
-        options.threads = 1
-    torch.set_num_threads(options.threads)
-    arguments = (*options.matrix, GROUP, options.threads, int(options.shared))
-    with (
-        subprocess.Popen(
-            [options.polarquant, "-c", POLARQUANT, *map(str, arguments)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        if options.polarquant
-        else nullcontext()
-    ) as peer:
-        results = [*matrices(options, peer), *products(options)]
+    threads = 1 if options.shared else options.threads
+    torch.set_num_threads(threads)
+    arguments = (*options.matrix, GROUP, threads, int(options.shared))
+    peer = Peer(options.polarquant, *arguments) if options.polarquant else None
+    clock = time.process_time if options.shared else time.perf_counter
+    torch.manual_seed(0)
+    weights, factor = torch.randn(options.matrix) * 0.02, torch.randn(options.product)
+    results = []
+    for bits in options.bits:
+        for work, runs in (*on_one_matrix(weights, bits, peer), ("product", products(factor, bits))):
+            size = factor.numel() if work == "product" else weights.numel()
+            results.append({"work": work, "bits": bits, "weights": size, "seconds": best(runs, options.rounds, clock)})
     if options.json:
-        options.json.write_text(
-            json.dumps({"setting": vars(options), "results": results}, default=str, indent=1) + "\n"
-        )
+        found = {"setting": vars(options), "results": results}
+        options.json.write_text(json.dumps(found, default=str, indent=1) + "\n")
     print(table(results))
 
 
-def matrices(options: argparse.Namespace, peer: subprocess.Popen[str] | None) -> list[dict[str, Any]]:
-    """Encoding, decoding, packing and unpacking of one matrix."""
-    from hlwq.grids import LloydGrid
-    from hlwq.hadamard import hadamard_matrix
-    from hlwq.kernels import cpu
-    from hlwq.lloyd import codebook
-    from hlwq.packing import pack, unpack
-    from hlwq.solvers.nearest import quantize_nearest
+def on_one_matrix(weights: Tensor, bits: int, peer: Peer | None) -> Iterator[tuple[str, dict[str, Run]]]:
+    """Encoding, decoding, packing and unpacking of a matrix, by us and by others."""
+    grid, plain = LloydGrid(bits, GROUP), LloydGrid(bits, GROUP, least_squares=False)
+    quantized = quantize_nearest(weights, grid, "hadamard")
+    codes, norms = quantized.codes, quantized.parameters.scale
+    packed, target = pack(codes, bits), torch.empty_like(weights)
+    rotation, book = hadamard_matrix(GROUP), codebook(bits)
 
-    weights = torch.randn(options.matrix, generator=torch.Generator().manual_seed(0)) * 0.02
-    target, matrix = torch.empty_like(weights), hadamard_matrix(GROUP)
-    results = []
-    for bits in options.bits:
-        plain_norms, grid = LloydGrid(bits, GROUP, least_squares=False), LloydGrid(bits, GROUP)
-        quantized = quantize_nearest(weights, grid, "hadamard")
-        packed, norms = pack(quantized.codes, bits), quantized.parameters.scale.to(torch.float16)
-        book = codebook(bits)
+    def encode_in_torch() -> Tensor:
+        groups = weights.unflatten(-1, (-1, GROUP))
+        scale = sqrt(GROUP) / groups.norm(dim=-1, keepdim=True)
+        return torch.bucketize(groups @ rotation * scale, book.boundaries, out_int32=True).to(torch.uint8)
 
-        def encode_in_torch(book: Any = book) -> None:
-            groups = weights.unflatten(-1, (-1, GROUP))
-            scale = sqrt(GROUP) / groups.norm(dim=-1, keepdim=True)
-            torch.bucketize(groups @ matrix * scale, book.boundaries, out_int32=True).to(torch.uint8)
+    def decode_in_torch() -> Tensor:
+        groups = book.centroids[codes.int()].unflatten(-1, (-1, GROUP)) @ rotation
+        return groups * (norms / sqrt(GROUP)).unsqueeze(-1)
 
-        def decode_in_torch(book: Any = book, quantized: Any = quantized) -> None:
-            groups = book.centroids[quantized.codes.int()].unflatten(-1, (-1, GROUP)) @ matrix
-            groups * (quantized.parameters.scale / sqrt(GROUP)).unsqueeze(-1)
+    def others(work: str) -> dict[str, Run]:
+        # It packs codes of up to 4 bits as 4, and of 5 as 5.
+        asked = peer is not None and (bits <= 5 or "pack" not in work)
+        polarquant: dict[str, Run] = {"polarquant": lambda: peer.seconds(work, bits)} if peer and asked else {}
+        return {**polarquant, "copy": lambda: target.copy_(weights)}
 
-        def decode(bits: int = bits, packed: Any = packed, norms: Any = norms) -> None:
-            cpu.decode(packed, norms, bits, bits, True, target)
-
-        def of_peer(work: str, bits: int = bits) -> Callable[[], float] | None:
-            # It packs 4 bits at 2 to 4, and 5 at 5.
-            return None if peer is None or ("pack" in work and bits > 5) else lambda: ask(peer, work, bits)
-
-        works: dict[str, dict[str, Callable[[], Any] | None]] = {
-            "encode": {
-                "hlwq": lambda: quantize_nearest(weights, plain_norms, "hadamard"),  # noqa: B023
-                "hlwq, least squares": lambda: quantize_nearest(weights, grid, "hadamard"),  # noqa: B023
-                "torch": encode_in_torch,
-            },
-            "decode": {"hlwq": decode, "torch": decode_in_torch},
-            "pack": {"hlwq": lambda: pack(quantized.codes, bits)},  # noqa: B023
-            "unpack": {"hlwq": lambda: unpack(packed, bits)},  # noqa: B023
-        }
-        for work, runs in works.items():
-            seconds = best({**runs, "polarquant": of_peer(work), "copy": lambda: target.copy_(weights)}, options.rounds)
-            results.append({"work": work, "bits": bits, "weights": weights.numel(), "seconds": seconds})
-    return results
+    yield (
+        "encode",
+        {
+            "hlwq": lambda: quantize_nearest(weights, plain, "hadamard"),
+            "hlwq, least squares": lambda: quantize_nearest(weights, grid, "hadamard"),
+            "torch": encode_in_torch,
+            **others("encode"),
+        },
+    )
+    decode = {"hlwq": lambda: cpu.decode(packed, norms, bits, bits, True, target), "torch": decode_in_torch}
+    yield "decode", {**decode, **others("decode")}
+    yield "pack", {"hlwq": lambda: pack(codes, bits), **others("pack")}
+    yield "unpack", {"hlwq": lambda: unpack(packed, bits), **others("unpack")}
 
 
-def products(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row of inputs times a matrix."""
-    from hlwq import kernels
-    from hlwq.packing import pack
-
-    rows, columns = options.product
-    generator = torch.Generator().manual_seed(0)
-    weights = torch.randn(rows, columns, generator=generator)
-    of_dtype = {dtype: weights.to(dtype) for dtype in (torch.float32, torch.bfloat16)}
-    inputs = {dtype: torch.randn(1, columns, generator=generator).to(dtype) for dtype in of_dtype}
-    norms = torch.rand(rows, columns // GROUP, generator=generator).to(torch.float16)
-    results = []
-    for bits in options.bits:
-        packed = pack(torch.randint(2**bits, (rows, columns), dtype=torch.uint8, generator=generator), bits)
-        runs: dict[str, Callable[[], Any] | None] = {
-            "hlwq": lambda: kernels.matmul(inputs[torch.bfloat16], packed, norms, bits),  # noqa: B023
-            "torch, bfloat16": lambda: inputs[torch.bfloat16] @ of_dtype[torch.bfloat16].T,
-            "torch, float32": lambda: inputs[torch.float32] @ of_dtype[torch.float32].T,
-        }
-        results.append(
-            {"work": "product", "bits": bits, "weights": rows * columns, "seconds": best(runs, 3 * options.rounds)}
-        )
-    return results
+def products(weights: Tensor, bits: int) -> dict[str, Run]:
+    """One row of inputs times a matrix; the values of codes do not matter to speed."""
+    rows, columns = weights.shape
+    packed = torch.randint(256, (rows, columns * bits // 8), dtype=torch.uint8)
+    norms = torch.rand(rows, columns // GROUP).to(torch.float16)
+    half, inputs = weights.to(torch.bfloat16), torch.randn(1, columns)
+    half_inputs = inputs.to(torch.bfloat16)
+    return {
+        "hlwq": lambda: matmul(half_inputs, packed, norms, bits),
+        "torch, bfloat16": lambda: half_inputs @ half.T,
+        "torch, float32": lambda: inputs @ weights.T,
+    }
 
 
-def best(runs: dict[str, Callable[[], Any] | None], rounds: int) -> dict[str, float]:
-    """The least time of each, in seconds; polarquant is asked for its own, and only twice where it takes long."""
-    seconds: dict[str, float] = {}
+def best(runs: dict[str, Run], rounds: int, clock: Callable[[], float]) -> dict[str, float]:
+    """The least time of each, in seconds, after one round that does not count; what takes long, less often."""
+    seconds = dict.fromkeys(runs, inf)
     for number in range(rounds + 1):
         for name, run in runs.items():
-            if run is None or (number > 2 and seconds[name] > 0.5):
+            if number > 2 and seconds[name] > 0.5:
                 continue
-            start = time.perf_counter()
-            told = run()
-            took = told if name == "polarquant" else time.perf_counter() - start
-            seconds[name] = took if number == 0 else min(seconds[name], took)
+            start = clock()
+            answer = run()
+            took = clock() - start
+            if number:
+                seconds[name] = min(seconds[name], answer if isinstance(answer, float) else took)
     return seconds
 
 
-def ask(peer: subprocess.Popen[str], work: str, bits: int) -> float:
-    assert peer.stdin is not None
-    assert peer.stdout is not None
-    print(work, bits, file=peer.stdin, flush=True)
-    answer = peer.stdout.readline()
-    if not answer:
-        sys.exit(f"polarquant ended at {work}, {bits} bits")
-    return float(answer)
+class Peer:
+    """The process that runs polarquant, and says how long that took."""
+
+    def __init__(self, python: str, *arguments: int) -> None:
+        command = [python, "-c", POLARQUANT, *map(str, arguments)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def seconds(self, work: str, bits: int) -> float:
+        questions, answers = self._process.stdin, self._process.stdout
+        assert questions is not None
+        assert answers is not None
+        print(work, bits, file=questions, flush=True)
+        answer = answers.readline()
+        if not answer:
+            sys.exit(f"polarquant ended at {work}, {bits} bits")
+        return float(answer)
 
 
 def table(results: list[dict[str, Any]]) -> str:

@@ -211,9 +211,10 @@ def cut_codes(builder: ir.IRBuilder, source: ir.Value, width: int) -> ir.Value:
         offsets = [code * width - 8 * start for code in LANE_ORDER if first <= code < first + 16]
         lower = [min(offset // 8, size - 2) for offset in offsets]
         words = shuffle(builder, raw, raw, [byte for each in lower for byte in (each, each + 1)])
-        shifts = constant(I16, [offset - 8 * byte for offset, byte in zip(offsets, lower, strict=True)])
-        codes = builder.lshr(builder.bitcast(words, ir.VectorType(I16, 16)), shifts)
-        codes = builder.and_(codes, constant(I16, [2**width - 1] * 16))
+        # Up to the highest bits of the word, then down: the one shift is a multiplication, the other the same for all.
+        up = constant(I16, [16 - width - offset + 8 * byte for offset, byte in zip(offsets, lower, strict=True)])
+        codes = builder.shl(builder.bitcast(words, ir.VectorType(I16, 16)), up)
+        codes = builder.lshr(codes, constant(I16, [16 - width] * 16))
         parts.append(builder.bitcast(codes, ir.VectorType(I8, 32)))
     low_bytes = [32 * part + 16 * lane + 2 * word for lane in (0, 1) for part in (0, 1) for word in range(8)]
     return shuffle(builder, parts[0], parts[1], low_bytes)
@@ -239,8 +240,9 @@ def shuffled_levels(builder: ir.IRBuilder, codes: ir.Value, tables: ir.Value, bi
 
     folded = bits > 4
     if folded:  # the upper half of the levels is the lower half backwards, with the other sign
-        positive = bit(bits - 1)
-        codes = builder.select(positive, builder.xor(codes, constant(I8, [2**bits - 1] * 32)), codes)
+        middle = 2 ** (bits - 1)
+        positive = builder.sext(builder.icmp_unsigned(">=", codes, constant(I8, [middle] * 32)), kind)
+        codes = builder.and_(builder.xor(codes, positive), constant(I8, [middle - 1] * 32))
     choices = [bit(number) for number in range(4, bits - folded)]
     codes = builder.and_(codes, constant(I8, [15] * 32))
     planes = []
@@ -252,7 +254,7 @@ def shuffled_levels(builder: ir.IRBuilder, codes: ir.Value, tables: ir.Value, bi
             found = [builder.select(choice, *pair) for pair in zip(found[1::2], found[::2], strict=True)]
         planes += found
     if folded:
-        planes[3] = builder.xor(planes[3], builder.and_(builder.sext(positive, kind), constant(I8, [-128] * 32)))
+        planes[3] = builder.xor(planes[3], builder.and_(positive, constant(I8, [128] * 32)))
     first, second, third, fourth = planes
     words = [(interleave(builder, first, second, n, I16), interleave(builder, third, fourth, n, I16)) for n in (0, 1)]
     return [interleave(builder, low, high, n, F32) for low, high in words for n in (0, 1)]
