@@ -12,6 +12,7 @@ from hlwq.errors import HlwqError
 
 
 @lru_cache(maxsize=32)
+@torch.inference_mode(False)  # what is kept may later be used where gradients are taken
 def hadamard_matrix(size: int, device: torch.device | str = "cpu") -> Tensor:
     """The normalised Sylvester–Hadamard matrix H: symmetric, orthogonal, its own inverse.
 
