@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import shlex
 import subprocess
@@ -21,6 +22,8 @@ from hlwq.demo import bundled_model, held_out_text
 from hlwq.evaluate.model import load_model
 from hlwq.evaluate.perplexity import perplexity_of_tokens
 from hlwq.evaluate.speed import speed
+from hlwq.formats import Scheme
+from hlwq.kernels import matmul
 from hlwq.linear import HLWQEmbedding, HLWQLinear, HLWQTiedHead
 from hlwq.sources import DecodedCheckpoint
 from hlwq.usage import commands
@@ -173,6 +176,15 @@ def test_casting_a_model_leaves_the_norms_as_they_are(tmp_path: Path) -> None:
         assert torch.equal(model.state_dict()[name], tensor)
 
 
+def test_gradients_reach_what_is_not_packed(tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "source", "llama")
+    hlwq.quantize(source, tmp_path / "made", "hlwq", group_size=64)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "made")
+    logits(model)  # what is kept from inference must serve gradients, too
+    model(input_ids=TOKENS).logits.float().square().mean().backward()
+    assert model.model.embed_tokens.weight.grad.abs().max() > 0
+
+
 def test_dequantize_after_loading(tmp_path: Path) -> None:
     source = make_checkpoint(tmp_path / "source", "qwen2", tie_word_embeddings=True)
     hlwq.quantize(source, tmp_path / "made", "hlwq", include_embeddings=True)
@@ -196,6 +208,29 @@ def test_generation_and_perplexity_are_those_of_the_decoded_model(hybrid: Path) 
         for model in (packed, decoded)
     ]
     assert measured[0] == pytest.approx(measured[1], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "group_size", "bits"), [(48, 576, 64, 5), (24, 256, 128, 3), (9000, 1024, 32, 8)]
+)
+def test_one_row_is_multiplied_as_many_are(rows: int, columns: int, group_size: int, bits: int) -> None:
+    pytest.importorskip("numba", reason="the kernels of the extra `kernels` are not installed")
+    generator = torch.Generator().manual_seed(0)
+    linear = HLWQLinear(columns, rows, Scheme(bits, group_size))
+    linear.weight_packed.copy_(torch.randint(256, linear.weight_packed.shape, generator=generator))
+    linear.weight_norms.copy_(torch.rand(linear.weight_norms.shape, generator=generator))
+    linear.weight_norms[0] = 0
+    linear.weight_norms[1] = 6e-8  # subnormal in float16
+    inputs = torch.randn(1, 1, columns, generator=generator).to(torch.bfloat16)
+    with torch.inference_mode():
+        for each in (linear, copy.deepcopy(linear)):
+            outputs = each(inputs)
+            assert each._one_row is not None
+            assert torch.equal(outputs, matmul(inputs, linear.weight_packed, linear.weight_norms, bits))
+        prepared = linear._one_row
+        linear.weight_norms = 2 * linear.weight_norms
+        assert torch.equal(linear(inputs), 2 * outputs)
+        assert linear._one_row is not prepared
 
 
 @pytest.mark.slow

@@ -390,9 +390,7 @@ def eval_humaneval(
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many problems, from the first.")] = None,
     record: Annotated[
         Path | None,
-        typer.Option(
-            help="A JSON-lines file of programs, from which repeated runs go on (default: beside MODEL)."
-        ),
+        typer.Option(help="A JSON-lines file of programs, from which repeated runs go on (default: beside MODEL)."),
     ] = None,
     concurrency: Annotated[
         int | None, typer.Option(min=1, help="Requests to a server at the same time (default 8).")

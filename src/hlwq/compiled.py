@@ -11,16 +11,23 @@ import torch
 from torch import Tensor
 
 
-def kernels_for(tensor: Tensor) -> ModuleType | None:
+def cpu_kernels(tensor: Tensor) -> ModuleType | None:
     """The module `hlwq.kernels.cpu`, or None where it cannot serve a tensor.
 
     It needs the CPU, numba (the extra `kernels`), and no gradients.
     """
-    if tensor.device.type != "cpu" or (tensor.requires_grad and torch.is_grad_enabled()):
-        return None
-    return _cpu_kernels()
+    return None if tensor.device.type != "cpu" or _has_gradient(tensor) else _module("numba", "hlwq.kernels.cpu")
 
 
-@lru_cache(maxsize=1)
-def _cpu_kernels() -> ModuleType | None:
-    return import_module("hlwq.kernels.cpu") if find_spec("numba") else None
+def cuda_kernels(tensor: Tensor) -> ModuleType | None:
+    """The module `hlwq.kernels.triton`, which comes with torch for CUDA, or None where it cannot serve a tensor."""
+    return None if tensor.device.type != "cuda" or _has_gradient(tensor) else _module("triton", "hlwq.kernels.triton")
+
+
+def _has_gradient(tensor: Tensor) -> bool:
+    return tensor.requires_grad and torch.is_grad_enabled()
+
+
+@lru_cache
+def _module(compiler: str, name: str) -> ModuleType | None:
+    return import_module(name) if find_spec(compiler) else None

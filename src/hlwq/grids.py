@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hlwq.compiled import kernels_for
+from hlwq.compiled import cpu_kernels
 from hlwq.errors import HlwqError
 from hlwq.hadamard import rotate_blocks
 from hlwq.lloyd import codebook
@@ -185,14 +185,16 @@ class LloydGrid:
             HlwqError: a norm overflows the storage dtype.
         """
         kernels = self.kernels(weights)
-        norm, best = kernels.fit_norms(weights, self.bits) if kernels else self._norms(weights)
+        norm, best = kernels.fit_norms(weights, self.bits, self.least_squares) if kernels else self._norms(weights)
         round_to_storage(norm, self.storage)  # an infinite norm would come back from the least squares as anything
-        return Parameters(round_to_storage(best if self.least_squares else norm, self.storage))
+        return Parameters(round_to_storage(best, self.storage))
 
     def _norms(self, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """The groups' own norms, and those of least squared error."""
+        """The groups' own norms, and those to store: the same, or those of least squared error."""
         squares = sum_by_halves(weights * weights)
         norm = squares.cpu().to(torch.float64).sqrt().to(squares)  # torch's float32 square root is not always nearest
+        if not self.least_squares:
+            return norm, norm
         levels = self.decode(self._round(weights, Parameters(norm)), Parameters(torch.ones_like(norm)))
         return norm, sum_by_halves(weights * levels) / sum_by_halves(levels * levels)
 
@@ -229,7 +231,7 @@ class LloydGrid:
 
     def kernels(self, values: Tensor) -> ModuleType | None:
         """The compiled kernels, where they serve this grid: the same bits, ten times as fast."""
-        kernels = kernels_for(values)
+        kernels = cpu_kernels(values)
         return kernels if kernels and self.bits > 1 and self.group_size in kernels.GROUP_SIZES else None
 
 
@@ -338,7 +340,7 @@ class QuantizedMatrix:
 
 
 def sum_by_halves(values: Tensor) -> Tensor:
-    """The sums over the last axis, which is kept, each the same on every machine: halves are added until one is left."""
+    """The sums over the last axis, which is kept: halves are added until one is left, on every machine alike."""
     while (length := values.shape[-1]) > 1:
         half = length // 2
         values = torch.cat([values[..., :half] + values[..., length - half :], values[..., half : length - half]], -1)

@@ -7,11 +7,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from hlwq.compiled import kernels_for
+from hlwq.compiled import cpu_kernels
 from hlwq.errors import HlwqError
 
 
 @lru_cache(maxsize=32)
+@torch.inference_mode(False)  # what is kept may later be used where gradients are taken
 def hadamard_matrix(size: int, device: torch.device | str = "cpu") -> Tensor:
     """The normalised Sylvester–Hadamard matrix H: symmetric, orthogonal, its own inverse.
 
@@ -53,7 +54,7 @@ def rotate_blocks(values: Tensor, block_size: int) -> Tensor:
     if block_size < 1 or values.shape[-1] % block_size:
         raise HlwqError(f"Blocks of {block_size} do not divide an axis of {values.shape[-1]}.")
     _check(block_size)
-    kernels = kernels_for(values)
+    kernels = cpu_kernels(values)
     if kernels and block_size in kernels.GROUP_SIZES and values.dtype == torch.float32:
         compiled: Tensor = kernels.rotate_blocks(values, block_size)
         return compiled
@@ -67,7 +68,7 @@ def _rotate_blocks(values: Tensor, block_size: int) -> Tensor:
         first, second = values.unflatten(-1, (-1, 2, distance)).unbind(-2)
         values = torch.stack([first + second, first - second], -2).flatten(-3)
         distance *= 2
-    return values * block_size**-0.5
+    return values.mul(block_size**-0.5)
 
 
 def _check(size: int) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from hlwq.compiled import cpu_kernels
 from hlwq.formats import Scheme
 from hlwq.formats.hlwq import decode
 from hlwq.kernels import embedding, matmul
+
+if TYPE_CHECKING:
+    from hlwq.one_row import OneRow
 
 
 class _Packed(nn.Module):
@@ -27,7 +31,9 @@ class _Packed(nn.Module):
 
     def __init__(self, rows: int, columns: int, scheme: Scheme, device: torch.device | str | None) -> None:
         super().__init__()
-        self.bits = scheme.bits
+        self.bits, self.columns = scheme.bits, columns
+        self._one_row_serves = 32 <= scheme.group_size <= 256
+        self._one_row: OneRow | None = None
         packed = torch.empty(rows, columns * scheme.bits // 8, dtype=torch.uint8, device=device)
         norms = torch.empty(rows, columns // scheme.group_size, dtype=torch.float16, device=device)
         self.register_buffer("weight_packed", packed)
@@ -39,6 +45,27 @@ class _Packed(nn.Module):
         if self.weight_norms.dtype != norms.dtype:  # another dtype would lose bits, and the file's is the one meant
             self.weight_norms = norms.to(self.weight_norms.device)
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_one_row": None}  # it holds addresses
+
+    def multiply(self, inputs: Tensor) -> Tensor:
+        """Inputs (…, columns) times the matrix: (…, rows), in the dtype of the inputs."""
+        packed, norms = self.weight_packed, self.weight_norms
+        if (
+            inputs.numel() == self.columns
+            and inputs.dtype == torch.bfloat16
+            and self._one_row_serves
+            and inputs.is_contiguous()
+            and cpu_kernels(inputs)
+        ):
+            one_row = self._one_row
+            if one_row is None or one_row.packed is not packed or one_row.norms is not norms:
+                from hlwq.one_row import OneRow  # needs numba
+
+                one_row = self._one_row = OneRow(packed, norms, self.bits)
+            return one_row(inputs)
+        return matmul(inputs, packed, norms, self.bits)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -83,7 +110,7 @@ class HLWQLinear(_Packed):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Inputs (…, in_features) to (…, out_features), in the dtype of the inputs."""
-        outputs = matmul(inputs, self.weight_packed, self.weight_norms, self.bits)
+        outputs = self.multiply(inputs)
         return outputs if self.bias is None else outputs + self.bias
 
     def dequantize(self, dtype: torch.dtype) -> nn.Linear:
@@ -140,7 +167,7 @@ class HLWQTiedHead(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """Inputs (…, embedding_dim) to (…, num_embeddings)."""
         (embedding,) = self._embedding
-        return matmul(inputs, embedding.weight_packed, embedding.weight_norms, embedding.bits)
+        return embedding.multiply(inputs)
 
     def dequantize(self) -> nn.Linear:
         """A linear layer whose weight is still to be tied."""

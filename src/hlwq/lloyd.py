@@ -28,6 +28,7 @@ class Codebook:
 
 
 @lru_cache(maxsize=32)
+@torch.inference_mode(False)  # what is kept may later be used where gradients are taken
 def codebook(bits: int, device: torch.device | str = "cpu") -> Codebook:
     """Solve the Lloyd–Max conditions for N(0,1) with 2^bits levels.
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hlwq.compiled import kernels_for
+from hlwq.compiled import cpu_kernels
 from hlwq.errors import HlwqError
 
 CHUNK_BYTES = 1 << 20
@@ -30,7 +30,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         HlwqError: `bits` is out of range or n is not a multiple of 8.
     """
     _check(bits, codes.shape[-1], 8)
-    kernels = kernels_for(codes)
+    kernels = cpu_kernels(codes)
     if kernels:
         packed: Tensor = kernels.pack(codes, bits)
         return packed
@@ -60,7 +60,7 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
         HlwqError: `bits` is out of range or does not divide m.
     """
     _check(bits, packed.shape[-1], bits)
-    kernels = kernels_for(packed)
+    kernels = cpu_kernels(packed)
     if kernels:
         codes: Tensor = kernels.unpack(packed, bits)
         return codes

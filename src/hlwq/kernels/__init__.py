@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hlwq.compiled import kernels_for
+from hlwq.compiled import cpu_kernels, cuda_kernels
 from hlwq.hadamard import rotate_blocks
 from hlwq.kernels import reference
 
@@ -23,8 +23,8 @@ FEW_ROWS = 16
 def matmul(inputs: Tensor, packed: Tensor, norms: Tensor, bits: int) -> Tensor:
     """Multiply by a packed matrix Ŵ, as a linear layer does: inputs · Ŵᵀ.
 
-    With the extra `kernels` it is compiled code on a CPU, with Triton on a CUDA device; otherwise, and where gradients
-    of `inputs` are wanted, plain torch.
+    Few rows of inputs are multiplied by a compiled kernel: on a CPU with numba (the extra `kernels`), on a CUDA device
+    with Triton. Without them, and where a gradient is wanted, by plain torch, as many rows are.
 
     Args:
         inputs: (…, in), any floating dtype.
@@ -36,7 +36,7 @@ def matmul(inputs: Tensor, packed: Tensor, norms: Tensor, bits: int) -> Tensor:
         (…, out), in the dtype of `inputs`.
     """
     rows = inputs.reshape(-1, inputs.shape[-1])
-    kernels = kernels_for(inputs) if 0 < len(rows) <= FEW_ROWS else None
+    kernels = (cpu_kernels(inputs) or cuda_kernels(inputs)) if 0 < len(rows) <= FEW_ROWS else None
     multiply = kernels.matmul if kernels else reference.matmul
     outputs: Tensor = multiply(rows, packed, norms, bits)
     return outputs.to(inputs.dtype).view(*inputs.shape[:-1], len(packed))
@@ -58,4 +58,4 @@ def embedding(ids: Tensor, packed: Tensor, norms: Tensor, bits: int, dtype: torc
     rows = ids.flatten()
     weights = reference.look_up(packed[rows], norms[rows], bits)
     decoded = rotate_blocks(weights, weights.shape[1] // norms.shape[1])
-    return decoded.to(dtype).view(*ids.shape, -1)
+    return decoded.to(dtype).view(*ids.shape, weights.shape[1])

@@ -1,33 +1,39 @@
-"""Kernels for processors, compiled by numba. Each has a plain version in torch that it equals bit for bit, but for
-`matmul`, whose sums have another order.
+"""Kernels for processors, compiled by numba: loops over rows, and what calls them, torch tensors in and out.
 
-Codes are turned into levels in registers, 32 at a time: they are cut out of the bit stream by shuffling and shifting
-bytes, and looked up by `vpshufb`, which finds 32 bytes in a table of 16; a float32 takes four such tables, one for each
-of its bytes, and a codebook of 2^bits levels 2^(bits−5) times as many, since it is symmetric. Without AVX2 the levels are
-loaded one by one; everything else is the same.
+Each equals its plain version in torch bit for bit, but for `matmul`, whose sums have another order.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from math import sqrt
 from typing import Any
 
-import numba
 import numpy as np
 import torch
-from llvmlite import binding, ir
-from numba import types
-from numba.extending import intrinsic, models, register_model
 from torch import Tensor
 
 from hlwq import hadamard
+from hlwq.kernels.vectors import (
+    AVX2,
+    compiled,
+    dot_by_halves,
+    level_tables,
+    levels,
+    load,
+    multiply,
+    multiply_add,
+    rotate,
+    spread,
+    store,
+    total,
+    zeros,
+)
 from hlwq.lloyd import codebook
 
-AVX2 = bool(binding.get_host_cpu_features().get("avx2"))
 GROUP_SIZES = (8, 16, 32, 64, 128, 256)
 """Groups that are kept in registers."""
 THREAD_WEIGHTS = 1 << 18
@@ -35,15 +41,7 @@ THREAD_WEIGHTS = 1 << 18
 CACHED_WEIGHTS = 1 << 15
 """Float32 that fit the cache of a core beside other things, and that torch copies without threads of its own."""
 BINS = 2048
-"""Equal steps of the range of levels: finer than their smallest distance, so that a step contains one boundary at most."""
-
-
-def compiled(function: Callable[..., Any]) -> Any:
-    """Compile on first use, without the interpreter's lock, and keep the machine code where a file can be written."""
-    try:
-        return numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # neither this package's directory nor the user's cache is writable
-        return numba.njit(nogil=True)(function)
+"""Equal steps of the range of levels, finer than their smallest distance: a step contains one boundary at most."""
 
 
 def in_threads(work: Callable[[slice], object], rows: int, weights: int) -> None:
@@ -60,268 +58,6 @@ def in_threads(work: Callable[[slice], object], rows: int, weights: int) -> None
 def _pool(process: int) -> ThreadPoolExecutor:
     """Threads do not survive a fork, so each process has its own."""
     return ThreadPoolExecutor(os.cpu_count())
-
-
-# Eight float32 in a register, as a type that compiled functions can hold in variables.
-
-
-class Vector(types.Type):
-    """Eight float32."""
-
-    def __init__(self) -> None:
-        super().__init__("Vector")
-
-
-vector = Vector()
-I8, I16, I32, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
-V8 = ir.VectorType(F32, 8)
-UNDEFINED = ir.Constant(V8, ir.Undefined)
-
-
-@register_model(Vector)
-class VectorModel(models.PrimitiveModel):
-    """Lies in memory as it does in the register."""
-
-    def __init__(self, manager: Any, kind: Any) -> None:
-        super().__init__(manager, kind, V8)
-
-
-def constant(element: ir.Type, values: Sequence[int]) -> ir.Constant:
-    return ir.Constant(ir.VectorType(element, len(values)), list(values))
-
-
-def shuffle(builder: ir.IRBuilder, first: ir.Value, second: ir.Value, order: Sequence[int]) -> ir.Value:
-    """Elements of two vectors, those of the second counted on from the first."""
-    return builder.shuffle_vector(first, second, constant(I32, order))
-
-
-def pointer(builder: ir.IRBuilder, address: ir.Value, offset: int, kind: ir.Type) -> ir.Value:
-    return builder.inttoptr(builder.add(address, ir.Constant(address.type, offset)), kind.as_pointer())
-
-
-def load_vectors(builder: ir.IRBuilder, address: ir.Value, count: int) -> list[ir.Value]:
-    return [builder.load(pointer(builder, address, 32 * index, V8), align=4) for index in range(count)]
-
-
-@intrinsic
-def load(context, address):
-    """Eight float32 from memory."""
-    return vector(types.intp), lambda _, builder, __, args: load_vectors(builder, args[0], 1)[0]
-
-
-@intrinsic
-def store(context, address, values):
-    """Eight float32 to memory."""
-
-    def generate(_, builder, __, args):
-        builder.store(args[1], pointer(builder, args[0], 0, V8), align=4)
-
-    return types.void(types.intp, vector), generate
-
-
-@intrinsic
-def spread(context, value):
-    """One float32, eight times."""
-
-    def generate(_, builder, __, args):
-        return shuffle(builder, builder.insert_element(UNDEFINED, args[0], ir.Constant(I32, 0)), UNDEFINED, [0] * 8)
-
-    return vector(types.float32), generate
-
-
-@intrinsic
-def zeros(context):
-    """Eight zeros."""
-    return vector(), lambda *_: ir.Constant(V8, [0.0] * 8)
-
-
-@intrinsic
-def multiply(context, left, right):
-    """left · right."""
-    return vector(vector, vector), lambda _, builder, __, args: builder.fmul(*args)
-
-
-@intrinsic
-def multiply_add(context, left, right, summand):
-    """left · right + summand, in one rounding or two, whichever is faster."""
-
-    def generate(_, builder, __, args):
-        kind = ir.FunctionType(V8, [V8] * 3)
-        return builder.call(builder.module.declare_intrinsic("llvm.fmuladd.v8f32", (), kind), args)
-
-    return vector(vector, vector, vector), generate
-
-
-def halves_added(builder: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
-    """The sum of all elements: the second half is added to the first until one is left."""
-    while len(vectors) > 1:
-        half = len(vectors) // 2
-        vectors = [builder.fadd(*pair) for pair in zip(vectors[:half], vectors[half:], strict=True)]
-    (total,) = vectors
-    for half in (4, 2, 1):
-        moved = [(lane + half) % 8 for lane in range(8)]
-        total = builder.fadd(total, shuffle(builder, total, total, moved))
-    return builder.extract_element(total, ir.Constant(I32, 0))
-
-
-@intrinsic
-def total(context, values):
-    """The sum of the eight."""
-    return types.float32(vector), lambda _, builder, __, args: halves_added(builder, [args[0]])
-
-
-@intrinsic(prefer_literal=True)
-def dot_by_halves(context, left, right, size):
-    """Σ left · right over `size` neighbouring float32 of each, added as `hlwq.grids.sum_by_halves` does."""
-
-    def generate(_, builder, __, args):
-        count = size.literal_value // 8
-        vectors = [load_vectors(builder, address, count) for address in args[:2]]
-        return halves_added(builder, [builder.fmul(*pair) for pair in zip(*vectors, strict=True)])
-
-    return types.float32(types.intp, types.intp, size), generate
-
-
-@intrinsic(prefer_literal=True)
-def rotate(context, source, target, size):
-    """The Walsh–Hadamard transform of `size` neighbouring float32, in registers, as `hlwq.hadamard` computes it."""
-
-    def generate(_, builder, __, args):
-        vectors = load_vectors(builder, args[0], size.literal_value // 8)
-        for distance in (1, 2, 4):  # within a vector, (a, b) becomes (b + a, a + (−b))
-            swapped = [lane ^ distance for lane in range(8)]
-            signed = [lane + 8 if lane & distance else lane for lane in range(8)]
-            negated = [builder.fneg(each) for each in vectors]
-            vectors = [
-                builder.fadd(shuffle(builder, each, each, swapped), shuffle(builder, each, minus, signed))
-                for each, minus in zip(vectors, negated, strict=True)
-            ]
-        distance = 1
-        while distance < len(vectors):
-            for index in range(len(vectors)):
-                if not index & distance:
-                    pair = vectors[index], vectors[index + distance]
-                    vectors[index], vectors[index + distance] = builder.fadd(*pair), builder.fsub(*pair)
-            distance *= 2
-        norm = ir.Constant(V8, [float(np.float32(size.literal_value**-0.5))] * 8)
-        for index, each in enumerate(vectors):
-            builder.store(builder.fmul(each, norm), pointer(builder, args[1], 32 * index, V8), align=4)
-
-    return types.void(types.intp, types.intp, size), generate
-
-
-# Codes to levels.
-
-LANE_ORDER = [8 * (index // 4) + index % 4 + 4 * lane for lane in (0, 1) for index in range(16)]
-"""The code that each byte of a register holds, so that `interleave`, which works within lanes of 16 bytes as processors
-do, ends with neighbours beside each other."""
-
-
-def interleave(builder: ir.IRBuilder, first: ir.Value, second: ir.Value, high: int, element: ir.Type) -> ir.Value:
-    """Elements of two vectors in turns, from the low or the high half of each lane, seen as elements twice as wide."""
-    lane = first.type.count // 2
-    order = [
-        side * 2 * lane + start + high * lane // 2 + index
-        for start in (0, lane)
-        for index in range(lane // 2)
-        for side in (0, 1)
-    ]
-    return builder.bitcast(shuffle(builder, first, second, order), ir.VectorType(element, lane))
-
-
-def cut_codes(builder: ir.IRBuilder, source: ir.Value, width: int) -> ir.Value:
-    """The 32 codes of `width` bits that begin at an address, in bytes, in the order of lanes."""
-    size = 16 if width >= 4 else 8
-    parts = []
-    for first in (0, 16):
-        start = first // 16 * (4 * width - size)  # nothing is read before or after the codes
-        raw = builder.load(pointer(builder, source, start, ir.VectorType(I8, size)), align=1)
-        offsets = [code * width - 8 * start for code in LANE_ORDER if first <= code < first + 16]
-        lower = [min(offset // 8, size - 2) for offset in offsets]
-        words = shuffle(builder, raw, raw, [byte for each in lower for byte in (each, each + 1)])
-        shifts = constant(I16, [offset - 8 * byte for offset, byte in zip(offsets, lower, strict=True)])
-        codes = builder.lshr(builder.bitcast(words, ir.VectorType(I16, 16)), shifts)
-        codes = builder.and_(codes, constant(I16, [2**width - 1] * 16))
-        parts.append(builder.bitcast(codes, ir.VectorType(I8, 32)))
-    low_bytes = [32 * part + 16 * lane + 2 * word for lane in (0, 1) for part in (0, 1) for word in range(8)]
-    return shuffle(builder, *parts, low_bytes)
-
-
-def cut_nibbles(builder: ir.IRBuilder, source: ir.Value) -> ir.Value:
-    """The same for codes of 4 bits, of which none begins in one byte and ends in the next."""
-    raw = builder.load(pointer(builder, source, 0, ir.VectorType(I8, 16)), align=1)
-    both = shuffle(builder, raw, raw, [code // 2 for code in LANE_ORDER])
-    words = builder.bitcast(both, ir.VectorType(I16, 16))
-    high = builder.and_(builder.lshr(words, constant(I16, [4] * 16)), constant(I16, [0x0F00] * 16))
-    codes = builder.or_(builder.and_(words, constant(I16, [0x000F] * 16)), high)
-    return builder.bitcast(codes, ir.VectorType(I8, 32))
-
-
-def shuffled_levels(builder: ir.IRBuilder, codes: ir.Value, tables: ir.Value, bits: int) -> list[ir.Value]:
-    """The levels of 32 codes, found by `vpshufb` in the tables that `level_tables` makes."""
-    kind = codes.type
-    find = builder.module.declare_intrinsic("llvm.x86.avx2.pshuf.b", (), ir.FunctionType(kind, [kind, kind]))
-
-    def bit(number: int) -> ir.Value:
-        return builder.icmp_signed("<", builder.shl(codes, constant(I8, [7 - number] * 32)), ir.Constant(kind, None))
-
-    folded = bits > 4
-    if folded:  # the upper half of the levels is the lower half backwards, with the other sign
-        positive = bit(bits - 1)
-        codes = builder.select(positive, builder.xor(codes, constant(I8, [2**bits - 1] * 32)), codes)
-    choices = [bit(number) for number in range(4, bits - folded)]
-    codes = builder.and_(codes, constant(I8, [15] * 32))
-    planes = []
-    for byte in range(4):
-        numbers = range(byte << len(choices), (byte + 1) << len(choices))
-        found = [builder.load(pointer(builder, tables, 32 * number, kind), align=1) for number in numbers]
-        found = [builder.call(find, [table, codes]) for table in found]
-        for choice in choices:
-            found = [builder.select(choice, *pair) for pair in zip(found[1::2], found[::2], strict=True)]
-        planes += found
-    if folded:
-        planes[3] = builder.xor(planes[3], builder.and_(builder.sext(positive, kind), constant(I8, [-128] * 32)))
-    halves = [[interleave(builder, *pair, high, I16) for pair in (planes[:2], planes[2:])] for high in (0, 1)]
-    return [interleave(builder, *half, high, F32) for half in halves for high in (0, 1)]
-
-
-def loaded_levels(builder: ir.IRBuilder, codes: ir.Value, centroids: ir.Value) -> list[ir.Value]:
-    """The levels of 32 codes, loaded one by one."""
-    vectors = [UNDEFINED] * 4
-    for index in range(32):
-        code = builder.extract_element(codes, ir.Constant(I32, LANE_ORDER.index(index)))
-        table = pointer(builder, centroids, 0, F32)
-        level = builder.load(builder.gep(table, [builder.zext(code, I32)]), align=4)
-        vectors[index // 8] = builder.insert_element(vectors[index // 8], level, ir.Constant(I32, index % 8))
-    return vectors
-
-
-@intrinsic(prefer_literal=True)
-def levels(context, source, tables, width, bits, shuffled):
-    """The levels of 32 codes of `bits` bits, `width` bits apart, that begin at the address `source`."""
-    signature = types.UniTuple(vector, 4)(types.intp, types.intp, width, bits, shuffled)
-
-    def generate(target, builder, __, args):
-        bits_apart = width.literal_value
-        codes = cut_nibbles(builder, args[0]) if bits_apart == 4 else cut_codes(builder, args[0], bits_apart)
-        if shuffled.literal_value:
-            found = shuffled_levels(builder, codes, args[1], bits.literal_value)
-        else:
-            found = loaded_levels(builder, codes, args[1])
-        return target.make_tuple(builder, signature.return_type, found)
-
-    return signature, generate
-
-
-@lru_cache
-def level_tables(bits: int, shuffled: bool) -> np.ndarray:
-    """The levels as `levels` looks them up: byte by byte in tables of 16, each twice; or just float32."""
-    centroids = codebook(bits).centroids.numpy()
-    if not shuffled:
-        return centroids
-    entries = np.resize(centroids, 16) if bits <= 4 else centroids[: len(centroids) // 2]
-    tables = entries.view(np.uint8).reshape(-1, 16, 4).transpose(2, 0, 1)
-    return np.ascontiguousarray(np.concatenate([tables, tables], -1))
 
 
 # Compiled loops over rows. Arrays are contiguous; groups have 2^group_log columns.
@@ -381,7 +117,7 @@ def row_kernels(width: int, bits: int, shuffled: bool) -> tuple[Any, Any, Any]:
 
     @compiled
     def multiply_rows(inputs, packed, scales, group_log, tables, centroids, outputs):
-        """A multiple of four rows of inputs: a row of the matrix is decoded into the cache, and used for four at once."""
+        """A multiple of four rows of inputs: a row of the matrix is decoded into the cache, and used for four."""
         decoded = np.empty(inputs.shape[1], np.float32)
         stride = 4 * inputs.shape[1]
         for row in range(len(packed)):
@@ -404,8 +140,8 @@ def row_kernels(width: int, bits: int, shuffled: bool) -> tuple[Any, Any, Any]:
 
 
 @lru_cache
-def group_kernels(size: int) -> tuple[Any, Any]:
-    """Loops over groups of `size` columns: `rotate_groups` and `fit_groups`."""
+def group_kernels(size: int) -> tuple[Any, Any, Any]:
+    """Loops over groups of `size` columns."""
 
     @compiled
     def rotate_groups(source, target):
@@ -413,12 +149,17 @@ def group_kernels(size: int) -> tuple[Any, Any]:
             rotate(np.intp(source[group].ctypes.data), np.intp(target[group].ctypes.data), size)
 
     @compiled
-    def fit_groups(weights, centroids, lower_codes, boundaries, bin_scale, norms, refined):
+    def measure_groups(weights, norms):
+        for group in range(len(weights)):
+            here = np.intp(weights[group].ctypes.data)
+            norms[group] = np.sqrt(dot_by_halves(here, here, size))
+
+    @compiled
+    def refine_groups(weights, norms, centroids, lower_codes, boundaries, bin_scale, refined):
         values, places, levels_of = np.empty(size, np.float32), np.empty(size, np.int32), np.empty(size, np.float32)
         root = np.float32(sqrt(size))
         for group in range(len(weights)):
             here, there = np.intp(weights[group].ctypes.data), np.intp(levels_of.ctypes.data)
-            norms[group] = np.sqrt(dot_by_halves(here, here, size))
             find_bins(weights[group], norms[group], bin_scale, values, places)
             for column in range(size):
                 place = np.uint32(places[column])
@@ -426,7 +167,7 @@ def group_kernels(size: int) -> tuple[Any, Any]:
                 levels_of[column] = centroids[code] * (np.float32(1) / root)
             refined[group] = dot_by_halves(here, there, size) / dot_by_halves(there, there, size)
 
-    return rotate_groups, fit_groups
+    return rotate_groups, measure_groups, refine_groups
 
 
 @compiled
@@ -470,6 +211,7 @@ def bins(bits: int) -> tuple[np.ndarray, np.ndarray, np.float32]:
 
 @compiled
 def pack_octets(codes, bits, packed):
+    """Codes (octets, 8) to bytes (octets, bits)."""
     for octet in range(len(codes)):
         word = np.uint64(0)
         for index in range(8):
@@ -480,6 +222,7 @@ def pack_octets(codes, bits, packed):
 
 @compiled
 def unpack_octets(packed, bits, codes):
+    """Bytes (octets, bits) to codes (octets, 8)."""
     mask = np.uint64(2**bits - 1)
     for octet in range(len(packed)):
         word = np.uint64(0)
@@ -557,24 +300,27 @@ def rotate_blocks(values: Tensor, block_size: int) -> Tensor:
     """See `hlwq.hadamard.rotate_blocks`; `block_size` is one of GROUP_SIZES."""
     blocks = values.reshape(-1, block_size).contiguous().numpy()
     target = np.empty_like(blocks)
-    kernel, _ = group_kernels(block_size)
+    kernel, *_ = group_kernels(block_size)
     in_threads(lambda part: kernel(blocks[part], target[part]), len(blocks), blocks.size)
     return torch.from_numpy(target).view(values.shape)
 
 
-def fit_norms(weights: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Of groups (…, size): their norms and their norms by least squares, float32 (…, 1). See `LloydGrid.fit`."""
+def fit_norms(weights: Tensor, bits: int, least_squares: bool) -> tuple[Tensor, Tensor]:
+    """Of groups (…, size): their norms and those to store, float32 (…, 1). See `LloydGrid.fit`."""
     groups = weights.reshape(-1, weights.shape[-1]).contiguous().numpy()
-    norms, refined = np.empty(len(groups), np.float32), np.empty(len(groups), np.float32)
-    _, kernel = group_kernels(weights.shape[-1])
+    norms = np.empty(len(groups), np.float32)
+    best = np.empty_like(norms) if least_squares else norms
+    _, measure, refine = group_kernels(weights.shape[-1])
     centroids = codebook(bits).centroids.numpy()
-    in_threads(
-        lambda part: kernel(groups[part], centroids, *bins(bits), norms[part], refined[part]),
-        len(groups),
-        groups.size,
-    )
+
+    def work(part: slice) -> None:
+        measure(groups[part], norms[part])
+        if least_squares:
+            refine(groups[part], norms[part], centroids, *bins(bits), best[part])
+
+    in_threads(work, len(groups), groups.size)
     shape = (*weights.shape[:-1], 1)
-    return torch.from_numpy(norms).view(shape), torch.from_numpy(refined).view(shape)
+    return torch.from_numpy(norms).view(shape), torch.from_numpy(best).view(shape)
 
 
 def nearest_codes(weights: Tensor, norms: Tensor, bits: int) -> Tensor:
@@ -594,7 +340,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     octets = codes.reshape(-1, 8).contiguous().numpy()
     packed = np.empty((len(octets), bits), np.uint8)
     in_threads(lambda part: pack_octets(octets[part], bits, packed[part]), len(octets), octets.size)
-    return torch.from_numpy(packed).view(*codes.shape[:-1], -1)
+    return torch.from_numpy(packed).view(*codes.shape[:-1], codes.shape[-1] * bits // 8)
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
@@ -602,4 +348,4 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
     octets = packed.reshape(-1, bits).contiguous().numpy()
     codes = np.empty((len(octets), 8), np.uint8)
     in_threads(lambda part: unpack_octets(octets[part], bits, codes[part]), len(octets), codes.size)
-    return torch.from_numpy(codes).view(*packed.shape[:-1], -1)
+    return torch.from_numpy(codes).view(*packed.shape[:-1], packed.shape[-1] * 8 // bits)

@@ -132,7 +132,7 @@ def check_card(directory: Path, repository: str) -> None:
         raise HlwqError(f"{directory} has no model card. Write one: {again}")
     if f"\n# {repository}\n" not in file.read_text(encoding="utf-8"):
         raise HlwqError(
-            f"{file} does not call it {repository}, as its commands must. Write it again: {again} --overwrite"
+            f"{file} does not call it {repository}, as its commands must. Write it anew: {again} --overwrite"
         )
 
 

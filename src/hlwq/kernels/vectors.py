@@ -1,0 +1,299 @@
+"""Registers for functions that numba compiles: eight float32 that variables can hold, and what is done with them.
+
+Codes are turned into levels 32 at a time. They are cut out of the bit stream by shuffling and shifting bytes, and
+looked up by `vpshufb`, which finds 32 bytes in a table of 16: a float32 takes four such tables, one for each of its
+bytes, and a codebook of more than 4 bits takes 2^(bits−5) times as many, since it is symmetric. Without AVX2, levels
+are loaded one by one; all else is LLVM's, for any processor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import numba
+import numpy as np
+from llvmlite import binding, ir
+from numba import types
+from numba.extending import intrinsic, models, register_model
+
+from hlwq.lloyd import codebook
+
+AVX2 = bool(binding.get_host_cpu_features().get("avx2"))
+I8, I16, I32, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
+V8 = ir.VectorType(F32, 8)
+UNDEFINED = ir.Constant(V8, ir.Undefined)
+SOURCE = crc32(Path(__file__).read_bytes())
+
+
+def compiled(function: Callable[..., Any]) -> Any:
+    """Compile on first use, free of the interpreter's lock, and keep the machine code where a file can be written."""
+    # Numba keeps code until the file of the function changes; it is to do so when this one changes, too.
+    function.__qualname__ += f"_{SOURCE:x}"
+    try:
+        return numba.njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # neither this package's directory nor the user's cache is writable
+        return numba.njit(nogil=True)(function)
+
+
+class Vector(types.Type):
+    """Eight float32."""
+
+    def __init__(self) -> None:
+        super().__init__("Vector")
+
+
+vector = Vector()
+
+
+@register_model(Vector)
+class VectorModel(models.PrimitiveModel):
+    """Lies in memory as it does in the register."""
+
+    def __init__(self, manager: Any, kind: Any) -> None:
+        super().__init__(manager, kind, V8)
+
+
+def constant(element: ir.Type, values: Sequence[int]) -> ir.Constant:
+    """A vector of integers."""
+    return ir.Constant(ir.VectorType(element, len(values)), list(values))
+
+
+def shuffle(builder: ir.IRBuilder, first: ir.Value, second: ir.Value, order: Sequence[int]) -> ir.Value:
+    """Elements of two vectors, those of the second counted on from the first."""
+    return builder.shuffle_vector(first, second, constant(I32, order))
+
+
+def pointer(builder: ir.IRBuilder, address: ir.Value, offset: int, kind: ir.Type) -> ir.Value:
+    """To some bytes after an address."""
+    return builder.inttoptr(builder.add(address, ir.Constant(address.type, offset)), kind.as_pointer())
+
+
+def load_vectors(builder: ir.IRBuilder, address: ir.Value, count: int) -> list[ir.Value]:
+    """Neighbouring float32, eight to a vector."""
+    return [builder.load(pointer(builder, address, 32 * index, V8), align=4) for index in range(count)]
+
+
+@intrinsic
+def load(context, address):
+    """Eight float32 from memory."""
+    return vector(types.intp), lambda _, builder, __, args: load_vectors(builder, args[0], 1)[0]
+
+
+@intrinsic
+def store(context, address, values):
+    """Eight float32 to memory."""
+
+    def generate(_, builder, __, args):
+        builder.store(args[1], pointer(builder, args[0], 0, V8), align=4)
+
+    return types.void(types.intp, vector), generate
+
+
+@intrinsic
+def spread(context, value):
+    """One float32, eight times."""
+
+    def generate(_, builder, __, args):
+        return shuffle(builder, builder.insert_element(UNDEFINED, args[0], ir.Constant(I32, 0)), UNDEFINED, [0] * 8)
+
+    return vector(types.float32), generate
+
+
+@intrinsic
+def zeros(context):
+    """Eight zeros."""
+    return vector(), lambda *_: ir.Constant(V8, [0.0] * 8)
+
+
+@intrinsic
+def multiply(context, left, right):
+    """left · right."""
+    return vector(vector, vector), lambda _, builder, __, args: builder.fmul(*args)
+
+
+@intrinsic
+def multiply_add(context, left, right, summand):
+    """left · right + summand, in one rounding or two, whichever is faster."""
+
+    def generate(_, builder, __, args):
+        kind = ir.FunctionType(V8, [V8] * 3)
+        return builder.call(builder.module.declare_intrinsic("llvm.fmuladd.v8f32", (), kind), args)
+
+    return vector(vector, vector, vector), generate
+
+
+def halves_added(builder: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
+    """The sum of all elements: the second half is added to the first until one is left."""
+    while len(vectors) > 1:
+        half = len(vectors) // 2
+        vectors = [builder.fadd(*pair) for pair in zip(vectors[:half], vectors[half:], strict=True)]
+    (total,) = vectors
+    for half in (4, 2, 1):
+        moved = [(lane + half) % 8 for lane in range(8)]
+        total = builder.fadd(total, shuffle(builder, total, total, moved))
+    return builder.extract_element(total, ir.Constant(I32, 0))
+
+
+@intrinsic
+def total(context, values):
+    """The sum of the eight."""
+    return types.float32(vector), lambda _, builder, __, args: halves_added(builder, [args[0]])
+
+
+@intrinsic(prefer_literal=True)
+def dot_by_halves(context, left, right, size):
+    """Σ left · right over `size` neighbouring float32 of each, added as `hlwq.grids.sum_by_halves` does."""
+
+    def generate(_, builder, __, args):
+        count = size.literal_value // 8
+        vectors = [load_vectors(builder, address, count) for address in args[:2]]
+        return halves_added(builder, [builder.fmul(*pair) for pair in zip(*vectors, strict=True)])
+
+    return types.float32(types.intp, types.intp, size), generate
+
+
+@intrinsic(prefer_literal=True)
+def rotate(context, source, target, size):
+    """The Walsh–Hadamard transform of `size` neighbouring float32, in registers, as `hlwq.hadamard` computes it."""
+
+    def generate(_, builder, __, args):
+        vectors = load_vectors(builder, args[0], size.literal_value // 8)
+        for distance in (1, 2, 4):  # within a vector, (a, b) becomes (b + a, a + (−b))
+            swapped = [lane ^ distance for lane in range(8)]
+            signed = [lane + 8 if lane & distance else lane for lane in range(8)]
+            negated = [builder.fneg(each) for each in vectors]
+            vectors = [
+                builder.fadd(shuffle(builder, each, each, swapped), shuffle(builder, each, minus, signed))
+                for each, minus in zip(vectors, negated, strict=True)
+            ]
+        distance = 1
+        while distance < len(vectors):
+            for index in range(len(vectors)):
+                if not index & distance:
+                    pair = vectors[index], vectors[index + distance]
+                    vectors[index], vectors[index + distance] = builder.fadd(*pair), builder.fsub(*pair)
+            distance *= 2
+        norm = ir.Constant(V8, [float(np.float32(size.literal_value**-0.5))] * 8)
+        for index, each in enumerate(vectors):
+            builder.store(builder.fmul(each, norm), pointer(builder, args[1], 32 * index, V8), align=4)
+
+    return types.void(types.intp, types.intp, size), generate
+
+
+LANE_ORDER = [8 * (index // 4) + index % 4 + 4 * lane for lane in (0, 1) for index in range(16)]
+"""The code that each byte of a register holds, so that `interleave`, which works within lanes of 16 bytes as processors
+do, ends with neighbours beside each other."""
+
+
+def interleave(builder: ir.IRBuilder, first: ir.Value, second: ir.Value, high: int, element: ir.Type) -> ir.Value:
+    """Elements of two vectors in turns, from the low or the high half of each lane, seen as elements twice as wide."""
+    lane = first.type.count // 2
+    order = [
+        side * 2 * lane + start + high * lane // 2 + index
+        for start in (0, lane)
+        for index in range(lane // 2)
+        for side in (0, 1)
+    ]
+    return builder.bitcast(shuffle(builder, first, second, order), ir.VectorType(element, lane))
+
+
+def cut_codes(builder: ir.IRBuilder, source: ir.Value, width: int) -> ir.Value:
+    """The 32 codes of `width` bits that begin at an address, in bytes, in the order of lanes."""
+    size = 16 if width >= 4 else 8
+    parts = []
+    for first in (0, 16):
+        start = first // 16 * (4 * width - size)  # nothing is read before or after the codes
+        raw = builder.load(pointer(builder, source, start, ir.VectorType(I8, size)), align=1)
+        offsets = [code * width - 8 * start for code in LANE_ORDER if first <= code < first + 16]
+        lower = [min(offset // 8, size - 2) for offset in offsets]
+        words = shuffle(builder, raw, raw, [byte for each in lower for byte in (each, each + 1)])
+        # Up to the highest bits of the word, then down: the one shift is a multiplication, the other the same for all.
+        up = constant(I16, [16 - width - offset + 8 * byte for offset, byte in zip(offsets, lower, strict=True)])
+        codes = builder.shl(builder.bitcast(words, ir.VectorType(I16, 16)), up)
+        codes = builder.lshr(codes, constant(I16, [16 - width] * 16))
+        parts.append(builder.bitcast(codes, ir.VectorType(I8, 32)))
+    low_bytes = [32 * part + 16 * lane + 2 * word for lane in (0, 1) for part in (0, 1) for word in range(8)]
+    return shuffle(builder, parts[0], parts[1], low_bytes)
+
+
+def cut_nibbles(builder: ir.IRBuilder, source: ir.Value) -> ir.Value:
+    """The same for codes of 4 bits, of which none begins in one byte and ends in the next."""
+    raw = builder.load(pointer(builder, source, 0, ir.VectorType(I8, 16)), align=1)
+    both = shuffle(builder, raw, raw, [code // 2 for code in LANE_ORDER])
+    words = builder.bitcast(both, ir.VectorType(I16, 16))
+    high = builder.and_(builder.lshr(words, constant(I16, [4] * 16)), constant(I16, [0x0F00] * 16))
+    codes = builder.or_(builder.and_(words, constant(I16, [0x000F] * 16)), high)
+    return builder.bitcast(codes, ir.VectorType(I8, 32))
+
+
+def shuffled_levels(builder: ir.IRBuilder, codes: ir.Value, tables: ir.Value, bits: int) -> list[ir.Value]:
+    """The levels of 32 codes, found by `vpshufb` in the tables that `level_tables` makes."""
+    kind = codes.type
+    find = builder.module.declare_intrinsic("llvm.x86.avx2.pshuf.b", (), ir.FunctionType(kind, [kind, kind]))
+
+    def bit(number: int) -> ir.Value:
+        return builder.icmp_signed("<", builder.shl(codes, constant(I8, [7 - number] * 32)), ir.Constant(kind, None))
+
+    folded = bits > 4
+    if folded:  # the upper half of the levels is the lower half backwards, with the other sign
+        middle = 2 ** (bits - 1)
+        positive = builder.sext(builder.icmp_unsigned(">=", codes, constant(I8, [middle] * 32)), kind)
+        codes = builder.and_(builder.xor(codes, positive), constant(I8, [middle - 1] * 32))
+    choices = [bit(number) for number in range(4, bits - folded)]
+    codes = builder.and_(codes, constant(I8, [15] * 32))
+    planes = []
+    for byte in range(4):
+        numbers = range(byte << len(choices), (byte + 1) << len(choices))
+        found = [builder.load(pointer(builder, tables, 32 * number, kind), align=1) for number in numbers]
+        found = [builder.call(find, [table, codes]) for table in found]
+        for choice in choices:
+            found = [builder.select(choice, *pair) for pair in zip(found[1::2], found[::2], strict=True)]
+        planes += found
+    if folded:
+        planes[3] = builder.xor(planes[3], builder.and_(positive, constant(I8, [128] * 32)))
+    first, second, third, fourth = planes
+    words = [(interleave(builder, first, second, n, I16), interleave(builder, third, fourth, n, I16)) for n in (0, 1)]
+    return [interleave(builder, low, high, n, F32) for low, high in words for n in (0, 1)]
+
+
+def loaded_levels(builder: ir.IRBuilder, codes: ir.Value, centroids: ir.Value) -> list[ir.Value]:
+    """The levels of 32 codes, loaded one by one."""
+    vectors = [UNDEFINED] * 4
+    for index in range(32):
+        code = builder.extract_element(codes, ir.Constant(I32, LANE_ORDER.index(index)))
+        table = pointer(builder, centroids, 0, F32)
+        level = builder.load(builder.gep(table, [builder.zext(code, I32)]), align=4)
+        vectors[index // 8] = builder.insert_element(vectors[index // 8], level, ir.Constant(I32, index % 8))
+    return vectors
+
+
+@intrinsic(prefer_literal=True)
+def levels(context, source, tables, width, bits, shuffled):
+    """The levels of 32 codes of `bits` bits, `width` bits apart, that begin at the address `source`."""
+    signature = types.UniTuple(vector, 4)(types.intp, types.intp, width, bits, shuffled)
+
+    def generate(target, builder, __, args):
+        bits_apart = width.literal_value
+        codes = cut_nibbles(builder, args[0]) if bits_apart == 4 else cut_codes(builder, args[0], bits_apart)
+        if shuffled.literal_value:
+            found = shuffled_levels(builder, codes, args[1], bits.literal_value)
+        else:
+            found = loaded_levels(builder, codes, args[1])
+        return target.make_tuple(builder, signature.return_type, found)
+
+    return signature, generate
+
+
+@lru_cache
+def level_tables(bits: int, shuffled: bool) -> np.ndarray:
+    """The levels as `levels` looks them up: byte by byte in tables of 16, each twice; or just float32."""
+    centroids = codebook(bits).centroids.numpy()
+    if not shuffled:
+        return centroids
+    entries = np.resize(centroids, 16) if bits <= 4 else centroids[: len(centroids) // 2]
+    tables = entries.view(np.uint8).reshape(-1, 16, 4).transpose(2, 0, 1)
+    return np.ascontiguousarray(np.concatenate([tables, tables], -1))

@@ -1,0 +1,293 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib.util import find_spec
+from math import sqrt
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from hlwq import compiled, grids, hadamard, kernels, packing
+from hlwq.grids import LloydGrid, Parameters, QuantizedMatrix
+from hlwq.kernels import reference
+from hlwq.lloyd import codebook
+from hlwq.solvers.nearest import quantize_nearest
+
+WIDTHS = range(2, 9)
+SHAPES = [(37, 8, 72), (5, 16, 144), (50, 64, 576), (33, 128, 256)]
+"""Rows, group size, columns."""
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As where no compiler is installed."""
+    monkeypatch.setattr(compiled, "find_spec", lambda name: None)
+    compiled._module.cache_clear()
+    yield
+    compiled._module.cache_clear()
+
+
+@pytest.fixture
+def cpu() -> ModuleType:
+    return pytest.importorskip("hlwq.kernels.cpu", reason="numba is not installed: pip install 'hlwq[kernels]'")
+
+
+@pytest.fixture(params=["AVX2", "portable"])
+def vectors(cpu: ModuleType, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    if request.param == "portable":
+        monkeypatch.setattr(cpu, "AVX2", False)
+    elif not cpu.AVX2:
+        pytest.skip("this processor has no AVX2")
+    return cpu
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def packed_matrix(bits: int, rows: int, group_size: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, packed codes and norms, of which one is 0 and one is the smallest that there is."""
+    generator = torch.Generator().manual_seed(bits)
+    codes = torch.randint(2**bits, (rows, columns), dtype=torch.uint8, generator=generator)
+    norms = torch.rand(rows, columns // group_size, generator=generator).to(torch.float16)
+    norms[1, 0], norms[2, 0] = 0, 2**-24
+    return codes, packing._pack(codes, bits), norms
+
+
+def dense(codes: Tensor, norms: Tensor, bits: int) -> Tensor:
+    """The matrix by its definition, in float64."""
+    size = codes.shape[1] // norms.shape[1]
+    levels = codebook(bits).centroids.double()[codes.int()].unflatten(-1, (-1, size))
+    matrix = levels * norms.double().unsqueeze(-1) / sqrt(size) @ hadamard.hadamard_matrix(size).double()
+    return matrix.flatten(-2)
+
+
+def assert_product(outputs: Tensor, inputs: Tensor, matrix: Tensor, epsilon: float) -> None:
+    """Each output is off by at most `epsilon` times what it would be if nothing in its sum cancelled."""
+    assert (outputs.dtype, outputs.shape) == (inputs.dtype, (*inputs.shape[:-1], len(matrix)))
+    error = (outputs.double() - inputs.double() @ matrix.T).abs()
+    assert (error <= epsilon * inputs.double().norm(dim=-1, keepdim=True) * matrix.norm(dim=-1) + 1e-12).all()
+
+
+EPSILON = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_a_decoded_matrix_has_the_bits_of_the_plain_decode(
+    bits: int, shape: tuple[int, int, int], vectors: ModuleType
+) -> None:
+    codes, packed, norms = packed_matrix(bits, *shape)
+    levels = reference._look_up(packed, norms, bits)
+    weights = hadamard._rotate_blocks(levels, shape[1])
+    assert torch.equal(reference.look_up(packed, norms, bits), levels)
+    target = torch.empty(codes.shape)
+    vectors.decode(packed, norms, bits, bits, True, target)
+    assert torch.equal(target, weights)
+    matrix = QuantizedMatrix(codes, Parameters(norms.float()), LloydGrid(bits, shape[1]), "hadamard")
+    assert torch.equal(matrix.dequantize(), weights)
+    assert torch.equal(matrix.dequantize(torch.bfloat16), weights.bfloat16())
+    torch.testing.assert_close(weights.double(), dense(codes, norms, bits), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_products_are_those_with_the_dense_matrix(bits: int, shape: tuple[int, int, int], vectors: ModuleType) -> None:
+    codes, packed, norms = packed_matrix(bits, *shape)
+    matrix = dense(codes, norms, bits)
+    for batch in (1, 3, 16, 300):
+        for dtype in DTYPES:
+            inputs = random(batch, shape[2]).to(dtype)
+            assert_product(kernels.matmul(inputs, packed, norms, bits), inputs, matrix, EPSILON[dtype])
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.usefixtures("plain")
+def test_products_in_plain_torch(bits: int) -> None:
+    codes, packed, norms = packed_matrix(bits, *SHAPES[2])
+    assert compiled.cpu_kernels(packed) is None
+    for batch in (1, 300):
+        for dtype in DTYPES:
+            inputs = random(batch, codes.shape[1]).to(dtype)
+            outputs = kernels.matmul(inputs, packed, norms, bits)
+            assert_product(outputs, inputs, dense(codes, norms, bits), EPSILON[dtype])
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_inputs_of_any_layout_and_number(bits: int, cpu: ModuleType) -> None:
+    codes, packed, norms = packed_matrix(bits, *SHAPES[2])
+    matrix = dense(codes, norms, bits)
+    for inputs in (
+        random(576, 5).T,
+        random(2, 3, 1152)[..., ::2],
+        random(576),
+        random(2, 1, 2, 576),
+        random(0, 576),
+        random(1, 576).expand(40, 576),
+    ):
+        assert_product(kernels.matmul(inputs, packed, norms, bits), inputs, matrix, 1e-6)
+    inputs = random(4, 576)
+    assert torch.equal(
+        kernels.matmul(inputs, packed.T.contiguous().T, norms.T.contiguous().T, bits),
+        kernels.matmul(inputs, packed, norms, bits),
+    )
+
+
+def test_a_matrix_large_enough_for_threads(cpu: ModuleType) -> None:
+    codes, packed, norms = packed_matrix(4, 1030, 128, 1024)
+    assert codes.numel() > 2 * cpu.THREAD_WEIGHTS
+    matrix, before = dense(codes, norms, 4), torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        for batch in (1, 7):
+            inputs = random(batch, 1024)
+            assert_product(kernels.matmul(inputs, packed, norms, 4), inputs, matrix, 1e-6)
+        errors: list[BaseException] = []
+
+        def multiply(seed: int) -> None:
+            inputs = random(1, 1024, seed=seed)
+            try:
+                assert_product(kernels.matmul(inputs, packed, norms, 4), inputs, matrix, 1e-6)
+            except AssertionError as error:
+                errors.append(error)
+
+        callers = [threading.Thread(target=multiply, args=(seed,)) for seed in range(8)]
+        for caller in callers:
+            caller.start()
+        for caller in callers:
+            caller.join()
+        assert not errors
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_an_error_in_a_thread_is_raised(cpu: ModuleType) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+
+    def fail_in_the_second_half(part: slice) -> None:
+        if part.start:
+            raise ValueError("here")
+
+    try:
+        with pytest.raises(ValueError, match="here"):
+            cpu.in_threads(fail_in_the_second_half, 2, 2 * cpu.THREAD_WEIGHTS)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_gradients_of_inputs_flow() -> None:
+    codes, packed, norms = packed_matrix(4, *SHAPES[2])
+    inputs = random(3, 576).requires_grad_()
+    kernels.matmul(inputs, packed, norms, 4).sum().backward()
+    assert inputs.grad is not None
+    torch.testing.assert_close(inputs.grad[1].double(), dense(codes, norms, 4).sum(0), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_an_embedding_decodes_the_rows_asked_for(bits: int, dtype: torch.dtype) -> None:
+    codes, packed, norms = packed_matrix(bits, *SHAPES[2])
+    rows = dense(codes, norms, bits)
+    for ids in (torch.tensor([[3, 1, 3], [49, 0, 2]]), torch.tensor(7), torch.empty(0, 4, dtype=torch.int64)):
+        found = kernels.embedding(ids, packed, norms, bits, dtype)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double(), rows[ids], rtol=EPSILON[dtype], atol=1e-6)
+
+
+def test_embeddings_are_float32_unless_told() -> None:
+    _, packed, norms = packed_matrix(4, *SHAPES[2])
+    assert kernels.embedding(torch.tensor([1]), packed, norms, 4).dtype == torch.float32
+
+
+@pytest.mark.parametrize("size", [8, 16, 32, 64, 128, 256])
+def test_the_rotation_has_the_bits_of_the_plain_one(size: int, cpu: ModuleType) -> None:
+    for values in (random(70, 1024) * 1e3, random(1024, 6).T, torch.zeros(0, 512), random(2, 3, 256)):
+        assert torch.equal(cpu.rotate_blocks(values, size), hadamard._rotate_blocks(values, size))
+
+
+@pytest.mark.parametrize("size", [8, 64, 128, 256])
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_norms_and_codes_have_the_bits_of_the_plain_ones(bits: int, size: int, cpu: ModuleType) -> None:
+    grid = LloydGrid(bits, size)
+    groups = torch.cat(
+        [random(700, size) * 0.02, random(9, size) ** 9, torch.zeros(1, size), torch.full((2, size), 3.0)]
+    )
+    groups = groups.unflatten(0, (2, -1))
+    norm, best = grid._norms(groups)
+    for least_squares in (True, False):
+        expected = replace(grid, least_squares=least_squares)._norms(groups)
+        for ours, other in zip(cpu.fit_norms(groups, bits, least_squares), expected, strict=True):
+            assert torch.equal(ours, other)
+    for each in (norm, best):
+        assert torch.equal(cpu.nearest_codes(groups, each, bits), grid._round(groups, Parameters(each)))
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_values_on_and_beside_boundaries_get_the_codes_of_the_plain_rounding(bits: int, cpu: ModuleType) -> None:
+    edges = codebook(bits).boundaries
+    beside = [torch.nextafter(edges, torch.full_like(edges, end)) for end in (-torch.inf, torch.inf)]
+    values = torch.cat([edges, *beside, torch.tensor([-1e30, 1e30, -0.0, 0.0])])
+    values = torch.nn.functional.pad(values, (0, -len(values) % 16)).view(-1, 16)
+    norms = torch.full((len(values), 1), 4.0)  # √16, so that the values themselves are rounded
+    assert torch.equal(cpu.nearest_codes(values, norms, bits), LloydGrid(bits, 16)._round(values, Parameters(norms)))
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_packing_has_the_bits_of_the_plain_one(bits: int, cpu: ModuleType) -> None:
+    generator = torch.Generator().manual_seed(bits)
+    for shape in ((8,), (3, 5, 24), (0, 16), (24, 40)):
+        codes = torch.randint(2**bits, shape, dtype=torch.uint8, generator=generator)
+        packed = packing._pack(codes, bits)
+        assert torch.equal(cpu.pack(codes, bits), packed)
+        assert torch.equal(cpu.unpack(packed, bits), codes)
+
+
+def test_quantizing_gives_the_same_bits_with_and_without_a_compiler(
+    cpu: ModuleType, request: pytest.FixtureRequest
+) -> None:
+    weights = random(40, 576) * 0.02
+    fast = quantize_nearest(weights, LloydGrid(5, 64), "hadamard")
+    decoded, packed = fast.dequantize(), packing.pack(fast.codes, 5)
+    request.getfixturevalue("plain")
+    slow = quantize_nearest(weights, LloydGrid(5, 64), "hadamard")
+    assert torch.equal(slow.codes, fast.codes)
+    assert torch.equal(slow.parameters.scale, fast.parameters.scale)
+    assert torch.equal(slow.dequantize(), decoded)
+    assert torch.equal(packing.pack(slow.codes, 5), packed)
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 96, 128])
+def test_sums_by_halves_are_sums(length: int) -> None:
+    values = random(5, length)
+    torch.testing.assert_close(grids.sum_by_halves(values), values.sum(-1, keepdim=True))
+
+
+def test_functions_are_compiled_where_no_cache_can_be_written(cpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    from numba.core.caching import CompileResultCacheImpl
+
+    monkeypatch.setattr(CompileResultCacheImpl, "_locator_classes", [])
+    twice = cpu.compiled(lambda value: 2 * value)
+    assert twice(21) == 42
+    assert type(twice).__name__ == "CPUDispatcher"
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_the_triton_kernel_in_its_interpreter(bits: int) -> None:
+    if find_spec("triton") is None:
+        pytest.skip("triton is not installed (it exists for Linux only)")
+    if torch.cuda.is_available():
+        pytest.skip("with a GPU, Triton compiles")
+    from hlwq.kernels import triton
+
+    for rows, group_size, columns in ((19, 8, 72), (5, 64, 192)):
+        codes, packed, norms = packed_matrix(bits, rows, group_size, columns)
+        for batch, dtype in ((1, torch.bfloat16), (3, torch.float32)):
+            inputs = random(batch, columns).to(dtype)
+            outputs = triton.matmul(inputs, packed, norms, bits).to(dtype)
+            assert_product(outputs, inputs, dense(codes, norms, bits), EPSILON[dtype])
