@@ -124,3 +124,34 @@ def test_a_chat_may_answer_with_the_body_alone() -> None:
     problem = next(iter(problems().values()))
     answer = f"```python\n{problem['canonical_solution']}```"
     assert run_program(program_for(problem, answer, "chat")).passed
+
+
+def test_what_a_model_thinks_aloud_is_no_answer() -> None:
+    thought = "<think>\nA draft:\n```python\nx = 1\n```\n</think>\n"
+    assert code_of(f"{thought}```python\nx = 2\n```") == "x = 2\n"
+
+
+def test_a_record_of_another_model_is_refused(tmp_path: Path) -> None:
+    record = tmp_path / "programs.jsonl"
+    humaneval(solutions, prompting="completion", limit=1, record=record, model="one")
+    with pytest.raises(HlwqError, match="another model"):
+        humaneval(solutions, prompting="completion", limit=1, record=record, model="two")
+
+
+def test_a_record_holds_any_text(tmp_path: Path) -> None:
+    record = tmp_path / "programs.jsonl"
+    odd = "    return 'a\u2028b\x85c'\n"
+    first = humaneval(lambda request: odd, prompting="completion", limit=2, record=record)
+    again = humaneval(solutions, prompting="completion", limit=2, record=record)  # generates nothing
+    assert first.solved == again.solved
+
+
+def test_without_isolation_nothing_is_written() -> None:
+    def no_isolation(program: str) -> Outcome:
+        raise HlwqError("Programs cannot be isolated here")
+
+    def asked(request: Request) -> str:
+        raise AssertionError("the model was asked")
+
+    with pytest.raises(HlwqError, match="cannot be isolated"):
+        humaneval(asked, prompting="completion", limit=1, run=no_isolation)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -12,11 +13,13 @@ from typing import Any
 
 import pytest
 
+from hlwq.evaluate import sandbox
 from hlwq.evaluate.sandbox import Limits, run_program, run_unsafely
 
 pytestmark = pytest.mark.usefixtures("isolation")
 LIMITS = Limits(seconds=2, wall_seconds=60.0, memory_bytes=256 << 20)
 """Enough for a busy machine; what fails for another reason than its time fails well before."""
+CAPTURED: dict[str, Any] = {"capture_output": True, "text": True, "check": False}
 SHORT = Limits(wall_seconds=2.0)
 
 
@@ -162,3 +165,28 @@ def test_unsafe_is_only_a_process() -> None:
     assert run_unsafely("pass").passed
     assert not run_unsafely("assert False").passed
     assert "timed out" in run_unsafely("import time; time.sleep(9)", Limits(wall_seconds=0.2)).reason
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user; others have just run all of this")
+def test_the_jail_holds_for_a_user_without_rights_too() -> None:
+    attempts = {
+        "import os; assert os.getuid() != 0 or open('/proc/self/status').read().count('0000000000000000') >= 5": True,
+        "open('/decoy', 'w')": False,
+        "open('/usr/decoy', 'w')": False,
+        "import ctypes; assert ctypes.CDLL(None).mount(None, b'/usr', None, 4096 | 32, None) == 0": False,
+        "import os; os.open('/proc/1/fd/1', os.O_WRONLY)": False,
+    }
+    script = (
+        "import sys; from hlwq.evaluate.sandbox import run_program\nfor program in sys.argv[1:]: print(run_program(program))"
+    )
+    command = [sys.executable, "-c", script, *attempts]
+    source = str(Path(sandbox.__file__).parents[2])
+    environment = {"PYTHONPATH": os.pathsep.join([source, *(each for each in sys.path if each)])}
+    try:
+        done = subprocess.run(command, user=1000, group=1000, extra_groups=[], env=environment, cwd="/", **CAPTURED)
+    except PermissionError:
+        pytest.skip(f"{sys.executable} is closed to other users")
+    if "No module" in done.stderr or "user namespaces are needed" in done.stderr:
+        pytest.skip(f"another user cannot run this here: {done.stderr.strip().splitlines()[-1]}")
+    outcomes = done.stdout.strip().splitlines()
+    assert ["passed=True" in outcome for outcome in outcomes] == list(attempts.values()), done.stdout + done.stderr

@@ -63,15 +63,14 @@ def test_what_was_measured_through_vllm_is_in_the_comparison(
     vllm: str, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
-    record = tmp_path / "programs.jsonl"
     options = ["--endpoint", vllm, "--json"]
     for model in (dense, bundled_model()):  # the server stands for both; what it serves is not the point
-        programs = ["--prompting", "completion", "--limit", "4", "--max-tokens", "24", "--record", str(record)]
+        programs = ["--prompting", "completion", "--limit", "4", "--max-tokens", "24"]
         said = CliRunner().invoke(app, ["eval", "humaneval", str(model), *options, *programs])
         assert said.exit_code == 0, said.output
-    assert len(record.read_text().splitlines()) == 4  # the second run took what the first had written
-    short = ["--prompt-tokens", "64", "--new-tokens", "16", "--runs", "2"]
-    said = CliRunner().invoke(app, ["eval", "speed", str(dense), *options, *short])
+    [record] = (dense / "results").glob("humaneval-*.jsonl")
+    assert len(record.read_text().split("\n")) == 5
+    said = CliRunner().invoke(app, ["eval", "speed", str(dense), *options])
     assert said.exit_code == 0, said.output
     measured = json.loads(said.stdout)
     assert measured["engine"] == "vLLM"

@@ -32,7 +32,7 @@ from hlwq.evaluate.results import (
 )
 from hlwq.evaluate.speed import NEW_TOKENS, PROMPT_TOKENS, RUNS, Speed
 from hlwq.evaluate.statistics import Estimate, Verdict, paired_verdict, verdict
-from hlwq.formats import format_named
+from hlwq.formats import READABLE_FORMATS
 from hlwq.inspect import inspect
 from hlwq.sources import DecodedCheckpoint, locate
 
@@ -180,7 +180,7 @@ def _measure(
         checkpoint=fingerprint(path),
         recipe=found.recipe,
         format=found.format,
-        engines=tuple(engine.name for engine in format_named(found.format).ENGINES),
+        engines=tuple(engine.name for engine in READABLE_FORMATS[found.format].ENGINES),
         nbytes=found.nbytes,
         bits_per_weight=found.bits_per_quantized_weight,
         bits_per_parameter=found.bits_per_parameter,
