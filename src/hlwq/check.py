@@ -170,7 +170,7 @@ def _wrong_targets(
                 asked = re.sub(r"^model\.language_model\.", "language_model.model.", asked)
             stored = modules.get(prefix + matrix.name)
             weights = configured_weights(section, asked)
-            said = weights and (weights["num_bits"], weights["group_size"], weights["symmetric"])
+            said = weights and (weights["num_bits"], weights.get("group_size"), weights["symmetric"])
             if said != (stored and (stored.scheme.bits, stored.scheme.group_size, stored.scheme.symmetric)):
                 wrong.append(asked)
     outside = ["lm_head"]

@@ -10,7 +10,8 @@ Matrices are padded to whole blocks along `in`; a block decodes to norm/√block
 - Bit-packed: `M__packed`, `M__norms` and `M__meta`, with `__` for the dots of M, with or without its `.weight`. The
   codes are one bit stream with the most significant bits first. The centroids are not stored. Their author's programs
   know two kinds of `meta`: (out, blocks, block, codes), with centroids of a normal distribution cut at ±4, as his
-  notebooks and his converter compute them; and (bits, padded width), with those of his package's own loader.
+  notebooks and his converter compute them; and (bits, padded width), with those of his package's own loader. That
+  reads `M__codes` too, a byte for a code, without `meta`.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ NAME = "polar"
 ENGINES: tuple[Engine, ...] = (
     Engine("hlwq", tuple(range(1, 9)), "Lloyd–Max codes, read only", "hlwq convert {path} {path}-dense --format dense"),
 )
+CODES = (".codes", "__codes", "__packed")
+"""What the names of codes end in."""
 CONFIG_FILE = "polar_config.json"
 VERSIONS = ("polar_engine_v4", "polar_engine_v5")
 
@@ -68,9 +71,9 @@ class _Module:
 
 def is_polar(reader: Reader) -> bool:
     """Whether a directory holds matrices in either spelling, whatever its `config.json` says."""
+    # Other formats have `.codes`, too, but no norms.
     return any(
-        name.endswith("__packed")
-        or (name.endswith(".codes") and f"{name.removesuffix('codes')}norms" in reader.tensors)
+        name.endswith(CODES[1:]) or (name.endswith(CODES) and f"{name.removesuffix('codes')}norms" in reader.tensors)
         for name in reader.tensors
     )
 
@@ -124,8 +127,8 @@ def _module_of(name: str) -> str | None:
     """The module whose codes a tensor of this name holds, or None."""
     if name.endswith(".codes"):
         return name.removesuffix(".codes")
-    if name.endswith("__packed"):
-        return name.removesuffix("__packed").replace("__", ".").removesuffix(".weight")
+    if name.endswith(CODES):
+        return name.rpartition("__")[0].replace("__", ".").removesuffix(".weight")
     return None
 
 
@@ -147,18 +150,18 @@ def _describe_module(reader: Reader, config: dict[str, Any], module: str, codes:
     Raises:
         HlwqError: they disagree, or a tensor is missing.
     """
-    dotted = codes.endswith(".codes")
-    prefix = codes.removesuffix("codes" if dotted else "packed")
+    dotted, packed = codes.endswith(".codes"), codes.endswith("__packed")
+    prefix = codes.removesuffix("packed" if packed else "codes")
     layer = config.get("layers", {}).get(module, {})
-    norms = f"{prefix}norms"
-    levels = f"{prefix}ct" if f"{prefix}ct" in reader.tensors else f"{prefix}ct_scaled"
-    meta = f"{prefix}meta"
-    for name in (norms, levels) if dotted else (norms, meta):
+    norms, levels, meta = f"{prefix}norms", f"{prefix}ct_scaled", f"{prefix}meta"
+    if levels not in reader.tensors and f"{prefix}ct" in reader.tensors:
+        levels = f"{prefix}ct"
+    for name in (norms, *([levels] if dotted else []), *([meta] if packed else [])):
         if name not in reader.tensors:
             raise _damaged(reader, module, f"lacks its tensor {name}")
     block, cut = layer.get("block_size", config.get("block_size", 128)), inf
     bits = layer.get("bits", config.get("bits"))
-    if not dotted:
+    if packed:
         stated = reader.read(meta).tolist()
         if len(stated) == 4:
             block, cut = stated[2], 4.0
@@ -166,23 +169,25 @@ def _describe_module(reader: Reader, config: dict[str, Any], module: str, codes:
             bits = stated[0]
         else:
             raise HlwqError(f"{reader.path}: {meta} has {len(stated)} entries; those of 2 and of 4 can be read.")
+    elif not dotted:
+        bits = bits or 5  # as the package assumes
     if len(reader.tensors[norms].shape) != 2:
         raise _damaged(reader, module, f"has norms of shape {reader.tensors[norms].shape}")
     rows, blocks = reader.tensors[norms].shape
     if not isinstance(block, int) or block < 8 or block & (block - 1):
         raise _damaged(reader, module, f"has blocks of {block}, which is no power of two from 8")
     padded = blocks * block
-    width, rest = divmod(8 * reader.tensors[codes].parameters, rows * padded)
+    width, rest = divmod(8 * reader.tensors[codes].parameters, max(1, rows * padded))
     bits = bits or width
-    if rest or width not in ((4, 5, 8) if dotted else (2, 3, 4, 5, 6, 8)) or not 1 <= bits <= width:
+    if rest or width not in ((2, 3, 4, 5, 6, 8) if packed else (4, 5, 8)) or not 1 <= bits <= width:
         raise _damaged(reader, module, f"has {reader.tensors[codes].parameters} bytes for {rows * padded} codes")
     if dotted and reader.tensors[levels].shape != (2**bits,):
         raise _damaged(reader, module, f"has centroids of shape {reader.tensors[levels].shape}, but {bits} bits")
     columns = layer.get("in_features") or _true_width(reader, module) or padded
     if not padded - block < columns <= padded:
         raise _damaged(reader, module, f"has {blocks} blocks of {block} for {columns} columns")
-    stored_levels, stored_meta = (levels, None) if dotted else (None, meta)
-    return _Module(bits, width, block, (rows, columns), codes, norms, stored_levels, stored_meta, cut)
+    shape = (rows, columns)
+    return _Module(bits, width, block, shape, codes, norms, levels if dotted else None, meta if packed else None, cut)
 
 
 def _true_width(reader: Reader, module: str) -> int | None:
