@@ -219,7 +219,8 @@ def share_of_the_rotation(measured: dict[str, Perplexity]) -> str:
         said = "there is no measurable gain to share"
     else:
         said = "agrees" if found.low <= 0.98 <= found.high else "refuted"
-    return f"| 98 % of HLWQ's gain at 5 bits is the rotation's | 98 % | {whole:.0%} [{found.low:.0%}, {found.high:.0%}] | | {said} |"
+    ours = f"{whole:.0%} [{found.low:.0%}, {found.high:.0%}]"
+    return f"| 98 % of HLWQ's gain at 5 bits is the rotation's | 98 % | {ours} | | {said} |"
 
 
 if __name__ == "__main__":

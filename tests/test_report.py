@@ -229,7 +229,7 @@ def test_a_card_takes_the_table_and_the_charts_of_a_report(
     with pytest.raises(HlwqError, match="is not what `hlwq compare` wrote"):
         write_card(checkpoints[1], report=tmp_path, overwrite=True)
     write_report(rows[:2], PROTOCOLS, "bundled", tmp_path / "less")
-    with pytest.raises(HlwqError, match="does not compare .*q5 as it is"):
+    with pytest.raises(HlwqError, match=r"does not compare .*q5 as it is"):
         write_card(checkpoints[1], report=tmp_path / "less", overwrite=True)
 
 

@@ -14,7 +14,7 @@ from hlwq.formats.hlwq import decode
 from hlwq.kernels import embedding, matmul
 
 if TYPE_CHECKING:
-    from hlwq.one_row import OneRow
+    from hlwq.kernels.one_row import OneRow
 
 
 class _Packed(nn.Module):
@@ -61,7 +61,7 @@ class _Packed(nn.Module):
         ):
             one_row = self._one_row
             if one_row is None or one_row.packed is not packed or one_row.norms is not norms:
-                from hlwq.one_row import OneRow  # needs numba
+                from hlwq.kernels.one_row import OneRow  # needs numba
 
                 one_row = self._one_row = OneRow(packed, norms, self.bits)
             return one_row(inputs)

@@ -109,9 +109,9 @@ def wait_for(program: int, reading: int, seconds: float) -> str:
 
 
 def build_root(root: Path, visible: list[str], disk_bytes: int) -> None:
-    """A new root of memory with the given directories read-only in it, an empty /program, and nothing else."""
+    """A new root, read-only, with the given directories and an empty /program in memory, and nothing else."""
     mount(None, Path("/"), None, MS_REC | MS_PRIVATE)
-    mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, f"size={disk_bytes},nr_inodes=1000,mode=755")
+    mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, "mode=755")
     for name in visible:
         inside = root / name.lstrip("/")
         inside.mkdir(parents=True, exist_ok=True)
@@ -126,8 +126,9 @@ def build_root(root: Path, visible: list[str], disk_bytes: int) -> None:
     for name in ("null", "zero", "urandom"):
         (root / "dev" / name).touch()
         mount(f"/dev/{name}", root / "dev" / name, None, MS_BIND)
-    (root / "program").mkdir(mode=0o777)
-    (root / "program").chmod(0o777)
+    (root / "program").mkdir()
+    limit = f"size={disk_bytes},nr_inodes=1000,mode=777"
+    mount("tmpfs", root / "program", "tmpfs", MS_NOSUID | MS_NODEV, limit)
     machine = os.uname().machine
     if machine not in PIVOT_ROOT:
         raise OSError(0, f"pivot_root is not known for {machine}", "pivot_root")
@@ -135,6 +136,7 @@ def build_root(root: Path, visible: list[str], disk_bytes: int) -> None:
     os.chdir("/program")
     check(libc.umount2(b"/old", MNT_DETACH), "umount")
     Path("/old").rmdir()
+    mount(None, Path("/"), None, MS_BIND | MS_REMOUNT | MS_RDONLY | MS_NOSUID | MS_NODEV)
 
 
 PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
