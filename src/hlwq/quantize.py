@@ -425,7 +425,8 @@ class _CalibratedLayers:
         """Quantize matrices that share an input, write them, and put into the layer what the file then says."""
         weights = []
         for name, tensor in matrices.items():
-            weights.append(layer.get_parameter(f"{name}.weight").float())
+            # Detached: a parameter that is float32 already would become what is put into it below.
+            weights.append(layer.get_parameter(f"{name}.weight").detach().float())
             with _naming(tensor):
                 _check_finite(weights[-1])
         first = next(iter(matrices.values()))
