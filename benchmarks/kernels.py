@@ -30,6 +30,8 @@ from hlwq.lloyd import codebook
 from hlwq.packing import pack, unpack
 from hlwq.solvers.nearest import quantize_nearest
 
+PAUSE = 0.02
+"""Seconds before each run: threads of torch's go on waiting busily for a while after theirs."""
 GROUP = 128
 
 # What the process beside this one runs: it answers each line `work bits` with seconds.
@@ -160,6 +162,7 @@ def best(runs: dict[str, Run], rounds: int, clock: Callable[[], float]) -> dict[
         for name, run in runs.items():
             if number > 2 and seconds[name] > 0.5:
                 continue
+            time.sleep(PAUSE)
             start = clock()
             answer = run()
             took = clock() - start

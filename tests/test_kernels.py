@@ -291,3 +291,22 @@ def test_the_triton_kernel_in_its_interpreter(bits: int) -> None:
             inputs = random(batch, columns).to(dtype)
             outputs = triton.matmul(inputs, packed, norms, bits).to(dtype)
             assert_product(outputs, inputs, dense(codes, norms, bits), EPSILON[dtype])
+
+
+@pytest.mark.parametrize("inference", [True, False])
+def test_several_threads_give_what_one_does(cpu: ModuleType, inference: bool) -> None:
+    codes, packed, norms = packed_matrix(5, 1024, 64, 1024)
+    inputs, weights = random(3, 1024), random(1024, 1024, seed=1)
+    found = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            with torch.inference_mode(inference):
+                matrix = quantize_nearest(weights, LloydGrid(5, 64), "hadamard")
+                parts = kernels.matmul(inputs, packed, norms, 5), reference.look_up(packed, norms, 5)
+                found.append([*parts, matrix.codes, matrix.dequantize(torch.bfloat16), packing.pack(codes, 5)])
+    finally:
+        torch.set_num_threads(before)
+    for one, several in zip(*found, strict=True):
+        assert torch.equal(one, several)

@@ -48,7 +48,13 @@ def in_threads(work: Callable[[slice], object], rows: int, weights: int) -> None
     """Call `work` on ranges of rows that together are all, in as many threads as torch has at most."""
     parts = max(1, min(torch.get_num_threads(), rows, weights // THREAD_WEIGHTS))
     slices = [slice(rows * part // parts, rows * (part + 1) // parts) for part in range(parts)]
-    others = [_pool(os.getpid()).submit(work, each) for each in slices[1:]]
+    inference = torch.is_inference_mode_enabled()
+
+    def elsewhere(part: slice) -> None:
+        with torch.inference_mode(inference):  # each thread has a mode of its own
+            work(part)
+
+    others = [_pool(os.getpid()).submit(elsewhere, each) for each in slices[1:]]
     work(slices[0])
     for each in others:
         each.result()
@@ -235,6 +241,22 @@ def unpack_octets(packed, bits, codes):
 # What the rest of the library calls: torch tensors in, torch tensors out.
 
 
+@lru_cache
+def scale_table(group_size: int) -> np.ndarray:
+    """norm/√group_size, float32, of each norm that float16 has, by its bits. It is shared: do not write to it."""
+    with np.errstate(invalid="ignore"):
+        norms = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
+    return norms / np.float32(sqrt(group_size))
+
+
+@compiled
+def look_up_scales(norms, table, scales):
+    """Of the bits of norms, by `scale_table`."""
+    for row in range(len(norms)):
+        for group in range(norms.shape[1]):
+            scales[row, group] = table[norms[row, group]]
+
+
 def matmul(inputs: Tensor, packed: Tensor, norms: Tensor, bits: int) -> Tensor:
     """See `hlwq.kernels.matmul`; inputs (rows, in), for few rows. Sums and result are float32."""
     rows, columns = inputs.shape
@@ -244,22 +266,26 @@ def matmul(inputs: Tensor, packed: Tensor, norms: Tensor, bits: int) -> Tensor:
     padded = rotated if alone else torch.nn.functional.pad(rotated, (0, 0, 0, -rows % 4))
     outputs = np.empty((len(padded), len(packed)), np.float32)
     _, multiply_vector, multiply_rows = row_kernels(bits, bits, AVX2)
-    x, codes, scales = padded.numpy(), packed.contiguous().numpy(), scales_of(norms, group_size)
+    x, codes = padded.numpy(), packed.contiguous().numpy()
+    halves, of_norm = norms.contiguous().view(torch.int16).numpy().view(np.uint16), scale_table(group_size)
     log, tables, centroids = group_size.bit_length() - 1, level_tables(bits, AVX2), level_tables(bits, False)
 
     def work(part: slice) -> None:
+        # Not by torch, whose own threads would go on waiting busily for a while on the cores that are needed now.
+        scales = np.empty(halves[part].shape, np.float32)
+        look_up_scales(halves[part], of_norm, scales)
         if alone:
-            multiply_vector(x, codes[part], scales[part], log, tables, outputs[:, part])
+            multiply_vector(x, codes[part], scales, log, tables, outputs[:, part])
         else:
-            multiply_rows(x, codes[part], scales[part], log, tables, centroids, outputs[:, part])
+            multiply_rows(x, codes[part], scales, log, tables, centroids, outputs[:, part])
 
     in_threads(work, len(packed), len(packed) * columns)
     return torch.from_numpy(outputs[:rows])
 
 
 def scales_of(norms: Tensor, group_size: int) -> np.ndarray:
-    """norm/√group_size, float32."""
-    scales: np.ndarray = (norms.to(torch.float32) / sqrt(group_size)).contiguous().numpy()
+    """norm/√group_size, float32. By numpy, see `matmul`."""
+    scales: np.ndarray = norms.contiguous().numpy().astype(np.float32) / np.float32(sqrt(group_size))
     return scales
 
 

@@ -7,7 +7,6 @@ once, and the kernel is given addresses. The result is that of `hlwq.kernels.mat
 from __future__ import annotations
 
 from functools import lru_cache
-from math import sqrt
 from typing import Any
 
 import numba
@@ -16,7 +15,7 @@ from numba import carray
 from numba.extending import intrinsic
 from torch import Tensor
 
-from hlwq.kernels.cpu import group_kernels, in_threads, row_kernels
+from hlwq.kernels.cpu import group_kernels, in_threads, look_up_scales, row_kernels, scale_table
 from hlwq.kernels.vectors import AVX2, compiled, level_tables
 
 ONE_THREAD_WEIGHTS = 1 << 23
@@ -43,7 +42,7 @@ class OneRow:
         self._rows, self._columns = packed.shape[0], packed.shape[1] * 8 // bits
         self._alone = self._rows * self._columns < ONE_THREAD_WEIGHTS
         self._kernel = kernel(bits, self._columns // norms.shape[1])
-        self._tables = level_tables(bits, AVX2)
+        self._tables = level_tables(bits, AVX2), scale_table(self._columns // norms.shape[1])
         self._codes_at, self._norms_at = packed.data_ptr(), norms.data_ptr()
 
     def __call__(self, inputs: Tensor) -> Tensor:
@@ -51,14 +50,14 @@ class OneRow:
         outputs = inputs.new_empty((*inputs.shape[:-1], self._rows))
         source, target = inputs.data_ptr(), outputs.data_ptr()
         if self._alone:
-            self._kernel(source, self._columns, self._codes_at, self._norms_at, self._rows, self._tables, target)
+            self._kernel(source, self._columns, self._codes_at, self._norms_at, self._rows, *self._tables, target)
             return outputs
 
         def work(part: slice) -> None:
             codes_at = self._codes_at + part.start * self.packed.shape[1]
             norms_at = self._norms_at + part.start * self.norms.shape[1] * 2
             rows, there = part.stop - part.start, target + 2 * part.start
-            self._kernel(source, self._columns, codes_at, norms_at, rows, self._tables, there)
+            self._kernel(source, self._columns, codes_at, norms_at, rows, *self._tables, there)
 
         in_threads(work, self._rows, self._rows * self._columns)
         return outputs
@@ -79,23 +78,20 @@ def kernel(bits: int, group_size: int) -> Any:
     """The loop for codes of so many bits and groups of this size."""
     _, multiply_vector, _ = row_kernels(bits, bits, AVX2)
     rotate_groups, *_ = group_kernels(group_size)
-    group_log, root = group_size.bit_length() - 1, np.float32(sqrt(group_size))
+    group_log = group_size.bit_length() - 1
 
     @compiled
-    def product(inputs, columns, packed, norms, rows, tables, outputs):
+    def product(inputs, columns, packed, norms, rows, tables, of_norm, outputs):
         groups = columns // group_size
         values, rotated = np.empty(columns, np.float32), np.empty((1, columns), np.float32)
         for column, word in enumerate(carray(at(inputs), (columns,), np.uint16)):
             values.view(np.uint32)[column] = np.uint32(word) << np.uint32(16)
         rotate_groups(values.reshape(groups, group_size), rotated.reshape(groups, group_size))
-        scales = np.empty(rows * groups, np.float32)
-        for index, word in enumerate(carray(at(norms), (rows * groups,), np.uint16)):
-            scales.view(np.uint32)[index] = np.uint32(word) << np.uint32(13)  # float16's exponent is 112 less biased
-        for index in range(len(scales)):
-            scales[index] = scales[index] * np.float32(2.0**112) / root
+        scales = np.empty((rows, groups), np.float32)
+        look_up_scales(carray(at(norms), (rows, groups), np.uint16), of_norm, scales)
         sums = np.empty((1, rows), np.float32)
         codes = carray(at(packed), (rows, columns * bits // 8), np.uint8)
-        multiply_vector(rotated, codes, scales.reshape(rows, groups), group_log, tables, sums)
+        multiply_vector(rotated, codes, scales, group_log, tables, sums)
         results = carray(at(outputs), (rows,), np.uint16)
         for row, word in enumerate(sums.view(np.uint32)[0]):  # to the nearest, and to the even one of two
             results[row] = (word + np.uint32(0x7FFF) + ((word >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)

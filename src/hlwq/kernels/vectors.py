@@ -16,8 +16,10 @@ from zlib import crc32
 
 import numba
 import numpy as np
+from filelock import FileLock
 from llvmlite import binding, ir
 from numba import types
+from numba.core.caching import FunctionCache
 from numba.extending import intrinsic, models, register_model
 
 from hlwq.lloyd import codebook
@@ -29,14 +31,35 @@ UNDEFINED = ir.Constant(V8, ir.Undefined)
 SOURCE = crc32(Path(__file__).read_bytes())
 
 
+class SharedCache(FunctionCache):
+    """Machine code on disk for several processes. With numba's own, two that compile at the same time may each number
+    their code alike, and one be given the other's."""
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """Code for a signature, if there is some."""
+        with self._alone():
+            return super().load_overload(sig, target_context)
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        """Keep code for a signature."""
+        with self._alone():
+            super().save_overload(sig, data)
+
+    def _alone(self) -> FileLock:
+        self._impl.locator.ensure_cache_path()
+        return FileLock(Path(self.cache_path) / "hlwq.lock")
+
+
 def compiled(function: Callable[..., Any]) -> Any:
     """Compile on first use, free of the interpreter's lock, and keep the machine code where a file can be written."""
     # Numba keeps code until the file of the function changes; it is to do so when this one changes, too.
     function.__qualname__ += f"_{SOURCE:x}"
+    dispatcher = numba.njit(nogil=True)(function)
     try:
-        return numba.njit(nogil=True, cache=True)(function)
+        dispatcher._cache = SharedCache(dispatcher.py_func)
     except RuntimeError:  # neither this package's directory nor the user's cache is writable
-        return numba.njit(nogil=True)(function)
+        return dispatcher
+    return dispatcher
 
 
 class Vector(types.Type):
