@@ -245,8 +245,9 @@ def unpack_octets(packed, bits, codes):
 def scale_table(group_size: int) -> np.ndarray:
     """norm/√group_size, float32, of each norm that float16 has, by its bits. It is shared: do not write to it."""
     with np.errstate(invalid="ignore"):
-        norms = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
-    return norms / np.float32(sqrt(group_size))
+        scales: np.ndarray = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
+        scales /= np.float32(sqrt(group_size))
+    return scales
 
 
 @compiled
