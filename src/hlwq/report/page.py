@@ -77,7 +77,7 @@ def describe_protocols(protocols: Protocols, rows: Sequence[Row]) -> str:
     text = (
         f"Perplexity on {protocols.text.name}, protocol {protocols.protocol}, context {protocols.context}{stride}, ± "
         f"its standard error over chunks; losses and divergences in nats per token with 95 % intervals{count}, paired "
-        "with the unquantized model's. Weights decoded to bfloat16, run by transformers."
+        "with the unquantized model's. Weights rounded to bfloat16, run by transformers."
     )
     if any(row.humaneval for row in rows):
         text += " HumanEval: greedy, Wilson intervals; McNemar's exact test against the unquantized model's programs."
