@@ -61,7 +61,9 @@ def serve(engine: str, arguments: Callable[[int], list[str]], log: Path) -> Iter
     python = engine_python(engine)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    hub = log.parent / "hub"
+    hub.mkdir(exist_ok=True)  # mlx_lm.server lists what is in there, and fails where it is not
+    environment = {**os.environ, "HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
     with log.open("w") as stream:
         command = [str(python), *arguments(port)]
         server = subprocess.Popen(command, env=environment, stdout=stream, stderr=stream, start_new_session=True)
