@@ -12,6 +12,7 @@ import argparse
 import json
 import tempfile
 from dataclasses import asdict, dataclass
+from math import nan
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -114,13 +115,13 @@ def main() -> None:
         found = json.loads(record.read_text())
         if found["setting"] != setting:
             parser.error(f"{record} was measured with {found['setting']}")
-    recipes = {each.name: each for each in (*ABLATION, *(r for claim in CLAIMS for r in (claim.better, claim.than)))}
+    recipes = {each.name: each for each in (*(r for claim in CLAIMS for r in (claim.better, claim.than)), *ABLATION)}
     work = [name for name in ("BF16", *recipes) if name not in found["perplexity"]]
     for name in track(work, "measuring", console=Console(stderr=True)):
         found["perplexity"][name], found["weight_error"][name] = measure(model, recipes.get(name), options)
         record.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    measured = {name: restored(each) for name, each in found["perplexity"].items()}
-    options.out.write_text(written(options, measured, found["weight_error"]), encoding="utf-8")
+        write(options, found)
+    write(options, found)
 
 
 def measure(model: Any, recipe: Recipe | None, options: argparse.Namespace) -> tuple[dict[str, Any], float]:
@@ -151,6 +152,11 @@ def gaussian_errors(bits: int) -> tuple[float, float]:
     return errors[0], errors[1]
 
 
+def write(options: argparse.Namespace, found: dict[str, Any]) -> None:
+    measured = {name: restored(each) for name, each in found["perplexity"].items()}
+    options.out.write_text(written(options, measured, found["weight_error"]), encoding="utf-8")
+
+
 def restored(figures: dict[str, Any]) -> Perplexity:
     return Perplexity(**{key: tuple(value) if isinstance(value, list) else value for key, value in figures.items()})
 
@@ -167,6 +173,9 @@ def written(options: argparse.Namespace, measured: dict[str, Perplexity], weight
         "|---|---|---|---|---|",
     ]
     for claim in CLAIMS:
+        if not {claim.better.name, claim.than.name} <= measured.keys():
+            lines.append(f"| {claim.said} | {claim.published} | | | not measured yet |")
+            continue
         ours, other = measured[claim.better.name], measured[claim.than.name]
         estimate = Estimate(*paired_difference(other, ours), len(ours.chunk_losses))
         said = {"better": "holds", "worse": "refuted", "no measurable difference": "no measurable difference"}
@@ -176,9 +185,10 @@ def written(options: argparse.Namespace, measured: dict[str, Perplexity], weight
             f"{estimate.mean:+.4f} [{estimate.low:+.4f}, {estimate.high:+.4f}] | "
             f"{said[verdict(estimate, higher_is_better=False)]}{by} |"
         )
-    lines.append(share_of_the_rotation(measured))
+    if {uniform(5, False).name, uniform(5, True).name, lloyd(5, True).name} <= measured.keys():
+        lines.append(share_of_the_rotation(measured))
     chain = next(claim for claim in CLAIMS if claim.than is SIGNED_128 and claim.better.gptq is None)
-    once, twice = weight_error[SIGNED_128.name], weight_error[chain.better.name]
+    once, twice = (weight_error.get(name, nan) for name in (SIGNED_128.name, chain.better.name))
     lloyd_error, absmax_error = gaussian_errors(3)
     ratio = lloyd_error / absmax_error
     lines += [
@@ -195,7 +205,8 @@ def written(options: argparse.Namespace, measured: dict[str, Perplexity], weight
     ]
     for bits in BITS:
         names = [make(bits, rotated).name for make in (uniform, lloyd) for rotated in (False, True)]
-        entries = [f"{measured[name].perplexity:.2f} ± {measured[name].standard_error:.2f}" for name in names]
+        known = [measured.get(name) for name in names]
+        entries = [f"{each.perplexity:.2f} ± {each.standard_error:.2f}" if each else "" for each in known]
         lines.append(f"| {bits} | {' | '.join(entries)} |")
     return "\n".join(lines) + "\n"
 
