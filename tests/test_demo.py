@@ -27,7 +27,8 @@ def test_bundled_model_has_what_the_engines_ask_of_a_hybrid() -> None:
 def test_demo_measures_each_recipe_in_each_format(tmp_path: Path) -> None:
     rows = run_demo(tmp_path / "demo", lambda done, total, item: None)
     made = [(row.recipe, row.format) for row in rows]
-    usual = {(name, form) for name, recipe in RECIPES.items() for form in recipe.formats if form != "dense"}
+    repeated = ("dense", "compressed-tensors")  # they would measure what the other formats do
+    usual = {(name, form) for name, recipe in RECIPES.items() for form in recipe.formats if form not in repeated}
     assert set(made) == {(BASELINE, "dense"), ("hlwq --calibrate", "hlwq"), *usual}
     by_name = {(row.recipe, row.format): row for row in rows}
     assert by_name["hlwq", "hlwq"].bits_per_weight == pytest.approx(5.125)
