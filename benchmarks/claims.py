@@ -194,7 +194,7 @@ def written(options: argparse.Namespace, measured: dict[str, Perplexity], weight
     lines += [
         f"| HLWQ-dequantized weights have lower quantization error than BF16 | an explanation | relative squared error "
         f"against the original of INT4 directly {once:.5f}, after HLWQ Q5 {twice:.5f} | {twice - once:+.5f} | "
-        f"{'holds' if twice < once else 'refuted'} |",
+        f"{'not measured yet' if twice != twice or once != once else 'holds' if twice < once else 'refuted'} |",
         f"| MSE of Lloyd–Max against absmax, 3 bits, N(0,1) | ≤ 0.46 × | {lloyd_error:.4f} against {absmax_error:.4f} "
         f"| {ratio:.3f} × | {'holds' if ratio <= 0.46 else 'refuted'} |",
         *(f"| {claim} | | | | not run: {why} |" for claim, why in NOT_RUN),
