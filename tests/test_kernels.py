@@ -40,7 +40,8 @@ def cpu() -> ModuleType:
 @pytest.fixture(params=["AVX2", "portable"])
 def vectors(cpu: ModuleType, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     if request.param == "portable":
-        monkeypatch.setattr(cpu, "AVX2", False)
+        for name in ("cpu", "one_row"):
+            monkeypatch.setattr(f"hlwq.kernels.{name}.AVX2", False)
     elif not cpu.AVX2:
         pytest.skip("this processor has no AVX2")
     return cpu
@@ -297,6 +298,7 @@ def test_the_triton_kernel_in_its_interpreter(bits: int) -> None:
 def test_several_threads_give_what_one_does(cpu: ModuleType, inference: bool) -> None:
     codes, packed, norms = packed_matrix(5, 1024, 64, 1024)
     inputs, weights = random(3, 1024), random(1024, 1024, seed=1)
+    row = inputs[:1].to(torch.bfloat16)
     found = []
     before = torch.get_num_threads()
     try:
@@ -304,8 +306,16 @@ def test_several_threads_give_what_one_does(cpu: ModuleType, inference: bool) ->
             torch.set_num_threads(threads)
             with torch.inference_mode(inference):
                 matrix = quantize_nearest(weights, LloydGrid(5, 64), "hadamard")
-                parts = kernels.matmul(inputs, packed, norms, 5), reference.look_up(packed, norms, 5)
-                found.append([*parts, matrix.codes, matrix.dequantize(torch.bfloat16), packing.pack(codes, 5)])
+                products = [kernels.matmul(each, packed, norms, 5) for each in (inputs, row, row.float())]
+                found.append(
+                    [
+                        *products,
+                        reference.look_up(packed, norms, 5),
+                        matrix.codes,
+                        matrix.dequantize(torch.bfloat16),
+                        packing.pack(codes, 5),
+                    ]
+                )
     finally:
         torch.set_num_threads(before)
     for one, several in zip(*found, strict=True):

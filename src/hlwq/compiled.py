@@ -19,6 +19,11 @@ def cpu_kernels(tensor: Tensor) -> ModuleType | None:
     return None if tensor.device.type != "cpu" or _has_gradient(tensor) else _module("numba", "hlwq.kernels.cpu")
 
 
+def one_row_kernels(tensor: Tensor) -> ModuleType | None:
+    """The module `hlwq.kernels.one_row`, on the same terms."""
+    return None if tensor.device.type != "cpu" or _has_gradient(tensor) else _module("numba", "hlwq.kernels.one_row")
+
+
 def cuda_kernels(tensor: Tensor) -> ModuleType | None:
     """The module `hlwq.kernels.triton`, which comes with torch for CUDA, or None where it cannot serve a tensor."""
     return None if tensor.device.type != "cuda" or _has_gradient(tensor) else _module("triton", "hlwq.kernels.triton")

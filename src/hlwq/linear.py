@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from hlwq.compiled import cpu_kernels
 from hlwq.formats import Scheme
 from hlwq.formats.hlwq import decode
 from hlwq.kernels import embedding, matmul
-
-if TYPE_CHECKING:
-    from hlwq.kernels.one_row import OneRow
 
 
 class _Packed(nn.Module):
@@ -31,9 +27,7 @@ class _Packed(nn.Module):
 
     def __init__(self, rows: int, columns: int, scheme: Scheme, device: torch.device | str | None) -> None:
         super().__init__()
-        self.bits, self.columns = scheme.bits, columns
-        self._one_row_serves = 32 <= scheme.group_size <= 256
-        self._one_row: OneRow | None = None
+        self.bits = scheme.bits
         packed = torch.empty(rows, columns * scheme.bits // 8, dtype=torch.uint8, device=device)
         norms = torch.empty(rows, columns // scheme.group_size, dtype=torch.float16, device=device)
         self.register_buffer("weight_packed", packed)
@@ -46,26 +40,9 @@ class _Packed(nn.Module):
             self.weight_norms = norms.to(self.weight_norms.device)
         return self
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_one_row": None}  # it holds addresses
-
     def multiply(self, inputs: Tensor) -> Tensor:
         """Inputs (…, columns) times the matrix: (…, rows), in the dtype of the inputs."""
-        packed, norms = self.weight_packed, self.weight_norms
-        if (
-            inputs.numel() == self.columns
-            and inputs.dtype == torch.bfloat16
-            and self._one_row_serves
-            and inputs.is_contiguous()
-            and cpu_kernels(inputs)
-        ):
-            one_row = self._one_row
-            if one_row is None or one_row.packed is not packed or one_row.norms is not norms:
-                from hlwq.kernels.one_row import OneRow  # needs numba
-
-                one_row = self._one_row = OneRow(packed, norms, self.bits)
-            return one_row(inputs)
-        return matmul(inputs, packed, norms, self.bits)
+        return matmul(inputs, self.weight_packed, self.weight_norms, self.bits)
 
     @property
     def shape(self) -> tuple[int, int]:

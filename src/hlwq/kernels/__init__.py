@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hlwq.compiled import cpu_kernels, cuda_kernels
+from hlwq.compiled import cpu_kernels, cuda_kernels, one_row_kernels
 from hlwq.hadamard import rotate_blocks
 from hlwq.kernels import reference
 
@@ -35,10 +35,14 @@ def matmul(inputs: Tensor, packed: Tensor, norms: Tensor, bits: int) -> Tensor:
     Returns:
         (…, out), in the dtype of `inputs`.
     """
+    one_row = one_row_kernels(inputs)
+    if one_row and one_row.serves(inputs, norms):
+        outputs: Tensor = one_row.matmul(inputs, packed, norms, bits).to(inputs.dtype)
+        return outputs
     rows = inputs.reshape(-1, inputs.shape[-1])
     kernels = (cpu_kernels(inputs) or cuda_kernels(inputs)) if 0 < len(rows) <= FEW_ROWS else None
     multiply = kernels.matmul if kernels else reference.matmul
-    outputs: Tensor = multiply(rows, packed, norms, bits)
+    outputs = multiply(rows, packed, norms, bits)
     return outputs.to(inputs.dtype).view(*inputs.shape[:-1], len(packed))
 
 

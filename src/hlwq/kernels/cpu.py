@@ -70,8 +70,8 @@ def _pool(process: int) -> ThreadPoolExecutor:
 
 
 @lru_cache
-def row_kernels(width: int, bits: int, shuffled: bool) -> tuple[Any, Any, Any]:
-    """Loops for codes of `bits` bits, `width` bits apart: `look_up`, `multiply_row` and `multiply_rows`."""
+def row_kernels(width: int, bits: int, shuffled: bool) -> tuple[Any, Any]:
+    """For codes of `bits` bits, `width` bits apart: a row looked up, and the loop that multiplies rows of inputs."""
     mask = 2**width - 1
 
     @compiled
@@ -96,32 +96,6 @@ def row_kernels(width: int, bits: int, shuffled: bool) -> tuple[Any, Any, Any]:
                 word >>= np.uint64(width)
 
     @compiled
-    def look_up(packed, scales, group_log, tables, centroids, target):
-        for row in range(len(packed)):
-            look_up_row(packed[row], scales[row], group_log, tables, centroids, target[row])
-
-    @compiled
-    def multiply_vector(inputs, packed, scales, group_log, tables, outputs):
-        """One row of inputs, groups of at least 32: nothing leaves the registers."""
-        table = np.intp(tables.ctypes.data)
-        for row in range(len(packed)):
-            source, inputs_from = np.intp(packed[row].ctypes.data), np.intp(inputs.ctypes.data)
-            even = odd = zeros()
-            for group in range(scales.shape[1]):
-                sum_even = sum_odd = zeros()
-                for _ in range(1 << (group_log - 5)):
-                    first, second, third, fourth = levels(source, table, width, bits, shuffled)
-                    sum_even = multiply_add(first, load(inputs_from), sum_even)
-                    sum_odd = multiply_add(second, load(inputs_from + 32), sum_odd)
-                    sum_even = multiply_add(third, load(inputs_from + 64), sum_even)
-                    sum_odd = multiply_add(fourth, load(inputs_from + 96), sum_odd)
-                    source += 4 * width
-                    inputs_from += 128
-                scale = spread(scales[row, group])
-                even, odd = multiply_add(sum_even, scale, even), multiply_add(sum_odd, scale, odd)
-            outputs[0, row] = total(even) + total(odd)
-
-    @compiled
     def multiply_rows(inputs, packed, scales, group_log, tables, centroids, outputs):
         """A multiple of four rows of inputs: a row of the matrix is decoded into the cache, and used for four."""
         decoded = np.empty(inputs.shape[1], np.float32)
@@ -142,7 +116,31 @@ def row_kernels(width: int, bits: int, shuffled: bool) -> tuple[Any, Any, Any]:
                 outputs[first, row], outputs[first + 1, row] = total(sum0), total(sum1)
                 outputs[first + 2, row], outputs[first + 3, row] = total(sum2), total(sum3)
 
-    return look_up, multiply_vector, multiply_rows
+    return look_up_row, multiply_rows
+
+
+@lru_cache
+def decode_kernel(width: int, bits: int, shuffled: bool, rotated: int) -> Any:
+    """The loop over rows that looks them up and rotates their groups of `rotated` columns, or none if that is 0."""
+    look_up_row, _ = row_kernels(width, bits, shuffled)
+    if not rotated:
+
+        @compiled
+        def look_up(packed, scales, group_log, tables, centroids, target):
+            for row in range(len(packed)):
+                look_up_row(packed[row], scales[row], group_log, tables, centroids, target[row])
+
+        return look_up
+    rotate_groups, *_ = group_kernels(rotated)
+
+    @compiled
+    def decode_rows(packed, scales, group_log, tables, centroids, target):
+        for row in range(len(packed)):
+            look_up_row(packed[row], scales[row], group_log, tables, centroids, target[row])
+            groups = target[row].reshape(len(target[row]) // rotated, rotated)
+            rotate_groups(groups, groups)
+
+    return decode_rows
 
 
 @lru_cache
@@ -262,11 +260,10 @@ def matmul(inputs: Tensor, packed: Tensor, norms: Tensor, bits: int) -> Tensor:
     """See `hlwq.kernels.matmul`; inputs (rows, in), for few rows. Sums and result are float32."""
     rows, columns = inputs.shape
     group_size = columns // norms.shape[1]
-    alone = rows == 1 and group_size >= 32
     rotated = hadamard.rotate_blocks(inputs.to(torch.float32), group_size)
-    padded = rotated if alone else torch.nn.functional.pad(rotated, (0, 0, 0, -rows % 4))
+    padded = torch.nn.functional.pad(rotated, (0, 0, 0, -rows % 4))
     outputs = np.empty((len(padded), len(packed)), np.float32)
-    _, multiply_vector, multiply_rows = row_kernels(bits, bits, AVX2)
+    _, multiply_rows = row_kernels(bits, bits, AVX2)
     x, codes = padded.numpy(), packed.contiguous().numpy()
     halves, of_norm = norms.contiguous().view(torch.int16).numpy().view(np.uint16), scale_table(group_size)
     log, tables, centroids = group_size.bit_length() - 1, level_tables(bits, AVX2), level_tables(bits, False)
@@ -275,10 +272,7 @@ def matmul(inputs: Tensor, packed: Tensor, norms: Tensor, bits: int) -> Tensor:
         # Not by torch, whose own threads would go on waiting busily for a while on the cores that are needed now.
         scales = np.empty(halves[part].shape, np.float32)
         look_up_scales(halves[part], of_norm, scales)
-        if alone:
-            multiply_vector(x, codes[part], scales, log, tables, outputs[:, part])
-        else:
-            multiply_rows(x, codes[part], scales, log, tables, centroids, outputs[:, part])
+        multiply_rows(x, codes[part], scales, log, tables, centroids, outputs[:, part])
 
     in_threads(work, len(packed), len(packed) * columns)
     return torch.from_numpy(outputs[:rows])
@@ -303,21 +297,21 @@ def decode(codes: Tensor, norms: Tensor, bits: int, width: int, rotated: bool, t
     """
     rows, columns = target.shape
     group_size = columns // norms.shape[1]
-    kernel, *_ = row_kernels(width, bits, AVX2)
-    rotate_groups = group_kernels(group_size)[0] if rotated else None
+    kernel = decode_kernel(width, bits, AVX2, group_size if rotated else 0)
     lines, scales = codes.contiguous().numpy(), scales_of(norms, group_size)
     log, tables, centroids = group_size.bit_length() - 1, level_tables(bits, AVX2), level_tables(bits, False)
+    in_place = target.dtype == torch.float32 and target.is_contiguous()
 
     def work(part: slice) -> None:
+        if in_place:
+            kernel(lines[part], scales[part], log, tables, centroids, target[part].numpy())
+            return
         step = max(1, CACHED_WEIGHTS // max(1, columns))
         weights = torch.empty(step, columns)
         for start in range(part.start, part.stop, step):
             some = slice(start, min(start + step, part.stop))
             decoded = weights[: some.stop - some.start]
             kernel(lines[some], scales[some], log, tables, centroids, decoded.numpy())
-            if rotate_groups:
-                groups = decoded.view(-1, group_size).numpy()
-                rotate_groups(groups, groups)
             target[some] = decoded
 
     in_threads(work, rows, target.numel())

@@ -1,66 +1,89 @@
-"""The product of one row of bfloat16 with a packed matrix on a processor: what generation asks of every layer.
+"""The product of one row of inputs with a packed matrix on a processor: what generation asks of every layer.
 
-A small layer is done in less time than Python takes to give tensors to its kernel. So what stays the same is prepared
-once, and the kernel is given addresses. The result is that of `hlwq.kernels.matmul`, bit for bit.
+A small layer takes less time than Python takes to give tensors to a kernel, or work to a thread. So the kernels are
+given addresses, and the threads are those of the OpenMP that torch itself uses, which wait busily for the next layer: a
+second pool of threads would stand in their way.
 """
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
-import numba
 import numpy as np
-from numba import carray
+import torch
+from llvmlite import binding
+from numba import carray, types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from hlwq.kernels.cpu import group_kernels, in_threads, look_up_scales, row_kernels, scale_table
-from hlwq.kernels.vectors import AVX2, compiled, level_tables
+from hlwq.kernels.cpu import group_kernels, in_threads, scale_table
+from hlwq.kernels.vectors import (
+    AVX2,
+    I32,
+    callback,
+    compiled,
+    level_tables,
+    levels,
+    load,
+    multiply_add,
+    spread,
+    total,
+    zeros,
+)
 
-ONE_THREAD_WEIGHTS = 1 << 23
-"""Below this, a second thread takes longer to start than it saves."""
+GROUP_SIZES = (32, 64, 128, 256)
+BUSY_THREAD_WEIGHTS = 1 << 17
+"""Weights that are worth a thread that waits busily."""
+IDLE_THREAD_WEIGHTS = 1 << 22
+"""Weights that are worth a thread that has to be woken."""
 
 
-class OneRow:
-    """A packed matrix, ready to be multiplied.
+def serves(inputs: Tensor, norms: Tensor) -> bool:
+    """Whether inputs (…, in) are a single row, and groups are of a size for these kernels."""
+    columns = inputs.shape[-1]
+    return inputs.numel() == columns and columns // norms.shape[1] in GROUP_SIZES
 
-    Attributes:
-        packed: the codes that it was prepared for.
-        norms: their norms.
-    """
 
-    def __init__(self, packed: Tensor, norms: Tensor, bits: int) -> None:
-        """Take the addresses of the codes and the norms, which must stay where they are.
+def matmul(inputs: Tensor, packed: Tensor, norms: Tensor, bits: int) -> Tensor:
+    """See `hlwq.kernels.matmul`; for inputs that it `serves`. The result is bfloat16 if they are, else float32."""
+    half = inputs.dtype == torch.bfloat16
+    source = (inputs if half else inputs.to(torch.float32)).contiguous()
+    packed, norms = packed.contiguous(), norms.contiguous()
+    rows, groups = norms.shape
+    weights = rows * source.shape[-1]
+    outputs = source.new_empty((*source.shape[:-1], rows))
+    kernels = kernels_for(bits, AVX2, source.shape[-1] // groups, half)
+    at = source.data_ptr(), packed.data_ptr(), norms.data_ptr(), outputs.data_ptr(), *kernels.tables_at
+    threads = torch.get_num_threads()
+    if kernels.share_at and (threads := min(threads, weights // BUSY_THREAD_WEIGHTS)) > 1:
+        kernels.in_team(*at, rows, groups, threads, kernels.share_at)
+    elif threads > 1 and weights >= 2 * IDLE_THREAD_WEIGHTS:
+        in_threads(lambda part: kernels.alone(*at, part.start, part.stop, groups), rows, weights)
+    else:
+        kernels.alone(*at, 0, rows, groups)
+    return outputs
 
-        Args:
-            packed: as for `hlwq.kernels.matmul`, contiguous, on the CPU.
-            norms: likewise, of groups of 32 to 256.
-            bits: of a code, 2 to 8.
-        """
-        self.packed, self.norms = packed, norms
-        self._rows, self._columns = packed.shape[0], packed.shape[1] * 8 // bits
-        self._alone = self._rows * self._columns < ONE_THREAD_WEIGHTS
-        self._kernel = kernel(bits, self._columns // norms.shape[1])
-        self._tables = level_tables(bits, AVX2), scale_table(self._columns // norms.shape[1])
-        self._codes_at, self._norms_at = packed.data_ptr(), norms.data_ptr()
 
-    def __call__(self, inputs: Tensor) -> Tensor:
-        """Inputs (…, in), contiguous bfloat16, a single row of them, to (…, out)."""
-        outputs = inputs.new_empty((*inputs.shape[:-1], self._rows))
-        source, target = inputs.data_ptr(), outputs.data_ptr()
-        if self._alone:
-            self._kernel(source, self._columns, self._codes_at, self._norms_at, self._rows, *self._tables, target)
-            return outputs
+@lru_cache
+def openmp() -> bool:
+    """Whether compiled code can call torch's OpenMP, by the names that GCC gives it."""
+    if sys.platform != "linux":
+        return False
+    process = ctypes.CDLL(None)
+    names = "GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads"
+    if not all(hasattr(process, name) for name in names):
+        return False
+    for name in names:
+        binding.add_symbol(name, ctypes.cast(getattr(process, name), ctypes.c_void_p).value)
+    return True
 
-        def work(part: slice) -> None:
-            codes_at = self._codes_at + part.start * self.packed.shape[1]
-            norms_at = self._norms_at + part.start * self.norms.shape[1] * 2
-            rows, there = part.stop - part.start, target + 2 * part.start
-            self._kernel(source, self._columns, codes_at, norms_at, rows, *self._tables, there)
 
-        in_threads(work, self._rows, self._rows * self._columns)
-        return outputs
+run_in_team = types.ExternalFunction("GOMP_parallel", types.void(types.intp, types.intp, types.uint32, types.uint32))
+thread_number = types.ExternalFunction("omp_get_thread_num", types.int32())
+thread_count = types.ExternalFunction("omp_get_num_threads", types.int32())
 
 
 @intrinsic
@@ -68,32 +91,117 @@ def at(context, address):
     """An address as a pointer."""
 
     def generate(context, builder, _, args):
-        return builder.inttoptr(args[0], context.get_value_type(numba.types.voidptr))
+        return builder.inttoptr(args[0], context.get_value_type(types.voidptr))
 
-    return numba.types.voidptr(numba.types.intp), generate
+    return types.voidptr(types.intp), generate
+
+
+@intrinsic
+def bits_of(context, value):
+    """The bits of a float32."""
+    return types.uint32(types.float32), lambda _, builder, __, args: builder.bitcast(args[0], I32)
+
+
+@compiled
+def read_halves(source, values):
+    """From bfloat16."""
+    for column, word in enumerate(carray(at(source), values.shape, np.uint16)):
+        values.view(np.uint32)[column] = np.uint32(word) << np.uint32(16)
+
+
+@compiled
+def read_floats(source, values):
+    """From float32."""
+    values[:] = carray(at(source), values.shape, np.float32)
+
+
+@compiled
+def write_half(value, outputs, row):
+    """As the nearest bfloat16, and the even one of two."""
+    word = bits_of(value)
+    rounded = (word + np.uint32(0x7FFF) + ((word >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    carray(at(outputs), (row + 1,), np.uint16)[row] = rounded
+
+
+@compiled
+def write_float(value, outputs, row):
+    """As float32."""
+    carray(at(outputs), (row + 1,), np.float32)[row] = value
+
+
+class RowKernels(NamedTuple):
+    """What multiplies by matrices of one kind.
+
+    Attributes:
+        alone: multiplies by some rows of the matrix.
+        in_team: by all of them, in several threads.
+        share_at: the address of what each of these does, or 0 where there are none.
+        tables_at: the addresses of the tables of levels and scales.
+        behind: what must live as long as these addresses.
+    """
+
+    alone: Any
+    in_team: Any
+    share_at: int
+    tables_at: tuple[int, ...]
+    behind: object
 
 
 @lru_cache
-def kernel(bits: int, group_size: int) -> Any:
-    """The loop for codes of so many bits and groups of this size."""
-    _, multiply_vector, _ = row_kernels(bits, bits, AVX2)
+def kernels_for(bits: int, shuffled: bool, group_size: int, half: bool) -> RowKernels:
+    """Kernels for codes of so many bits, groups of this size, and inputs in bfloat16 or float32."""
     rotate_groups, *_ = group_kernels(group_size)
-    group_log = group_size.bit_length() - 1
+    read, write = (read_halves, write_half) if half else (read_floats, write_float)
+    blocks = group_size // 32
 
     @compiled
-    def product(inputs, columns, packed, norms, rows, tables, of_norm, outputs):
-        groups = columns // group_size
-        values, rotated = np.empty(columns, np.float32), np.empty((1, columns), np.float32)
-        for column, word in enumerate(carray(at(inputs), (columns,), np.uint16)):
-            values.view(np.uint32)[column] = np.uint32(word) << np.uint32(16)
-        rotate_groups(values.reshape(groups, group_size), rotated.reshape(groups, group_size))
-        scales = np.empty((rows, groups), np.float32)
-        look_up_scales(carray(at(norms), (rows, groups), np.uint16), of_norm, scales)
-        sums = np.empty((1, rows), np.float32)
-        codes = carray(at(packed), (rows, columns * bits // 8), np.uint8)
-        multiply_vector(rotated, codes, scales, group_log, tables, sums)
-        results = carray(at(outputs), (rows,), np.uint16)
-        for row, word in enumerate(sums.view(np.uint32)[0]):  # to the nearest, and to the even one of two
-            results[row] = (word + np.uint32(0x7FFF) + ((word >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    def rotated(source, groups):
+        values = np.empty((groups, group_size), np.float32)
+        read(source, values.reshape(-1))
+        rotate_groups(values, values)
+        return values
 
-    return product
+    @compiled
+    def multiply(first, last, inputs, packed, norms, outputs, tables, scales, groups):
+        norm, of_norm = carray(at(norms), (last * groups,), np.uint16), carray(at(scales), (1 << 16,), np.float32)
+        source = packed + first * groups * blocks * 4 * bits
+        for row in range(first, last):
+            inputs_from = inputs
+            even = odd = zeros()
+            for group in range(row * groups, (row + 1) * groups):
+                sum_even = sum_odd = zeros()
+                for _ in range(blocks):
+                    one, two, three, four = levels(source, tables, bits, bits, shuffled)
+                    sum_even = multiply_add(one, load(inputs_from), sum_even)
+                    sum_odd = multiply_add(two, load(inputs_from + 32), sum_odd)
+                    sum_even = multiply_add(three, load(inputs_from + 64), sum_even)
+                    sum_odd = multiply_add(four, load(inputs_from + 96), sum_odd)
+                    source += 4 * bits
+                    inputs_from += 128
+                scale = spread(of_norm[norm[group]])
+                even, odd = multiply_add(sum_even, scale, even), multiply_add(sum_odd, scale, odd)
+            write(total(even) + total(odd), outputs, row)
+
+    @compiled
+    def alone(source, packed, norms, outputs, tables, scales, first, last, groups):
+        inputs = rotated(source, groups)
+        multiply(first, last, np.intp(inputs.ctypes.data), packed, norms, outputs, tables, scales, groups)
+
+    @compiled
+    def in_team(source, packed, norms, outputs, tables, scales, rows, groups, threads, share):
+        inputs, arguments = rotated(source, groups), np.empty(8, np.intp)
+        arguments[0], arguments[1], arguments[2] = np.intp(inputs.ctypes.data), packed, norms
+        arguments[3], arguments[4], arguments[5] = outputs, tables, scales
+        arguments[6], arguments[7] = rows, groups
+        run_in_team(share, np.intp(arguments.ctypes.data), np.uint32(threads), np.uint32(0))
+
+    def share(address):
+        inputs, packed, norms, outputs, tables, scales, rows, groups = carray(at(address), (8,), np.intp)
+        thread, threads = thread_number(), thread_count()
+        first, last = rows * thread // threads, rows * (thread + 1) // threads
+        multiply(first, last, inputs, packed, norms, outputs, tables, scales, groups)
+
+    shared, share_at = callback(share) if openmp() else (None, 0)
+    tables = level_tables(bits, shuffled), scale_table(group_size)
+    tables_at = tuple(int(table.ctypes.data) for table in tables)
+    return RowKernels(alone, in_team, share_at, tables_at, (shared, tables))

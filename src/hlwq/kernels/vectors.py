@@ -19,7 +19,8 @@ import numpy as np
 from filelock import FileLock
 from llvmlite import binding, ir
 from numba import types
-from numba.core.caching import FunctionCache
+from numba.core.caching import FunctionCache, NullCache
+from numba.core.ccallback import CFunc
 from numba.extending import intrinsic, models, register_model
 
 from hlwq.lloyd import codebook
@@ -52,14 +53,34 @@ class SharedCache(FunctionCache):
 
 def compiled(function: Callable[..., Any]) -> Any:
     """Compile on first use, free of the interpreter's lock, and keep the machine code where a file can be written."""
-    # Numba keeps code until the file of the function changes; it is to do so when this one changes, too.
-    function.__qualname__ += f"_{SOURCE:x}"
-    dispatcher = numba.njit(nogil=True)(function)
-    try:
-        dispatcher._cache = SharedCache(dispatcher.py_func)
-    except RuntimeError:  # neither this package's directory nor the user's cache is writable
-        return dispatcher
+    dispatcher = numba.njit(nogil=True)(named_after_source(function))
+    dispatcher._cache = cache_for(function)
     return dispatcher
+
+
+def callback(function: Callable[[int], None]) -> tuple[Any, int]:
+    """A function of an address, compiled for C to call, in threads that Python knows nothing of, and where its code is.
+
+    The code lives as long as the first of the two.
+    """
+    made: Any = CFunc(named_after_source(function), ((types.intp,), types.void), {}, {})
+    made._cache = cache_for(function)
+    made.compile()
+    return made, made.address
+
+
+def named_after_source(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Numba keeps code until the file of the function changes; it is to do so when this one changes, too."""
+    function.__qualname__ += f"_{SOURCE:x}"
+    return function
+
+
+def cache_for(function: Callable[..., Any]) -> SharedCache | NullCache:
+    """Where the code of a function is kept: nowhere if neither this directory nor the user's cache is writable."""
+    try:
+        return SharedCache(function)
+    except RuntimeError:
+        return NullCache()
 
 
 class Vector(types.Type):
@@ -210,6 +231,8 @@ def rotate(context, source, target, size):
 LANE_ORDER = [8 * (index // 4) + index % 4 + 4 * lane for lane in (0, 1) for index in range(16)]
 """The code that each byte of a register holds, so that `interleave`, which works within lanes of 16 bytes as processors
 do, ends with neighbours beside each other."""
+LANES = [0] * 8 + [16] * 8
+"""Where the lane of each word of a register begins."""
 
 
 def interleave(builder: ir.IRBuilder, first: ir.Value, second: ir.Value, high: int, element: ir.Type) -> ir.Value:
@@ -231,13 +254,15 @@ def cut_codes(builder: ir.IRBuilder, source: ir.Value, width: int) -> ir.Value:
     for first in (0, 16):
         start = first // 16 * (4 * width - size)  # nothing is read before or after the codes
         raw = builder.load(pointer(builder, source, start, ir.VectorType(I8, size)), align=1)
+        raw = shuffle(builder, raw, raw, [*range(size)] * (32 // size))  # what follows stays within a lane
         offsets = [code * width - 8 * start for code in LANE_ORDER if first <= code < first + 16]
-        lower = [min(offset // 8, size - 2) for offset in offsets]
-        words = shuffle(builder, raw, raw, [byte for each in lower for byte in (each, each + 1)])
-        # Up to the highest bits of the word, then down: the one shift is a multiplication, the other the same for all.
-        up = constant(I16, [16 - width - offset + 8 * byte for offset, byte in zip(offsets, lower, strict=True)])
-        codes = builder.shl(builder.bitcast(words, ir.VectorType(I16, 16)), up)
-        codes = builder.lshr(codes, constant(I16, [16 - width] * 16))
+        # Of the two bytes that hold a code the second is its last: so none begins at their lowest bit, and all shifts
+        # are one multiplication. Before the first byte there may be any.
+        second = [(offset + width - 1) // 8 for offset in offsets]
+        pairs = [lane + max(byte, 0) for lane, each in zip(LANES, second, strict=True) for byte in (each - 1, each)]
+        words = builder.bitcast(shuffle(builder, raw, raw, pairs), ir.VectorType(I16, 16))
+        down = [offset - 8 * (byte - 1) for offset, byte in zip(offsets, second, strict=True)]
+        codes = builder.and_(builder.lshr(words, constant(I16, down)), constant(I16, [2**width - 1] * 16))
         parts.append(builder.bitcast(codes, ir.VectorType(I8, 32)))
     low_bytes = [32 * part + 16 * lane + 2 * word for lane in (0, 1) for part in (0, 1) for word in range(8)]
     return shuffle(builder, parts[0], parts[1], low_bytes)
