@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from math import sqrt
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -320,3 +324,62 @@ def test_several_threads_give_what_one_does(cpu: ModuleType, inference: bool) ->
         torch.set_num_threads(before)
     for one, several in zip(*found, strict=True):
         assert torch.equal(one, several)
+
+
+def test_tensors_that_do_not_fit_are_refused(cpu: ModuleType) -> None:
+    _, packed, norms = packed_matrix(4, *SHAPES[2])
+    inputs = random(1, 576)
+    for wrong in (
+        (random(2, 288), packed, norms, 4),
+        (inputs, packed, norms, 5),
+        (inputs, packed, norms.float(), 4),
+        (inputs, packed, norms[:-1], 4),
+        (inputs, packed.to("meta"), norms, 4),
+        (inputs, packed, norms.to("meta"), 4),
+    ):
+        with pytest.raises(ValueError, match=r"fit|are on"):
+            kernels.matmul(*wrong)
+
+
+@pytest.mark.parametrize("batch", [1, 4, 40])
+def test_compiled_and_exported_models_call_the_kernels(batch: int) -> None:
+    _, packed, norms = packed_matrix(4, *SHAPES[2])
+
+    class Layer(torch.nn.Module):
+        def forward(self, inputs: Tensor) -> Tensor:
+            return kernels.matmul(inputs, packed, norms, 4)
+
+    inputs = random(batch, 576).to(torch.bfloat16)
+    expected = kernels.matmul(inputs, packed, norms, 4)
+    with torch.inference_mode():
+        assert torch.equal(torch.compile(Layer(), backend="eager", fullgraph=True)(inputs), expected)
+    assert torch.equal(torch.export.export(Layer(), (inputs,)).module()(inputs), expected)
+
+
+USE_KERNELS = """
+import torch
+from hlwq import kernels
+from hlwq.grids import LloydGrid
+from hlwq.packing import pack
+from hlwq.solvers.nearest import quantize_nearest
+
+matrix = quantize_nearest(torch.ones(8, 128), LloydGrid(3, 64), "hadamard")
+matrix.dequantize()
+for rows in (1, 2):
+    kernels.matmul(torch.ones(rows, 128), pack(matrix.codes, 3), matrix.parameters.scale.half(), 3)
+"""
+
+
+def test_a_second_process_compiles_nothing(cpu: ModuleType, tmp_path: Path) -> None:
+    made = []
+    for _ in range(2):
+        environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+        subprocess.run([sys.executable, "-c", USE_KERNELS], check=True, env=environment)
+        made.append(sorted(tmp_path.rglob("*.nbc")))
+    assert made[0] == made[1] != []
+
+
+def test_a_compiler_that_cannot_be_imported_is_done_without(plain: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "find_spec", lambda name: True)
+    with pytest.warns(UserWarning, match="cannot be used"):
+        assert compiled._module("numba", "hlwq.kernels.absent") is None

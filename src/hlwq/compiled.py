@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -35,4 +36,10 @@ def _has_gradient(tensor: Tensor) -> bool:
 
 @lru_cache
 def _module(compiler: str, name: str) -> ModuleType | None:
-    return import_module(name) if find_spec(compiler) else None
+    if not find_spec(compiler):
+        return None
+    try:
+        return import_module(name)
+    except ImportError as error:  # such as a numba that is older than its numpy
+        warnings.warn(f"{compiler} is installed but cannot be used, so hlwq is slower: {error}", stacklevel=2)
+        return None

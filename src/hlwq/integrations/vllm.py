@@ -178,9 +178,9 @@ class HLWQMethod(LinearMethodBase):
         for name in ("weight_packed", "weight_norms"):
             setattr(layer, name, nn.Parameter(layer.get_parameter(name).data, requires_grad=False))
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Inputs (…, in) to (…, out)."""
-        outputs: Tensor = matmul(x, layer.weight_packed, layer.weight_norms, self.scheme.bits)
+        outputs = kernels.matmul(x, layer.weight_packed, layer.weight_norms, self.scheme.bits)
         return outputs if bias is None else outputs + bias
 
     def embedding(self, layer: Any, ids: Tensor) -> Tensor:
@@ -191,14 +191,3 @@ class HLWQMethod(LinearMethodBase):
         """Let an output head use the codes of the embedding."""
         layer.weight_packed, layer.weight_norms = embed_tokens.weight_packed, embed_tokens.weight_norms
         return layer
-
-
-@torch.library.custom_op("hlwq::matmul", mutates_args=())
-def matmul(inputs: Tensor, packed: Tensor, norms: Tensor, bits: int) -> Tensor:
-    """`hlwq.kernels.matmul`, which torch.compile, as vLLM uses it, need not look into."""
-    return kernels.matmul(inputs, packed, norms, bits)
-
-
-@matmul.register_fake
-def _(inputs: Tensor, packed: Tensor, norms: Tensor, bits: int) -> Tensor:
-    return inputs.new_empty(*inputs.shape[:-1], packed.shape[0])

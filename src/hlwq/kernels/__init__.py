@@ -7,6 +7,8 @@ codes on their way to the product; for many, a tile of the matrix is looked up a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -34,7 +36,22 @@ def matmul(inputs: Tensor, packed: Tensor, norms: Tensor, bits: int) -> Tensor:
 
     Returns:
         (…, out), in the dtype of `inputs`.
+
+    Raises:
+        ValueError: the tensors do not fit each other. Compiled code would read what lies beside them.
     """
+    multiply: Callable[[Tensor, Tensor, Tensor, int], Tensor] = _opaque if torch.compiler.is_compiling() else _matmul
+    return multiply(inputs, packed, norms, bits)
+
+
+def _matmul(inputs: Tensor, packed: Tensor, norms: Tensor, bits: int) -> Tensor:
+    if inputs.shape[-1] * bits != 8 * packed.shape[-1] or norms.dtype != torch.float16 or len(norms) != len(packed):
+        raise ValueError(
+            f"Inputs {tuple(inputs.shape)} do not fit codes of {bits} bits {tuple(packed.shape)} "
+            f"with norms {tuple(norms.shape)}, {norms.dtype}."
+        )
+    if not inputs.device == packed.device == norms.device:
+        raise ValueError(f"Inputs are on {inputs.device}, codes on {packed.device}, norms on {norms.device}.")
     one_row = one_row_kernels(inputs)
     if one_row and one_row.serves(inputs, norms):
         outputs: Tensor = one_row.matmul(inputs, packed, norms, bits).to(inputs.dtype)
@@ -44,6 +61,17 @@ def matmul(inputs: Tensor, packed: Tensor, norms: Tensor, bits: int) -> Tensor:
     multiply = kernels.matmul if kernels else reference.matmul
     outputs = multiply(rows, packed, norms, bits)
     return outputs.to(inputs.dtype).view(*inputs.shape[:-1], len(packed))
+
+
+@torch.library.custom_op("hlwq::matmul", mutates_args=())
+def _opaque(inputs: Tensor, packed: Tensor, norms: Tensor, bits: int) -> Tensor:
+    """`matmul`, which torch.compile and torch.export cannot look into."""
+    return _matmul(inputs, packed, norms, bits)
+
+
+@_opaque.register_fake
+def _(inputs: Tensor, packed: Tensor, norms: Tensor, bits: int) -> Tensor:
+    return inputs.new_empty(*inputs.shape[:-1], packed.shape[0])
 
 
 def embedding(ids: Tensor, packed: Tensor, norms: Tensor, bits: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -66,5 +66,6 @@ def matmul(inputs: Tensor, packed: Tensor, norms: Tensor, bits: int) -> Tensor:
     outputs = torch.empty(batch, len(packed), device=inputs.device)
     sizes = bits, group_size, batch, BLOCK_ROWS, BLOCK_COLUMNS
     grid = (triton.cdiv(len(packed), BLOCK_ROWS),)
-    multiply[grid](rotated, packed, scales, centroids, outputs, len(packed), columns, *sizes)
+    with torch.cuda.device_of(inputs):  # Triton runs on the current device
+        multiply[grid](rotated, packed, scales, centroids, outputs, len(packed), columns, *sizes)
     return outputs[:count]

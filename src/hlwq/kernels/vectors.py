@@ -29,12 +29,12 @@ AVX2 = bool(binding.get_host_cpu_features().get("avx2"))
 I8, I16, I32, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
 V8 = ir.VectorType(F32, 8)
 UNDEFINED = ir.Constant(V8, ir.Undefined)
-SOURCE = crc32(Path(__file__).read_bytes())
+SOURCE = crc32(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
 
 
 class SharedCache(FunctionCache):
     """Machine code on disk for several processes. With numba's own, two that compile at the same time may each number
-    their code alike, and one be given the other's."""
+    their code alike, and one be given the other's; and functions that call others are never found again."""
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         """Code for a signature, if there is some."""
@@ -50,10 +50,13 @@ class SharedCache(FunctionCache):
         self._impl.locator.ensure_cache_path()
         return FileLock(Path(self.cache_path) / "hlwq.lock")
 
+    def _index_key(self, sig: Any, codegen: Any) -> tuple[Any, ...]:
+        return sig, codegen.magic_tuple()  # all else is in the name, see `named`
+
 
 def compiled(function: Callable[..., Any]) -> Any:
     """Compile on first use, free of the interpreter's lock, and keep the machine code where a file can be written."""
-    dispatcher = numba.njit(nogil=True)(named_after_source(function))
+    dispatcher = numba.njit(nogil=True)(named(function))
     dispatcher._cache = cache_for(function)
     return dispatcher
 
@@ -63,15 +66,21 @@ def callback(function: Callable[[int], None]) -> tuple[Any, int]:
 
     The code lives as long as the first of the two.
     """
-    made: Any = CFunc(named_after_source(function), ((types.intp,), types.void), {}, {})
+    made: Any = CFunc(named(function), ((types.intp,), types.void), {}, {})
     made._cache = cache_for(function)
     made.compile()
     return made, made.address
 
 
-def named_after_source(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Numba keeps code until the file of the function changes; it is to do so when this one changes, too."""
-    function.__qualname__ += f"_{SOURCE:x}"
+def named(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Name a function after all that its code depends on, as its file is that keeps the code.
+
+    That is these modules, and what it holds of the functions around it: values, and compiled functions, whose names
+    say the same of them.
+    """
+    held = [cell.cell_contents for cell in function.__closure__ or ()]
+    names = [getattr(each, "__qualname__", repr(each)) for each in held]
+    function.__qualname__ += f"_{crc32(repr((SOURCE, names)).encode()):08x}"
     return function
 
 
