@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from safetensors.torch import load_file, save_file
 from scipy.linalg import hadamard
 from torch import Tensor
 
+import hlwq
 from hlwq import HlwqError
 from hlwq.checkpoint import Reader, Writer
+from hlwq.cli import main
 from hlwq.formats import FORMATS, Contents, Scheme, detect_format, mlx
 from hlwq.formats.compressed_tensors import configured_weights
 from hlwq.formats.gptq import dynamic_rules
@@ -25,6 +28,7 @@ from hlwq.models import describe
 from hlwq.plan import make_plan
 from hlwq.recipes import override, recipe_named
 from hlwq.solvers.nearest import quantize_nearest
+from hlwq.sources import DecodedCheckpoint
 
 DOWN, UP, O_PROJ = "model.layers.0.mlp.down_proj", "model.layers.0.mlp.up_proj", "model.layers.1.self_attn.o_proj"
 ROWS, COLUMNS = 64, 256
@@ -322,6 +326,48 @@ def test_a_gptq_file_without_g_idx_or_format_name_has_groups_in_order_and_versio
     assert torch.equal(FORMATS["gptq"].dequantize(reader, DOWN, stored.scheme), matrix.dequantize())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("format_name", "part"), [("gptq", "scales"), (FORMAT, "weight_scale"), ("mlx", "scales")])
+def test_scales_may_be_of_any_floating_dtype(format_name: str, part: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    matrix = quantized(format_name, 4, 64, True)
+    reader = save(tmp_path / "out", format_name, {DOWN: matrix})
+    reader = with_parts(reader, {part: reader.read(f"{DOWN}.{part}").to(dtype)})
+    stored = FORMATS[format_name].stored_modules(reader)[DOWN]
+    decoded = FORMATS[format_name].dequantize(reader, DOWN, stored.scheme)
+    torch.testing.assert_close(decoded, matrix.dequantize(), atol=1e-6, rtol=1e-2)
+
+
+@pytest.mark.parametrize("group_size", [None, -1])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_compressed_tensors_whose_rows_are_single_groups_are_read(
+    symmetric: bool, group_size: int | None, tmp_path: Path
+) -> None:
+    matrix = quantize_nearest(hard_weights(), UniformGrid(4, COLUMNS, symmetric, storage=(torch.bfloat16,)))
+    reader = save(tmp_path / "out", FORMAT, {DOWN: matrix})
+    edited(reader, change=regrouped(strategy="channel", group_size=group_size))
+    stored = FORMATS[FORMAT].stored_modules(reader)[DOWN]
+    assert stored.scheme == Scheme(4, COLUMNS, symmetric)
+    assert torch.equal(FORMATS[FORMAT].dequantize(reader, DOWN, stored.scheme), matrix.dequantize())
+
+
+@pytest.mark.parametrize("group_size", [None, -1, 128])
+def test_a_check_knows_that_a_row_without_a_group_size_is_one_group(group_size: int | None, tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "model", "llama", intermediate_size=128)
+    hlwq.quantize(model, tmp_path / "out", override(recipe_named("rtn"), group_size=128), format=FORMAT)
+    edited(Reader(tmp_path / "out"), change=regrouped(group_size=group_size))
+    assert all(line.passed for line in hlwq.check(tmp_path / "out"))
+
+
+def test_a_gptq_file_whose_last_group_is_short_is_read(tmp_path: Path) -> None:
+    matrix = quantized("gptq", 4, 128, True)
+    reader, shorter = save(tmp_path / "out", "gptq", {DOWN: matrix}), 192
+    parts = {"qweight": reader.read(f"{DOWN}.qweight")[: shorter // 8], "g_idx": reader.read(f"{DOWN}.g_idx")[:shorter]}
+    reader = with_parts(reader, parts)
+    stored = FORMATS["gptq"].stored_modules(reader)[DOWN]
+    decoded = FORMATS["gptq"].dequantize(reader, DOWN, stored.scheme)
+    assert torch.equal(decoded, matrix.dequantize()[:, :shorter])
+
+
 # What config.json says
 
 
@@ -535,6 +581,14 @@ def edited(reader: Reader, drop: str = "", change: Callable[[dict[str, Any]], No
     return Reader(reader.path)
 
 
+def with_parts(reader: Reader, parts: dict[str, Tensor]) -> Reader:
+    """The same directory with other tensors for one module."""
+    tensors = load_file(reader.path / "model.safetensors")
+    tensors |= {f"{DOWN}.{part}": tensor.contiguous() for part, tensor in parts.items()}
+    save_file(tensors, reader.path / "model.safetensors")
+    return Reader(reader.path)
+
+
 @pytest.mark.parametrize(
     ("format_name", "part"),
     [
@@ -584,11 +638,167 @@ def test_a_directory_that_is_not_as_its_configuration_says_is_refused(
         FORMATS[format_name].stored_modules(reader)
 
 
+def without(key: str) -> Callable[[dict[str, Any]], None]:
+    def change(config: dict[str, Any]) -> None:
+        del config["quantization_config"][key]
+
+    return change
+
+
+SECTION = "quantization_config"
+GROUP_0 = "quantization_config.config_groups.group_0"
+
+
+@pytest.mark.parametrize(
+    ("format_name", "change", "said"),
+    [
+        *(
+            (each, lambda config: config.update(quantization_config=[1]), f"{SECTION} is [1]")
+            for each in ("hlwq", "gptq")
+        ),
+        ("gptq", setting(SECTION, quant_method=["gptq"]), "quantized by ['gptq'] cannot be read"),
+        ("hlwq", setting(SECTION, bits="5"), f'{SECTION}: bits is "5", not an integer'),
+        ("hlwq", setting(SECTION, bits=None), f"{SECTION}: bits is null, not an integer"),
+        ("hlwq", setting(SECTION, bits=4.0), f"{SECTION}: bits is 4.0, not an integer"),
+        ("hlwq", setting(SECTION, bits=True), f"{SECTION}: bits is true, not an integer"),
+        ("hlwq", setting(SECTION, bits=9), f"{SECTION}: bits is 9; HLWQ files have 2, 3"),
+        ("hlwq", without("bits"), f"{SECTION} lacks bits"),
+        ("hlwq", setting(SECTION, group_size=64.0), f"{SECTION}: group_size is 64.0, not an integer"),
+        ("hlwq", setting(SECTION, group_size=0), f"{SECTION}: group_size is 0, which is no power of two"),
+        ("hlwq", setting(SECTION, group_size=-64), f"{SECTION}: group_size is -64, which is no power of two"),
+        ("hlwq", setting(SECTION, group_size=96), f"{SECTION}: group_size is 96, which is no power of two"),
+        ("hlwq", without("modules"), f"{SECTION} lacks modules"),
+        ("hlwq", setting(SECTION, modules=[]), f"{SECTION}: modules is [], not an object"),
+        ("hlwq", setting(SECTION, modules=None), f"{SECTION}: modules is null, not an object"),
+        ("hlwq", setting(SECTION, modules={DOWN: "x"}), f'{SECTION}.modules: {DOWN} is "x", not an object'),
+        ("hlwq", setting(SECTION, modules={DOWN: {"bits": 4}}), f"{SECTION}.modules.{DOWN} lacks group_size"),
+        ("gptq", setting(SECTION, bits="4"), f'{SECTION}: bits is "4", not an integer'),
+        ("gptq", setting(SECTION, group_size=64.0), f"{SECTION}: group_size is 64.0, not an integer"),
+        ("gptq", without("group_size"), f"{SECTION} lacks group_size"),
+        ("gptq", setting(SECTION, dynamic=["-:lm_head"]), f'{SECTION}: dynamic is ["-:lm_head"], not an object'),
+        ("gptq", setting(SECTION, dynamic={"-:(": {}}), f'{SECTION}.dynamic: "(" is not a regular expression'),
+        ("gptq", setting(SECTION, dynamic={"+:x": 3}), f"{SECTION}.dynamic: +:x is 3, not an object"),
+        (FORMAT, without("format"), "compressed-tensors format None cannot be read"),
+        (FORMAT, without("config_groups"), f"{SECTION} lacks config_groups"),
+        (FORMAT, setting(SECTION, config_groups=[]), f"{SECTION}: config_groups is [], not an object"),
+        (FORMAT, setting(SECTION, config_groups={"a": 1}), f"{SECTION}.config_groups: a is 1, not an object"),
+        (FORMAT, setting(SECTION, config_groups={"a": {}}), f"{SECTION}.config_groups.a lacks targets"),
+        (FORMAT, setting(SECTION, ignore="lm_head"), f'{SECTION}: ignore is "lm_head", not a list'),
+        (FORMAT, setting(SECTION, ignore=["re:("]), 'ignore or targets: "(" is not a regular expression'),
+        (FORMAT, setting(SECTION, ignore=[3]), "ignore or targets: 3 is not a regular expression"),
+        (FORMAT, regrouped(num_bits="4"), f'{GROUP_0}.weights: num_bits is "4", not an integer'),
+        (FORMAT, regrouped(num_bits=-4), f"{DOWN} has -4-bit codes"),
+        (FORMAT, regrouped(group_size="64"), f'{GROUP_0}.weights: group_size is "64", not an integer'),
+        (FORMAT, regrouped(group_size=0), f"{DOWN} does not have the bits and group size"),
+        (FORMAT, regrouped(group_size=-1), f"{DOWN} does not have the bits and group size"),
+        (FORMAT, regrouped(symmetric="false"), f'{GROUP_0}.weights: symmetric is "false", not true or false'),
+        (FORMAT, regrouped(type="float"), f"{GROUP_0}.weights: codes of type float cannot be read"),
+        ("mlx", setting("quantization", bits="4"), 'quantization: bits is "4", not an integer'),
+        ("mlx", setting("quantization", bits=0), "quantization: bits is 0; MLX files have 2, 3"),
+        ("mlx", setting("quantization", group_size=0), f"{DOWN} does not have the bits and group size"),
+        ("mlx", setting("quantization", **{DOWN: {"bits": 4}}), f"quantization.{DOWN} lacks group_size"),
+    ],
+)
+def test_a_damaged_configuration_is_refused_by_its_entry(
+    format_name: str, change: Callable[[dict[str, Any]], None], said: str, tmp_path: Path
+) -> None:
+    matrix = quantized(format_name, 4, 64, None if format_name == "hlwq" else True)
+    edited(save(tmp_path / "out", format_name, {DOWN: matrix}), change=change)
+    with pytest.raises(HlwqError) as refused:
+        DecodedCheckpoint(tmp_path / "out")
+    assert said in str(refused.value)
+
+
+DAMAGE: dict[str, Callable[[Tensor], Tensor]] = {
+    "of no axes": lambda tensor: tensor.reshape(-1)[0],
+    "flat": lambda tensor: tensor.flatten().repeat(2),
+    "of three axes": lambda tensor: tensor.reshape(1, 1, -1),
+    "empty": lambda tensor: tensor[:0],
+    "half": lambda tensor: tensor[: len(tensor) // 2],
+    "one column": lambda tensor: tensor[..., :1],
+    "of another dtype": lambda tensor: tensor.to(torch.int64 if tensor.is_floating_point() else torch.float32),
+    "of bytes": lambda tensor: tensor.to(torch.int8),
+}
+PARTS = {
+    "gptq": ("qweight", "qzeros", "scales", "g_idx"),
+    FORMAT: ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape"),
+    "mlx": ("weight", "scales", "biases"),
+    "hlwq": ("weight_packed", "weight_norms"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize(("format_name", "part"), [(name, part) for name, parts in PARTS.items() for part in parts])
+def test_a_part_of_another_shape_or_dtype_is_refused_by_name(
+    format_name: str, part: str, damage: str, tmp_path: Path
+) -> None:
+    matrix = quantized(format_name, 4, 64, None if format_name == "hlwq" else False)
+    reader = save(tmp_path / "out", format_name, {DOWN: matrix})
+    reader = with_parts(reader, {part: DAMAGE[damage](reader.read(f"{DOWN}.{part}"))})
+    with pytest.raises(HlwqError, match=re.escape(DOWN)):
+        FORMATS[format_name].stored_modules(reader)
+
+
+@pytest.mark.parametrize("group", [-1, 4, 1000])
+def test_a_gptq_column_in_a_group_that_is_not_there_is_refused(group: int, tmp_path: Path) -> None:
+    reader = save(tmp_path / "out", "gptq", {DOWN: quantized("gptq", 4, 64, True)})
+    index = reader.read(f"{DOWN}.g_idx")
+    index[7] = group
+    reader = with_parts(reader, {"g_idx": index})
+    scheme = FORMATS["gptq"].stored_modules(reader)[DOWN].scheme
+    with pytest.raises(HlwqError, match=rf"{re.escape(DOWN)}\.g_idx holds groups from .* are 0 to 3"):
+        FORMATS["gptq"].dequantize(reader, DOWN, scheme)
+
+
+def test_gptq_groups_that_do_not_divide_a_row_need_g_idx(tmp_path: Path) -> None:
+    reader = save(tmp_path / "out", "gptq", {DOWN: quantized("gptq", 4, 64, True)})
+    reader = with_parts(reader, {part: reader.read(f"{DOWN}.{part}")[:3] for part in ("qzeros", "scales")})
+    with pytest.raises(HlwqError, match=f"{re.escape(DOWN)} has 3 groups for 256 columns, and no g_idx"):
+        FORMATS["gptq"].stored_modules(edited(reader, drop=f"{DOWN}.g_idx"))
+
+
+def test_a_compressed_tensor_whose_shape_is_another_is_refused(tmp_path: Path) -> None:
+    reader = save(tmp_path / "out", FORMAT, {DOWN: quantized(FORMAT, 4, 64, True)})
+    reader = with_parts(reader, {"weight_shape": torch.tensor([64, 200])})
+    scheme = FORMATS[FORMAT].stored_modules(reader)[DOWN].scheme
+    with pytest.raises(HlwqError, match=rf"{re.escape(DOWN)}\.weight_shape says \[64, 200\] of \[64, 256\]"):
+        FORMATS[FORMAT].dequantize(reader, DOWN, scheme)
+
+
+@pytest.mark.parametrize("command", ["inspect", "check"])
+@pytest.mark.parametrize(
+    ("format_name", "change"),
+    [
+        ("hlwq", setting(SECTION, group_size=0)),
+        ("gptq", setting(SECTION, dynamic={"+:(": {}})),
+        (FORMAT, setting(SECTION, ignore=["re:("])),
+    ],
+)
+def test_the_command_line_says_what_is_damaged_in_one_line(
+    format_name: str,
+    change: Callable[[dict[str, Any]], None],
+    command: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    matrix = quantized(format_name, 4, 64, None if format_name == "hlwq" else True)
+    edited(save(tmp_path / "out", format_name, {DOWN: matrix}), change=change)
+    monkeypatch.setattr(sys, "argv", ["hlwq", command, str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 1
+    message = capsys.readouterr().err
+    assert "config.json: quantization_config" in message
+    assert "Traceback" not in message
+
+
 def test_gptq_files_of_three_bits_are_refused(tmp_path: Path) -> None:
     shapes = {"qweight": (COLUMNS * 3 // 32, ROWS), "qzeros": (4, ROWS * 3 // 32), "scales": (4, ROWS)}
     tensors = {f"{DOWN}.{part}": torch.zeros(shape, dtype=torch.int32) for part, shape in shapes.items()}
     save_file(tensors, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "gptq", "bits": 3}}))
+    section = {"quant_method": "gptq", "bits": 3, "group_size": 64}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": section}))
     with pytest.raises(HlwqError, match=f"{re.escape(DOWN)} has 3-bit codes"):
         FORMATS["gptq"].stored_modules(Reader(tmp_path))
 

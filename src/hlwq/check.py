@@ -11,8 +11,8 @@ from typing import Any
 from hlwq.checkpoint import Reader
 from hlwq.errors import HlwqError
 from hlwq.formats import StoredModule, gptq, mlx
-from hlwq.formats.base import GROUP_SIZES
-from hlwq.formats.compressed_tensors import configured_weights
+from hlwq.formats.compressed_tensors import configured_weights, scheme_in
+from hlwq.formats.uniform import GROUP_SIZES
 from hlwq.models import ModelLayout, describe
 from hlwq.models.qwen3_5 import QWEN3_5, layer_types
 from hlwq.sources import ENGINE_SECTIONS, DecodedCheckpoint
@@ -170,8 +170,11 @@ def _wrong_targets(
                 asked = re.sub(r"^model\.language_model\.", "language_model.model.", asked)
             stored = modules.get(prefix + matrix.name)
             weights = configured_weights(section, asked)
-            said = weights and (weights["num_bits"], weights.get("group_size"), weights["symmetric"])
-            if said != (stored and (stored.scheme.bits, stored.scheme.group_size, stored.scheme.symmetric)):
+            if weights and stored:
+                agrees = scheme_in(weights, stored.shape[1]) == stored.scheme
+            else:
+                agrees = weights is None and stored is None
+            if not agrees:
                 wrong.append(asked)
     outside = ["lm_head"]
     for kept in layout.family.kept:

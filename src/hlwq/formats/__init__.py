@@ -5,7 +5,7 @@ from __future__ import annotations
 from hlwq.checkpoint import Reader
 from hlwq.errors import HlwqError
 from hlwq.formats import compressed_tensors, dense, gptq, hlwq, mlx, polar
-from hlwq.formats.base import Contents, Engine, Format, ReadableFormat, Scheme, StoredModule
+from hlwq.formats.base import Contents, Engine, Format, ReadableFormat, Scheme, StoredModule, section_of
 
 __all__ = [
     "FORMATS",
@@ -48,12 +48,13 @@ def detect_format(reader: Reader) -> ReadableFormat:
     """
     if polar.is_polar(reader):
         return polar
-    section = reader.config.get("quantization_config") or reader.config.get("quantization")
-    if not section:
+    key = next((key for key in ("quantization_config", "quantization") if reader.config.get(key)), None)
+    if key is None:
         return dense
+    section, _ = section_of(reader, key)
     # mlx-lm writes no method, but its section under two keys.
     method = section.get("quant_method", "mlx" if reader.config.get("quantization") else None)
-    if method in FORMATS:
+    if isinstance(method, str) and method in FORMATS:
         return FORMATS[method]
     raise HlwqError(
         f"config.json: weights quantized by {method or 'an unnamed method'} cannot be read. Use the original model."

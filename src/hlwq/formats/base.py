@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import re
+import json
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,8 +16,14 @@ from hlwq.errors import HlwqError
 from hlwq.grids import Grid, QuantizedMatrix, ScaleMethod
 from hlwq.models import ModelLayout
 
-GROUP_SIZES = (32, 64, 128)
-"""What engines run uniform codes in."""
+T = TypeVar("T")
+
+AGAIN = "The directory is damaged; make or download it again."
+"""What to do about a damaged directory."""
+FLOATS = ("F16", "BF16", "F32")
+"""The dtypes in which tools write the parameters of groups."""
+
+_JSON_TYPES: dict[type, str] = {int: "an integer", bool: "true or false", dict: "an object", list: "a list"}
 
 
 @dataclass(frozen=True)
@@ -137,29 +145,9 @@ def check_bits(format_name: str, bits: int, allowed: tuple[int, ...]) -> None:
         )
 
 
-def check_group_size(format_name: str, group_size: int) -> None:
-    """Raise HlwqError unless engines that run uniform codes have groups of this size."""
-    if group_size not in GROUP_SIZES:
-        raise HlwqError(f"format {format_name} has groups of 32, 64 or 128, not {group_size}. Set --group-size.")
-
-
-def check_multiples_of_32(format_name: str, module: str, shape: tuple[int, int]) -> None:
-    """Raise HlwqError unless both sides of a matrix are multiples of 32, as packing and engines need them."""
-    if shape[0] % 32 or shape[1] % 32:
-        raise HlwqError(
-            f"{module} has shape {shape}; format {format_name} needs multiples of 32. Keep it in its own dtype: "
-            f"--exclude '{re.escape(module.rsplit('.', 1)[-1])}$'."
-        )
-
-
-def integer_zeros(matrix: QuantizedMatrix) -> Tensor:
-    """The codes that stand for 0 in each group of a matrix on a grid with integer zeros: uint8 (out, groups)."""
-    scale, bias = matrix.parameters.scale, matrix.parameters.bias
-    assert bias is not None
-    # A group of scale 0 is all zeros whatever its zero says.
-    empty = scale == 0
-    zeros = torch.where(empty, 2 ** (matrix.grid.bits - 1), -bias / torch.where(empty, 1, scale))
-    return zeros.round().to(torch.uint8)
+def common_scheme(quantized: dict[str, Scheme]) -> Scheme:
+    """The scheme that most modules have."""
+    return Counter(quantized.values()).most_common(1)[0][0]
 
 
 def require_parts(reader: Reader, module: str, *parts: str) -> tuple[str, ...]:
@@ -171,7 +159,62 @@ def require_parts(reader: Reader, module: str, *parts: str) -> tuple[str, ...]:
     names = tuple(f"{module}.{part}" for part in parts)
     for name in names:
         if name not in reader.tensors:
-            raise HlwqError(
-                f"{reader.path}: tensor {name} is missing. The directory is damaged; make or download it again."
-            )
+            raise HlwqError(f"{reader.path}: tensor {name} is missing. {AGAIN}")
     return names
+
+
+def matrix_shape(reader: Reader, name: str) -> tuple[int, int]:
+    """The two sizes of a tensor. Raises HlwqError if it has more or fewer axes, or no elements."""
+    shape = reader.tensors[name].shape
+    if len(shape) != 2 or 0 in shape:
+        raise HlwqError(f"{reader.path}: tensor {name} has shape {shape}, which is no matrix. {AGAIN}")
+    return shape[0], shape[1]
+
+
+def check_parts(reader: Reader, expected: Iterable[TensorSpec]) -> None:
+    """Compare the headers of a module's parts with what its format writes for its scheme.
+
+    Raises:
+        HlwqError: a dtype or a shape is another. Floating dtypes may stand for each other.
+    """
+    for spec in expected:
+        found = reader.tensors[spec.name]
+        alike = found.dtype == spec.dtype or (found.dtype in FLOATS and spec.dtype in FLOATS)
+        if not alike or found.shape != spec.shape:
+            raise HlwqError(
+                f"{reader.path}: tensor {spec.name} is {found.dtype} {found.shape}, where {spec.dtype} {spec.shape} "
+                f"belongs beside the other tensors of its module. {AGAIN}"
+            )
+
+
+def entry(values: dict[str, Any], key: str, kind: type[T], where: str, default: T | None = None) -> T:
+    """An entry of a JSON object.
+
+    Args:
+        values: the object.
+        key: of the entry.
+        kind: int, bool, dict or list.
+        where: what an error calls the object: a file, and the way to the object in it.
+        default: what a missing entry, or null, stands for. Without one it must be there.
+
+    Raises:
+        HlwqError: it is missing, or of another type. JSON's 4.0 and true are no integers here.
+    """
+    if values.get(key) is None and default is not None:
+        return default
+    if key not in values:
+        raise HlwqError(f"{where} lacks {key}. {AGAIN}")
+    value: T = values[key]
+    if type(value) is not kind:
+        raise HlwqError(f"{where}: {key} is {json.dumps(value)}, not {_JSON_TYPES[kind]}. {AGAIN}")
+    return value
+
+
+def section_of(reader: Reader, key: str = "quantization_config") -> tuple[dict[str, Any], str]:
+    """The section of `config.json` that says how weights are stored, and what errors call it.
+
+    Raises:
+        HlwqError: there is none, or it is not a JSON object.
+    """
+    file = str(reader.path / "config.json")
+    return entry(reader.config, key, dict, file), f"{file}: {key}"

@@ -9,7 +9,6 @@ symmetric files being 2^(bits−1).
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
 from itertools import chain
 from typing import Any
 
@@ -19,22 +18,34 @@ from torch import Tensor
 from hlwq.checkpoint import DTYPES, Reader, TensorSpec
 from hlwq.errors import HlwqError
 from hlwq.formats.base import (
+    AGAIN,
     Contents,
     Engine,
     Scheme,
     StoredModule,
-    check_bits,
-    check_group_size,
-    check_multiples_of_32,
-    integer_zeros,
+    check_parts,
+    common_scheme,
+    entry,
+    matrix_shape,
     require_parts,
+    section_of,
 )
-from hlwq.formats.patterns import module_patterns, outside_the_decoder
-from hlwq.grids import Grid, Parameters, QuantizedMatrix, ScaleMethod, UniformGrid
+from hlwq.formats.patterns import check_pattern, kept_patterns, patterns_by_scheme
+from hlwq.formats.uniform import (
+    READABLE_BITS,
+    WORD_BITS,
+    check_codes,
+    check_multiples_of_32,
+    decode,
+    integer_zeros,
+    no_lloyd_grid,
+    symmetric_zero,
+)
+from hlwq.grids import Grid, QuantizedMatrix, ScaleMethod, UniformGrid
 from hlwq.packing import pack, unpack
 
 NAME = "compressed-tensors"
-BITS: tuple[int, ...] = (4, 8)
+BITS: tuple[int, ...] = WORD_BITS
 ENGINES: tuple[Engine, ...] = (
     Engine("vLLM", BITS, "symmetric or asymmetric", "vllm serve {path}{text_only}"),
     Engine(
@@ -54,10 +65,7 @@ FORMAT = "pack-quantized"
 
 def lloyd_grid(bits: int, group_size: int) -> Grid:
     """compressed-tensors files hold uniform codes only: always raises HlwqError."""
-    raise HlwqError(
-        "format compressed-tensors stores uniform codes, not Lloyd–Max codes. Use --recipe hlwq-int4 for HLWQ followed "
-        "by INT4, or --format hlwq or dense."
-    )
+    raise no_lloyd_grid(NAME, "hlwq-int4 for HLWQ followed by INT4")
 
 
 def uniform_grid(bits: int, group_size: int, symmetric: bool, scale_method: ScaleMethod, dtype: str) -> Grid:
@@ -66,8 +74,7 @@ def uniform_grid(bits: int, group_size: int, symmetric: bool, scale_method: Scal
     Raises:
         HlwqError: bits other than 4 or 8, or a group size that Marlin does not have.
     """
-    check_bits(NAME, bits, BITS)
-    check_group_size(NAME, group_size)
+    check_codes(NAME, bits, BITS, group_size)
     return UniformGrid(bits, group_size, symmetric, True, scale_method, (DTYPES[dtype],))
 
 
@@ -78,14 +85,19 @@ def outputs(module: str, shape: tuple[int, int], grid: Grid, dtype: str) -> list
         HlwqError: `out` or `in` is not a multiple of 32, which packing and engines need.
     """
     check_multiples_of_32(NAME, module, shape)
-    rows, columns = shape
-    per_word, groups = 32 // grid.bits, columns // grid.group_size
+    symmetric = not isinstance(grid, UniformGrid) or grid.symmetric
+    return _parts(module, shape, Scheme(grid.bits, grid.group_size, symmetric), dtype)
+
+
+def _parts(module: str, shape: tuple[int, int], scheme: Scheme, dtype: str) -> list[TensorSpec]:
+    (rows, columns), per_word = shape, 32 // scheme.bits
+    groups = columns // scheme.group_size
     specs = [
         TensorSpec(f"{module}.weight_packed", "I32", (rows, columns // per_word)),
         TensorSpec(f"{module}.weight_scale", dtype, (rows, groups)),
         TensorSpec(f"{module}.weight_shape", "I64", (2,)),
     ]
-    if isinstance(grid, UniformGrid) and not grid.symmetric:
+    if not scheme.symmetric:
         specs.append(TensorSpec(f"{module}.weight_zero_point", "I32", (rows // per_word, groups)))
     return specs
 
@@ -109,12 +121,8 @@ def json_files(config: dict[str, Any], contents: Contents) -> dict[str, dict[str
 
     Both engines look for a module's name before its class, vLLM for fused names too.
     """
-    common = Counter(contents.quantized.values()).most_common(1)[0][0]
-    modules_of: dict[Scheme, set[str]] = defaultdict(set)
-    for module, scheme in contents.quantized.items():
-        if scheme != common:
-            modules_of[scheme].add(module)
-    targets = {scheme: _patterns(module_patterns(modules, contents.layout)) for scheme, modules in modules_of.items()}
+    common = common_scheme(contents.quantized)
+    targets = {scheme: _targets(patterns) for scheme, patterns in patterns_by_scheme(contents, common).items()}
     groups = {**targets, common: ["Linear"]}
     section = {
         "quant_method": NAME,
@@ -136,16 +144,14 @@ def json_files(config: dict[str, Any], contents: Contents) -> dict[str, dict[str
             }
             for index, (scheme, names) in enumerate(groups.items())
         },
-        "ignore": _patterns(
-            [*outside_the_decoder(contents.layout), *module_patterns(set(contents.kept), contents.layout)]
-        ),
+        "ignore": _targets(kept_patterns(contents)),
         "kv_cache_scheme": None,
     }
     return {"config.json": {**config, "quantization_config": section}}
 
 
-def _patterns(expressions: list[str]) -> list[str]:
-    return [f"re:{expression}" for expression in expressions]
+def _targets(patterns: list[str]) -> list[str]:
+    return [f"re:{pattern}" for pattern in patterns]
 
 
 def configured_weights(section: dict[str, Any], name: str) -> dict[str, Any] | None:
@@ -159,52 +165,87 @@ def configured_weights(section: dict[str, Any], name: str) -> dict[str, Any] | N
     groups = section["config_groups"].values()
     named = (group for group in groups if any(map(matches, group["targets"])))
     others = (group for group in groups if "Linear" in group["targets"])
-    found: dict[str, Any] | None = next((group["weights"] for group in chain(named, others)), None)
+    found: dict[str, Any] | None = next((group.get("weights") for group in chain(named, others)), None)
     return found
+
+
+def scheme_in(weights: dict[str, Any], columns: int) -> Scheme:
+    """The scheme of a module of that width by the `weights` of its group: without a group size, a row is one group."""
+    size = weights.get("group_size")
+    return Scheme(weights["num_bits"], columns if size in (None, -1) else size, weights.get("symmetric", True))
 
 
 def stored_modules(reader: Reader) -> dict[str, StoredModule]:
     """Modules that have `weight_packed`.
 
     Raises:
-        HlwqError: it is another format of compressed-tensors, tensors of a module are missing or do not have the scheme
-            that `config.json` gives it, or its width cannot be read.
+        HlwqError: it is another format of compressed-tensors, `config.json` is damaged, tensors of a module are missing
+            or do not have the scheme that it gives the module, or their width cannot be read.
     """
-    section = reader.config["quantization_config"]
-    if section["format"] != FORMAT:
-        raise HlwqError(f"{reader.path}: compressed-tensors format {section['format']} cannot be read, only {FORMAT}.")
+    section, where = section_of(reader)
+    if section.get("format") != FORMAT:
+        raise HlwqError(
+            f"{reader.path}: compressed-tensors format {section.get('format')} cannot be read, only {FORMAT}."
+        )
+    _check_section(section, where)
     modules = {}
-    for name, spec in reader.tensors.items():
+    for name in reader.tensors:
         if not name.endswith(".weight_packed"):
             continue
         module = name.removesuffix(".weight_packed")
         weights = configured_weights(section, module)
         if weights is None:
             raise HlwqError(f"{reader.path}: {module} is stored as codes, but config.json has no scheme for it.")
-        bits, symmetric = weights["num_bits"], weights["symmetric"]
-        zeros = () if symmetric else ("weight_zero_point",)
-        parts = require_parts(reader, module, "weight_packed", "weight_scale", "weight_shape", *zeros)
-        if bits not in (2, 4, 8) or f"{module}.weight_g_idx" in reader.tensors:
+        bits = weights["num_bits"]
+        if bits not in READABLE_BITS or f"{module}.weight_g_idx" in reader.tensors:
             raise HlwqError(
                 f"{reader.path}: {module} has {bits}-bit codes or scattered groups; files of 2, 4 and 8 bits with "
                 "groups of neighbouring columns can be read."
             )
-        columns = spec.shape[1] * 32 // bits
-        group_size = weights.get("group_size") or columns  # none: one group for a row
-        if columns != reader.tensors[f"{module}.weight_scale"].shape[1] * group_size:
+        rows, words = matrix_shape(reader, name)
+        columns = words * 32 // bits
+        scheme = scheme_in(weights, columns)
+        zeros = () if scheme.symmetric else ("weight_zero_point",)
+        parts = require_parts(reader, module, "weight_packed", "weight_scale", "weight_shape", *zeros)
+        if columns != matrix_shape(reader, f"{module}.weight_scale")[1] * scheme.group_size:
             raise HlwqError(f"{reader.path}: {module} does not have the bits and group size that config.json gives it.")
-        modules[module] = StoredModule(Scheme(bits, group_size, symmetric), (spec.shape[0], columns), parts)
+        check_parts(reader, _parts(module, (rows, columns), scheme, "BF16"))
+        modules[module] = StoredModule(scheme, (rows, columns), parts)
     return modules
 
 
+def _check_section(section: dict[str, Any], where: str) -> None:
+    """Raise HlwqError unless the `quantization_config` can be understood."""
+    targets = list(entry(section, "ignore", list, where, default=[]))
+    groups = entry(section, "config_groups", dict, where)
+    for name in groups:
+        group, here = entry(groups, name, dict, f"{where}.config_groups"), f"{where}.config_groups.{name}"
+        targets += entry(group, "targets", list, here)
+        if group.get("weights") is None:
+            continue
+        weights, here = entry(group, "weights", dict, here), f"{here}.weights"
+        entry(weights, "num_bits", int, here)
+        entry(weights, "group_size", int, here, default=-1)
+        entry(weights, "symmetric", bool, here, default=True)
+        if weights.get("type", "int") != "int":
+            raise HlwqError(f"{here}: codes of type {weights['type']} cannot be read, only int.")
+    for target in targets:
+        check_pattern(target.removeprefix("re:") if isinstance(target, str) else target, f"{where}, ignore or targets")
+
+
 def dequantize(reader: Reader, module: str, scheme: Scheme) -> Tensor:
-    """scale · (code − zero)."""
+    """scale · (code − zero).
+
+    Raises:
+        HlwqError: `weight_shape` is not the shape of the codes.
+    """
     bits = scheme.bits
     codes = unpack(reader.read(f"{module}.weight_packed").view(torch.uint8), bits)
-    scale = reader.read(f"{module}.weight_scale").to(torch.float32)
-    zeros: Tensor | int = 2 ** (bits - 1)
+    stated = reader.read(f"{module}.weight_shape").tolist()
+    if stated != list(codes.shape):
+        raise HlwqError(f"{reader.path}: tensor {module}.weight_shape says {stated} of {list(codes.shape)}. {AGAIN}")
+    zeros: Tensor | int = symmetric_zero(bits)
     if not scheme.symmetric:
         packed = reader.read(f"{module}.weight_zero_point").T.contiguous()
         zeros = unpack(packed.view(torch.uint8), bits).T
-    parameters = Parameters(scale, -(zeros * scale))
-    return QuantizedMatrix(codes, parameters, UniformGrid(bits, scheme.group_size, bool(scheme.symmetric))).dequantize()
+    return decode(codes, reader.read(f"{module}.weight_scale"), zeros, scheme)

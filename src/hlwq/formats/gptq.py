@@ -9,7 +9,6 @@ becomes there.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
 from typing import Any
 
 import torch
@@ -18,24 +17,35 @@ from torch import Tensor
 from hlwq.checkpoint import Reader, TensorSpec
 from hlwq.errors import HlwqError
 from hlwq.formats.base import (
+    AGAIN,
     Contents,
     Engine,
     Scheme,
     StoredModule,
-    check_bits,
-    check_group_size,
-    check_multiples_of_32,
+    check_parts,
+    common_scheme,
     engine_storage,
-    integer_zeros,
+    entry,
+    matrix_shape,
     require_parts,
+    section_of,
 )
-from hlwq.formats.patterns import module_patterns, outside_the_decoder
-from hlwq.grids import Grid, Parameters, QuantizedMatrix, ScaleMethod, UniformGrid
+from hlwq.formats.patterns import check_pattern, kept_patterns, patterns_by_scheme
+from hlwq.formats.uniform import (
+    READABLE_BITS,
+    WORD_BITS,
+    check_codes,
+    check_multiples_of_32,
+    decode,
+    integer_zeros,
+    no_lloyd_grid,
+)
+from hlwq.grids import Grid, QuantizedMatrix, ScaleMethod, UniformGrid
 from hlwq.packing import pack, unpack
 from hlwq.version import __version__
 
 NAME = "gptq"
-BITS: tuple[int, ...] = (4, 8)
+BITS: tuple[int, ...] = WORD_BITS
 ENGINES: tuple[Engine, ...] = (
     Engine("vLLM", BITS, "symmetric", "vllm serve {path}{text_only}"),
     Engine("GPTQModel", BITS, "symmetric or asymmetric"),
@@ -49,10 +59,7 @@ STORES_DECODED = False
 
 def lloyd_grid(bits: int, group_size: int) -> Grid:
     """GPTQ files hold uniform codes only: always raises HlwqError."""
-    raise HlwqError(
-        "format gptq stores uniform codes, not Lloyd–Max codes. Use --recipe hlwq-int4 for HLWQ followed by INT4, "
-        "or --format hlwq or dense."
-    )
+    raise no_lloyd_grid(NAME, "hlwq-int4 for HLWQ followed by INT4")
 
 
 def uniform_grid(bits: int, group_size: int, symmetric: bool, scale_method: ScaleMethod, dtype: str) -> Grid:
@@ -61,8 +68,7 @@ def uniform_grid(bits: int, group_size: int, symmetric: bool, scale_method: Scal
     Raises:
         HlwqError: bits other than 4 or 8, or a group size that Marlin does not have.
     """
-    check_bits(NAME, bits, BITS)
-    check_group_size(NAME, group_size)
+    check_codes(NAME, bits, BITS, group_size)
     return UniformGrid(bits, group_size, symmetric, True, scale_method, engine_storage(dtype))
 
 
@@ -73,8 +79,11 @@ def outputs(module: str, shape: tuple[int, int], grid: Grid, dtype: str) -> list
         HlwqError: `out` or `in` is not a multiple of 32, which packing and engines need.
     """
     check_multiples_of_32(NAME, module, shape)
-    rows, columns = shape
-    per_word, groups = 32 // grid.bits, columns // grid.group_size
+    return _parts(module, shape, grid.bits, shape[1] // grid.group_size)
+
+
+def _parts(module: str, shape: tuple[int, int], bits: int, groups: int) -> list[TensorSpec]:
+    (rows, columns), per_word = shape, 32 // bits
     return [
         TensorSpec(f"{module}.qweight", "I32", (columns // per_word, rows)),
         TensorSpec(f"{module}.qzeros", "I32", (groups, rows // per_word)),
@@ -101,7 +110,7 @@ def encode(module: str, matrix: QuantizedMatrix, dtype: str) -> dict[str, Tensor
 
 def json_files(config: dict[str, Any], contents: Contents) -> dict[str, dict[str, Any]]:
     """`config.json` with its `quantization_config`, and the same section as `quantize_config.json`."""
-    common = Counter(contents.quantized.values()).most_common(1)[0][0]
+    common = common_scheme(contents.quantized)
     section = {
         "quant_method": "gptq",
         "bits": common.bits,
@@ -123,16 +132,9 @@ def dynamic_rules(contents: Contents, common: Scheme) -> dict[str, dict[str, int
     Rules are tried in order with `re.match` and the first hit wins, so exclusions (`-:`) stand first. vLLM asks with
     its own prefixes and fused names, GPTQModel with the checkpoint's: each rule matches both spellings.
     """
-    layout = contents.layout
-    kept = [*outside_the_decoder(layout), *module_patterns(set(contents.kept), layout)]
-    rules: dict[str, dict[str, int]] = {f"-:{pattern}": {} for pattern in kept}
-    by_scheme: dict[Scheme, set[str]] = defaultdict(set)
-    for module, scheme in contents.quantized.items():
-        by_scheme[scheme].add(module)
-    for scheme, modules in by_scheme.items():
-        if scheme != common:
-            for pattern in module_patterns(modules, layout):
-                rules[f"+:{pattern}"] = {"bits": scheme.bits, "group_size": scheme.group_size}
+    rules: dict[str, dict[str, int]] = {f"-:{pattern}": {} for pattern in kept_patterns(contents)}
+    for scheme, patterns in patterns_by_scheme(contents, common).items():
+        rules |= {f"+:{pattern}": {"bits": scheme.bits, "group_size": scheme.group_size} for pattern in patterns}
     return rules
 
 
@@ -140,40 +142,66 @@ def stored_modules(reader: Reader) -> dict[str, StoredModule]:
     """Modules that have a `qweight`.
 
     Raises:
-        HlwqError: tensors of a module are missing, or of a width that cannot be read.
+        HlwqError: `config.json` is damaged, or tensors of a module are missing, disagree, or are of a width that cannot
+            be read.
     """
-    symmetric = bool(reader.config["quantization_config"].get("sym", True))
+    section, where = section_of(reader)
+    _check_section(section, where)
     modules = {}
-    for name, spec in reader.tensors.items():
+    for name in reader.tensors:
         if not name.endswith(".qweight"):
             continue
         module = name.removesuffix(".qweight")
         parts = require_parts(reader, module, "qweight", "qzeros", "scales")
-        words, rows = spec.shape
-        groups, zero_words = reader.tensors[f"{module}.qzeros"].shape
-        bits = 32 * zero_words // rows
-        if bits not in (2, 4, 8):
-            raise HlwqError(f"{reader.path}: {module} has {bits}-bit codes; GPTQ files of 2, 4 and 8 bits can be read.")
+        words, rows = matrix_shape(reader, name)
+        groups, zero_words = matrix_shape(reader, f"{module}.qzeros")
+        width = 32 * zero_words / rows
+        if width not in READABLE_BITS:
+            raise HlwqError(
+                f"{reader.path}: {module} has {width:g}-bit codes; GPTQ files of 2, 4 and 8 bits can be read."
+            )
+        bits = int(width)
         columns = words * 32 // bits
         if f"{module}.g_idx" in reader.tensors:
             parts += (f"{module}.g_idx",)
-        modules[module] = StoredModule(Scheme(bits, columns // groups, symmetric), (rows, columns), parts)
+        elif columns % groups:
+            raise HlwqError(f"{reader.path}: {module} has {groups} groups for {columns} columns, and no g_idx. {AGAIN}")
+        check_parts(reader, (spec for spec in _parts(module, (rows, columns), bits, groups) if spec.name in parts))
+        scheme = Scheme(bits, columns // groups, bool(section.get("sym", True)))
+        modules[module] = StoredModule(scheme, (rows, columns), parts)
     return modules
 
 
+def _check_section(section: dict[str, Any], where: str) -> None:
+    """Raise HlwqError unless engines can make something of the `quantization_config`."""
+    for key in ("bits", "group_size"):
+        entry(section, key, int, where)
+    rules = entry(section, "dynamic", dict, where, default={})
+    for pattern in rules:
+        check_pattern(pattern.removeprefix("-:").removeprefix("+:"), f"{where}.dynamic")
+        entry(rules, pattern, dict, f"{where}.dynamic")
+
+
 def dequantize(reader: Reader, module: str, scheme: Scheme) -> Tensor:
-    """scales · (code − zero), with `qzeros` and `g_idx` honoured, and both spellings of the zero (v1 and v2)."""
+    """scales · (code − zero), with `qzeros` and `g_idx` honoured, and both spellings of the zero (v1 and v2).
+
+    Raises:
+        HlwqError: a column is in a group that is not there.
+    """
     bits = scheme.bits
     codes = unpack(reader.read(f"{module}.qweight").T.contiguous().view(torch.uint8), bits)
     zeros = unpack(reader.read(f"{module}.qzeros").view(torch.uint8), bits).to(torch.int16)
     if reader.config["quantization_config"].get("checkpoint_format", "gptq") != "gptq_v2":
         zeros = (zeros + 1) % 2**bits
-    scales = reader.read(f"{module}.scales").to(torch.float32)
-    parameters = Parameters(scales.T, -(zeros * scales).T)
-    grid = UniformGrid(bits, scheme.group_size, bool(scheme.symmetric))
     group_of_column = None
     if f"{module}.g_idx" in reader.tensors:
         stored = reader.read(f"{module}.g_idx").long()
+        least, most = int(stored.min()), int(stored.max())
+        if least < 0 or most >= len(zeros):
+            raise HlwqError(
+                f"{reader.path}: tensor {module}.g_idx holds groups from {least} to {most}, but those that are there "
+                f"are 0 to {len(zeros) - 1}. {AGAIN}"
+            )
         if not torch.equal(stored, torch.arange(codes.shape[1]) // scheme.group_size):
             group_of_column = stored
-    return QuantizedMatrix(codes, parameters, grid, group_of_column=group_of_column).dequantize()
+    return decode(codes, reader.read(f"{module}.scales").T, zeros.T, scheme, group_of_column)

@@ -7,7 +7,6 @@ Walsh–Hadamard matrix of that order and the centroids those of Lloyd and Max f
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import torch
@@ -15,7 +14,19 @@ from torch import Tensor
 
 from hlwq.checkpoint import DTYPES, Reader, TensorSpec
 from hlwq.errors import HlwqError
-from hlwq.formats.base import Contents, Engine, Scheme, StoredModule, check_bits, require_parts
+from hlwq.formats.base import (
+    AGAIN,
+    Contents,
+    Engine,
+    Scheme,
+    StoredModule,
+    check_bits,
+    common_scheme,
+    entry,
+    matrix_shape,
+    require_parts,
+    section_of,
+)
 from hlwq.grids import Grid, LloydGrid, Parameters, QuantizedMatrix, ScaleMethod
 from hlwq.packing import pack, unpack
 
@@ -95,7 +106,7 @@ def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
 
 def section_for(quantized: dict[str, Scheme]) -> dict[str, Any]:
     """The `quantization_config` for these modules; those that differ from the common scheme are listed in it."""
-    common = Counter(quantized.values()).most_common(1)[0][0]
+    common = common_scheme(quantized)
     return {
         "quant_method": NAME,
         "version": VERSION,
@@ -115,24 +126,46 @@ def check_version(section: dict[str, Any], where: str) -> None:
         raise HlwqError(f"{where}: HLWQ format version {section.get('version')} is unknown. Upgrade hlwq.")
 
 
+def scheme_for(section: dict[str, Any], module: str, where: str) -> Scheme:
+    """How a module is stored, by the `quantization_config`.
+
+    Args:
+        section: the `quantization_config`, of this version.
+        module: by its name in the files.
+        where: what an error calls the section.
+
+    Raises:
+        HlwqError: an entry is missing, or is none that a file of this format has.
+    """
+    modules = entry(section, "modules", dict, where)
+    if module in modules:
+        section, where = entry(modules, module, dict, f"{where}.modules"), f"{where}.modules.{module}"
+    bits, group_size = entry(section, "bits", int, where), entry(section, "group_size", int, where)
+    if bits not in BITS:
+        raise HlwqError(f"{where}: bits is {bits}; HLWQ files have {', '.join(map(str, BITS))}. {AGAIN}")
+    if group_size < 8 or group_size & (group_size - 1):
+        raise HlwqError(f"{where}: group_size is {group_size}, which is no power of two from 8. {AGAIN}")
+    return Scheme(bits, group_size)
+
+
 def stored_modules(reader: Reader) -> dict[str, StoredModule]:
     """Modules that have `weight_packed`.
 
     Raises:
-        HlwqError: a later version wrote the directory, or the tensors of a module are missing or disagree.
+        HlwqError: a later version wrote the directory, `config.json` is damaged, or the tensors of a module are missing
+            or disagree.
     """
-    section = reader.config["quantization_config"]
+    section, where = section_of(reader)
     check_version(section, str(reader.path))
     modules = {}
-    for name, spec in reader.tensors.items():
+    for name in reader.tensors:
         if not name.endswith(".weight_packed"):
             continue
         module = name.removesuffix(".weight_packed")
         parts = require_parts(reader, module, "weight_packed", "weight_norms")
-        chosen = section["modules"].get(module, section)
-        scheme = Scheme(chosen["bits"], chosen["group_size"])
-        rows = spec.shape[0]
-        columns = reader.tensors[f"{module}.weight_norms"].shape[-1] * scheme.group_size
+        scheme = scheme_for(section, module, where)
+        (rows, _), (_, groups) = (matrix_shape(reader, part) for part in parts)
+        columns = groups * scheme.group_size
         expected = outputs(module, (rows, columns), LloydGrid(scheme.bits, scheme.group_size), "")
         if [reader.tensors[part] for part in parts] != expected or columns * scheme.bits % 8:
             raise HlwqError(f"{reader.path}: {module} does not have the bits and group size that config.json gives it.")

@@ -9,7 +9,6 @@ in the HF layout as the sign that the norms are in it too. Only the per-module o
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import torch
@@ -17,7 +16,20 @@ from torch import Tensor
 
 from hlwq.checkpoint import DTYPES, Reader, TensorSpec
 from hlwq.errors import HlwqError
-from hlwq.formats.base import Contents, Engine, Scheme, StoredModule, check_bits, check_group_size, require_parts
+from hlwq.formats.base import (
+    AGAIN,
+    Contents,
+    Engine,
+    Scheme,
+    StoredModule,
+    check_parts,
+    common_scheme,
+    entry,
+    matrix_shape,
+    require_parts,
+    section_of,
+)
+from hlwq.formats.uniform import check_codes, no_lloyd_grid
 from hlwq.grids import Grid, Parameters, QuantizedMatrix, ScaleMethod, UniformGrid
 from hlwq.models import ModelLayout
 from hlwq.models.qwen3_5 import QWEN3_5
@@ -37,10 +49,7 @@ STORES_DECODED = False
 
 def lloyd_grid(bits: int, group_size: int) -> Grid:
     """MLX files hold uniform codes only: always raises HlwqError."""
-    raise HlwqError(
-        "format mlx stores uniform codes, not Lloyd–Max codes. Use --recipe hlwq-mlx for HLWQ followed by MLX 4-bit, "
-        "or --format hlwq or dense."
-    )
+    raise no_lloyd_grid(NAME, "hlwq-mlx for HLWQ followed by MLX 4-bit")
 
 
 def uniform_grid(bits: int, group_size: int, symmetric: bool, scale_method: ScaleMethod, dtype: str) -> Grid:
@@ -49,8 +58,7 @@ def uniform_grid(bits: int, group_size: int, symmetric: bool, scale_method: Scal
     Raises:
         HlwqError: bits or a group size that MLX does not have.
     """
-    check_bits(NAME, bits, BITS)
-    check_group_size(NAME, group_size)
+    check_codes(NAME, bits, BITS, group_size)
     return UniformGrid(bits, group_size, symmetric, False, scale_method, (DTYPES[dtype],))
 
 
@@ -77,7 +85,7 @@ def encode(module: str, matrix: QuantizedMatrix, dtype: str) -> dict[str, Tensor
 
 def json_files(config: dict[str, Any], contents: Contents) -> dict[str, dict[str, Any]]:
     """`config.json` with `quantization`, under both of the keys that mlx-lm writes, and what mlx-lm asks of a model."""
-    common = Counter(contents.quantized.values()).most_common(1)[0][0]
+    common = common_scheme(contents.quantized)
     section: dict[str, Any] = {"group_size": common.group_size, "bits": common.bits, "mode": "affine"}
     for module, scheme in contents.quantized.items():
         if scheme != common:
@@ -120,26 +128,32 @@ def stored_modules(reader: Reader) -> dict[str, StoredModule]:
     """Modules that have `scales`.
 
     Raises:
-        HlwqError: tensors of a module are missing or disagree with `config.json`, or the mode is not affine.
+        HlwqError: `config.json` is damaged, tensors of a module are missing or disagree with it, or the mode is not
+            affine.
     """
-    section = reader.config["quantization"]
+    section, where = section_of(reader, "quantization")
     if section.get("mode", "affine") != "affine":
         raise HlwqError(f"{reader.path}: MLX mode {section['mode']} cannot be read; only affine can.")
     modules = {}
-    for name, spec in reader.tensors.items():
+    for name in reader.tensors:
         if not name.endswith(".scales"):
             continue
         module = name.removesuffix(".scales")
         parts = require_parts(reader, module, "weight", "scales", "biases")
-        (rows, words), groups = reader.tensors[f"{module}.weight"].shape, spec.shape[1]
+        (rows, words), (_, groups), _ = (matrix_shape(reader, part) for part in parts)
         # An override goes by MLX's path, which is the file's own name or what `sanitize` makes of it.
         inner = module.replace("model.language_model.", "language_model.model.")
         paths = (module, inner, f"language_model.{module}")
-        chosen = next((section[path] for path in paths if isinstance(section.get(path), dict)), section)
-        scheme = Scheme(chosen["bits"], chosen["group_size"], symmetric=False)
+        path = next((path for path in paths if isinstance(section.get(path), dict)), None)
+        chosen, here = (section[path], f"{where}.{path}") if path else (section, where)
+        scheme = Scheme(entry(chosen, "bits", int, here), entry(chosen, "group_size", int, here), symmetric=False)
+        if scheme.bits not in BITS:
+            raise HlwqError(f"{here}: bits is {scheme.bits}; MLX files have {', '.join(map(str, BITS))}. {AGAIN}")
         if scheme.bits * scheme.group_size * groups != words * 32:
             raise HlwqError(f"{reader.path}: {module} does not have the bits and group size that config.json gives it.")
-        modules[module] = StoredModule(scheme, (rows, words * 32 // scheme.bits), parts)
+        shape = (rows, words * 32 // scheme.bits)
+        check_parts(reader, outputs(module, shape, UniformGrid(scheme.bits, scheme.group_size), "BF16"))
+        modules[module] = StoredModule(scheme, shape, parts)
     return modules
 
 

@@ -2,10 +2,36 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import defaultdict
+from typing import Any
 
+from hlwq.errors import HlwqError
+from hlwq.formats.base import AGAIN, Contents, Scheme
 from hlwq.models import ModelLayout
+
+
+def kept_patterns(contents: Contents) -> list[str]:
+    """Patterns of all that stays in its own dtype: outside the decoder, and modules in it."""
+    return [*outside_the_decoder(contents.layout), *module_patterns(set(contents.kept), contents.layout)]
+
+
+def patterns_by_scheme(contents: Contents, common: Scheme) -> dict[Scheme, list[str]]:
+    """Patterns of the modules whose scheme is not the common one."""
+    modules_of: dict[Scheme, set[str]] = defaultdict(set)
+    for module, scheme in contents.quantized.items():
+        if scheme != common:
+            modules_of[scheme].add(module)
+    return {scheme: module_patterns(modules, contents.layout) for scheme, modules in modules_of.items()}
+
+
+def check_pattern(pattern: Any, where: str) -> None:
+    """Raise HlwqError, which names the place, unless this is a regular expression."""
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError, OverflowError, RecursionError):
+        raise HlwqError(f"{where}: {json.dumps(pattern)} is not a regular expression. {AGAIN}") from None
 
 
 def outside_the_decoder(layout: ModelLayout) -> list[str]:
