@@ -241,7 +241,17 @@ def stating(layer: dict[str, Any], **entries: Any) -> Callable[[Path], None]:
     return change
 
 
-KEY = UP.replace(".", "__") + "__weight"
+def listing(layer: Any) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        config = json.loads((path / "polar_config.json").read_text())
+        config["layers"][UP] = layer
+        (path / "polar_config.json").write_text(json.dumps(config))
+
+    return change
+
+
+PLAIN = UP.replace(".", "__")
+KEY = PLAIN + "__weight"
 
 
 @pytest.mark.parametrize(
@@ -250,20 +260,47 @@ KEY = UP.replace(".", "__") + "__weight"
         ("nibbles", without(f"{UP}.ct_scaled"), f"{UP} lacks its tensor {UP}.ct_scaled"),
         ("counted", without(f"{KEY}__norms"), f"{UP} lacks its tensor {KEY}__norms"),
         ("nibbles", stating({}, format="polar_engine_v6"), "format polar_engine_v6 is unknown"),
-        ("nibbles", stating({}, layers=[]), "layers are not a JSON object"),
+        ("nibbles", stating({}, layers=[]), "polar_config.json: layers is [], not an object"),
         ("nibbles", stating({"block_size": 48}), "blocks of 48"),
         ("nibbles", stating({"block_size": 64}), f"{UP} has 2 blocks of 64 for 192 columns"),
         ("nibbles", stating({"bits": 3}), "has centroids of shape (16,), but 3 bits"),
         ("nibbles", stating({"in_features": 100}), "has 2 blocks of 128 for 100 columns"),
-        ("nibbles", replaced(f"{UP}.norms", torch.ones(320)), "has norms of shape (320,)"),
+        ("nibbles", replaced(f"{UP}.norms", torch.ones(320)), f"{UP}.norms has shape (320,)"),
         ("nibbles", replaced(f"{UP}.codes", torch.zeros(320, 100, dtype=torch.uint8)), "has 32000 bytes for"),
-        ("counted", replaced(f"{KEY}__meta", torch.tensor([320, 2, 128, 81920, 192])), "has 5 entries"),
+        ("counted", replaced(f"{KEY}__meta", torch.tensor([320, 2, 128, 81920, 192])), f"{KEY}__meta has shape (5,)"),
+        ("nibbles", listing(None), f"layers: {UP} is null, not an object"),
+        ("nibbles", listing([]), f"layers: {UP} is [], not an object"),
+        ("nibbles", stating({"bits": "4"}), f'layers.{UP}: bits is "4", not an integer'),
+        ("nibbles", stating({"bits": 4.0}), f"layers.{UP}: bits is 4.0, not an integer"),
+        ("nibbles", stating({"bits": -4}), "has 40960 bytes for 81920 codes of -4 bits"),
+        ("nibbles", stating({"block_size": True}), f"layers.{UP}: block_size is true, not an integer"),
+        ("nibbles", stating({"block_size": 2**70}), "has 40960 bytes for"),
+        ("nibbles", stating({"in_features": "192"}), f'layers.{UP}: in_features is "192", not an integer'),
+        ("nibbles", stating({"in_features": 192.0}), f"layers.{UP}: in_features is 192.0, not an integer"),
+        ("nibbles", replaced(f"{UP}.norms", torch.ones(320, 2, dtype=torch.int8)), f"{UP}.norms in I8"),
+        ("nibbles", replaced(f"{UP}.ct_scaled", torch.arange(16)), f"{UP}.ct_scaled in I64"),
+        *(
+            ("bytes", replaced(f"{UP}.codes", torch.zeros(320, 256, dtype=dtype)), f"{UP}.codes in {said}")
+            for dtype, said in (
+                (torch.int64, "I64"),
+                (torch.int16, "I16"),
+                (torch.bool, "BOOL"),
+                (torch.float8_e4m3fn, "F8_E4M3"),
+            )
+        ),
+        ("counted", replaced(f"{KEY}__meta", torch.tensor(5)), f"{KEY}__meta has shape ()"),
+        ("counted", replaced(f"{KEY}__meta", torch.tensor([[320, 2, 128, 81920]])), f"{KEY}__meta has shape (1, 4)"),
+        ("counted", replaced(f"{KEY}__meta", torch.tensor([320.0, 2, 128, 81920])), f"{KEY}__meta in F32"),
+        ("counted", replaced(f"{KEY}__meta", torch.tensor([True, True])), f"{KEY}__meta in BOOL"),
+        ("counted", replaced(f"{KEY}__meta", torch.tensor([320, 2, 0, 81920])), "blocks of 0"),
+        ("counted", replaced(f"{KEY}__meta", torch.tensor([160, 4, 128, 81920])), "but 320 rows of 2 blocks"),
+        ("plain", replaced(f"{PLAIN}__meta", torch.tensor([4, 384])), f"{PLAIN}__meta [4, 384], but 320 rows of 2"),
     ],
 )
 def test_what_is_damaged_or_unknown_is_refused_by_name(
     spelling: str, change: Callable[[Path], None], said: str, model: Path, tmp_path: Path
 ) -> None:
-    lay_out(model, tmp_path / "polar", spelling, 4, V4 if spelling == "nibbles" else None)
+    lay_out(model, tmp_path / "polar", spelling, 4, V4 if spelling in ("bytes", "nibbles") else None)
     change(tmp_path / "polar")
     with pytest.raises(HlwqError) as refused:
         DecodedCheckpoint(tmp_path / "polar")

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from hlwq.checkpoint import Reader, read_json
 from hlwq.errors import HlwqError
-from hlwq.formats.base import Engine, Scheme, StoredModule
+from hlwq.formats.base import FLOATS, Engine, Scheme, StoredModule, entry, matrix_shape
 from hlwq.grids import CHUNK_WEIGHTS
 from hlwq.hadamard import rotate_blocks
 from hlwq.models import describe
@@ -38,6 +38,7 @@ ENGINES: tuple[Engine, ...] = (
 )
 CODES = (".codes", "__codes", "__packed")
 """What the names of codes end in."""
+INTEGERS = ("I64", "I32", "I16", "I8", "U8", "U32")
 CONFIG_FILE = "polar_config.json"
 VERSIONS = ("polar_engine_v4", "polar_engine_v5")
 
@@ -139,8 +140,6 @@ def _polar_config(reader: Reader) -> dict[str, Any]:
     version = config.get("format", VERSIONS[0])
     if version not in VERSIONS:
         raise HlwqError(f"{file}: format {version} is unknown; {' and '.join(VERSIONS)} can be read.")
-    if not isinstance(config.get("layers", {}), dict):
-        raise HlwqError(f"{file}: its layers are not a JSON object. Download it again.")
     return config
 
 
@@ -152,38 +151,51 @@ def _describe_module(reader: Reader, config: dict[str, Any], module: str, codes:
     """
     dotted, packed = codes.endswith(".codes"), codes.endswith("__packed")
     prefix = codes.removesuffix("packed" if packed else "codes")
-    layer = config.get("layers", {}).get(module, {})
     norms, levels, meta = f"{prefix}norms", f"{prefix}ct_scaled", f"{prefix}meta"
     if levels not in reader.tensors and f"{prefix}ct" in reader.tensors:
         levels = f"{prefix}ct"
-    for name in (norms, *([levels] if dotted else []), *([meta] if packed else [])):
+    dtypes_of = {codes: ("I8", "U8"), norms: FLOATS}
+    if dotted:
+        dtypes_of[levels] = FLOATS
+    if packed:
+        dtypes_of[meta] = INTEGERS
+    for name, dtypes in dtypes_of.items():
         if name not in reader.tensors:
             raise _damaged(reader, module, f"lacks its tensor {name}")
-    block, cut = layer.get("block_size", config.get("block_size", 128)), inf
-    bits = layer.get("bits", config.get("bits"))
+        if reader.tensors[name].dtype not in dtypes:
+            raise _damaged(reader, module, f"has its tensor {name} in {reader.tensors[name].dtype}")
+    rows, blocks = matrix_shape(reader, norms)
+    file = str(reader.path / CONFIG_FILE)
+    layers = entry(config, "layers", dict, file, default={})
+    stated = {**config, **entry({module: {}, **layers}, module, dict, f"{file}: layers")}
+    file = f"{file}: layers.{module}"
+    block, cut = entry(stated, "block_size", int, file, default=128), inf
+    bits = entry(stated, "bits", int, file, default=0)
     if packed:
-        stated = reader.read(meta).tolist()
-        if len(stated) == 4:
-            block, cut = stated[2], 4.0
-        elif len(stated) == 2:
-            bits = stated[0]
+        if reader.tensors[meta].shape not in ((2,), (4,)):
+            raise HlwqError(f"{reader.path}: {meta} has shape {reader.tensors[meta].shape}; (2,) and (4,) can be read.")
+        numbers = reader.read(meta).tolist()
+        if len(numbers) == 4:
+            block, cut = numbers[2], 4.0
+            agrees = numbers[:2] == [rows, blocks]
         else:
-            raise HlwqError(f"{reader.path}: {meta} has {len(stated)} entries; those of 2 and of 4 can be read.")
+            bits = numbers[0]
+            agrees = numbers[1] == blocks * block
+        if not agrees:
+            raise _damaged(reader, module, f"has {meta} {numbers}, but {rows} rows of {blocks} blocks")
     elif not dotted:
         bits = bits or 5  # as the package assumes
-    if len(reader.tensors[norms].shape) != 2:
-        raise _damaged(reader, module, f"has norms of shape {reader.tensors[norms].shape}")
-    rows, blocks = reader.tensors[norms].shape
-    if not isinstance(block, int) or block < 8 or block & (block - 1):
+    if block < 8 or block & (block - 1):
         raise _damaged(reader, module, f"has blocks of {block}, which is no power of two from 8")
     padded = blocks * block
-    width, rest = divmod(8 * reader.tensors[codes].parameters, max(1, rows * padded))
+    width, rest = divmod(8 * reader.tensors[codes].parameters, rows * padded)
     bits = bits or width
     if rest or width not in ((2, 3, 4, 5, 6, 8) if packed else (4, 5, 8)) or not 1 <= bits <= width:
-        raise _damaged(reader, module, f"has {reader.tensors[codes].parameters} bytes for {rows * padded} codes")
+        counts = f"{reader.tensors[codes].parameters} bytes for {rows * padded} codes of {bits} bits"
+        raise _damaged(reader, module, f"has {counts}")
     if dotted and reader.tensors[levels].shape != (2**bits,):
         raise _damaged(reader, module, f"has centroids of shape {reader.tensors[levels].shape}, but {bits} bits")
-    columns = layer.get("in_features") or _true_width(reader, module) or padded
+    columns = entry(stated, "in_features", int, file, default=0) or _true_width(reader, module) or padded
     if not padded - block < columns <= padded:
         raise _damaged(reader, module, f"has {blocks} blocks of {block} for {columns} columns")
     shape = (rows, columns)
