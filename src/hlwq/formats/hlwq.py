@@ -141,10 +141,11 @@ def scheme_for(section: dict[str, Any], module: str, where: str) -> Scheme:
     if module in modules:
         section, where = entry(modules, module, dict, f"{where}.modules"), f"{where}.modules.{module}"
     bits, group_size = entry(section, "bits", int, where), entry(section, "group_size", int, where)
-    if bits not in BITS:
-        raise HlwqError(f"{where}: bits is {bits}; HLWQ files have {', '.join(map(str, BITS))}. {AGAIN}")
-    if group_size < 8 or group_size & (group_size - 1):
-        raise HlwqError(f"{where}: group_size is {group_size}, which is no power of two from 8. {AGAIN}")
+    if bits not in BITS or group_size < 8 or group_size & (group_size - 1):
+        raise HlwqError(
+            f"{where} does not have the bits and group size of any HLWQ file: bits is {bits}, of {min(BITS)} to "
+            f"{max(BITS)}; group_size is {group_size}, of powers of two from 8. {AGAIN}"
+        )
     return Scheme(bits, group_size)
 
 
