@@ -24,6 +24,8 @@ from hlwq.solvers.nearest import quantize_nearest
 WIDTHS = range(2, 9)
 SHAPES = [(37, 8, 72), (5, 16, 144), (50, 64, 576), (33, 128, 256)]
 """Rows, group size, columns."""
+VECTORS = [*((bits, "AVX2") for bits in WIDTHS), (3, "portable"), (8, "portable")]
+"""Compiling takes long, and portable code hardly depends on the width."""
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -41,7 +43,7 @@ def cpu() -> ModuleType:
     return pytest.importorskip("hlwq.kernels.cpu", reason="numba is not installed: pip install 'hlwq[kernels]'")
 
 
-@pytest.fixture(params=["AVX2", "portable"])
+@pytest.fixture
 def vectors(cpu: ModuleType, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     if request.param == "portable":
         for name in ("cpu", "one_row"):
@@ -83,7 +85,7 @@ EPSILON = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize(("bits", "vectors"), VECTORS, indirect=["vectors"])
 def test_a_decoded_matrix_has_the_bits_of_the_plain_decode(
     bits: int, shape: tuple[int, int, int], vectors: ModuleType
 ) -> None:
@@ -101,7 +103,7 @@ def test_a_decoded_matrix_has_the_bits_of_the_plain_decode(
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize(("bits", "vectors"), VECTORS, indirect=["vectors"])
 def test_products_are_those_with_the_dense_matrix(bits: int, shape: tuple[int, int, int], vectors: ModuleType) -> None:
     codes, packed, norms = packed_matrix(bits, *shape)
     matrix = dense(codes, norms, bits)
