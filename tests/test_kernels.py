@@ -24,6 +24,8 @@ from hlwq.solvers.nearest import quantize_nearest
 WIDTHS = range(2, 9)
 SHAPES = [(37, 8, 72), (5, 16, 144), (50, 64, 576), (33, 128, 256)]
 """Rows, group size, columns."""
+VECTORS = [*((bits, "AVX2") for bits in WIDTHS), (3, "portable"), (8, "portable")]
+"""Compiling takes long, and portable code hardly depends on the width."""
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -41,7 +43,7 @@ def cpu() -> ModuleType:
     return pytest.importorskip("hlwq.kernels.cpu", reason="numba is not installed: pip install 'hlwq[kernels]'")
 
 
-@pytest.fixture(params=["AVX2", "portable"])
+@pytest.fixture
 def vectors(cpu: ModuleType, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     if request.param == "portable":
         for name in ("cpu", "one_row"):
@@ -83,7 +85,7 @@ EPSILON = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize(("bits", "vectors"), VECTORS, indirect=["vectors"])
 def test_a_decoded_matrix_has_the_bits_of_the_plain_decode(
     bits: int, shape: tuple[int, int, int], vectors: ModuleType
 ) -> None:
@@ -101,7 +103,7 @@ def test_a_decoded_matrix_has_the_bits_of_the_plain_decode(
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize(("bits", "vectors"), VECTORS, indirect=["vectors"])
 def test_products_are_those_with_the_dense_matrix(bits: int, shape: tuple[int, int, int], vectors: ModuleType) -> None:
     codes, packed, norms = packed_matrix(bits, *shape)
     matrix = dense(codes, norms, bits)
@@ -216,9 +218,9 @@ def test_the_rotation_has_the_bits_of_the_plain_one(size: int, cpu: ModuleType) 
         assert torch.equal(cpu.rotate_blocks(values, size), hadamard._rotate_blocks(values, size))
 
 
-@pytest.mark.parametrize("size", [8, 64, 128, 256])
-@pytest.mark.parametrize("bits", WIDTHS)
-def test_norms_and_codes_have_the_bits_of_the_plain_ones(bits: int, size: int, cpu: ModuleType) -> None:
+@pytest.mark.parametrize("size", [8, 128])
+@pytest.mark.parametrize(("bits", "vectors"), VECTORS, indirect=["vectors"])
+def test_norms_and_codes_have_the_bits_of_the_plain_ones(bits: int, size: int, vectors: ModuleType) -> None:
     grid = LloydGrid(bits, size)
     groups = torch.cat(
         [random(700, size) * 0.02, random(9, size) ** 9, torch.zeros(1, size), torch.full((2, size), 3.0)]
@@ -227,20 +229,22 @@ def test_norms_and_codes_have_the_bits_of_the_plain_ones(bits: int, size: int, c
     norm, best = grid._norms(groups)
     for least_squares in (True, False):
         expected = replace(grid, least_squares=least_squares)._norms(groups)
-        for ours, other in zip(cpu.fit_norms(groups, bits, least_squares), expected, strict=True):
+        for ours, other in zip(vectors.fit_norms(groups, bits, least_squares), expected, strict=True):
             assert torch.equal(ours, other)
     for each in (norm, best):
-        assert torch.equal(cpu.nearest_codes(groups, each, bits), grid._round(groups, Parameters(each)))
+        assert torch.equal(vectors.nearest_codes(groups, each, bits), grid._round(groups, Parameters(each)))
 
 
-@pytest.mark.parametrize("bits", WIDTHS)
-def test_values_on_and_beside_boundaries_get_the_codes_of_the_plain_rounding(bits: int, cpu: ModuleType) -> None:
+@pytest.mark.parametrize(("bits", "vectors"), VECTORS, indirect=["vectors"])
+def test_values_on_and_beside_boundaries_get_the_codes_of_the_plain_rounding(bits: int, vectors: ModuleType) -> None:
     edges = codebook(bits).boundaries
     beside = [torch.nextafter(edges, torch.full_like(edges, end)) for end in (-torch.inf, torch.inf)]
     values = torch.cat([edges, *beside, torch.tensor([-1e30, 1e30, -0.0, 0.0])])
     values = torch.nn.functional.pad(values, (0, -len(values) % 16)).view(-1, 16)
     norms = torch.full((len(values), 1), 4.0)  # √16, so that the values themselves are rounded
-    assert torch.equal(cpu.nearest_codes(values, norms, bits), LloydGrid(bits, 16)._round(values, Parameters(norms)))
+    assert torch.equal(
+        vectors.nearest_codes(values, norms, bits), LloydGrid(bits, 16)._round(values, Parameters(norms))
+    )
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

@@ -26,13 +26,15 @@ from hlwq.kernels.vectors import (
     load,
     multiply,
     multiply_add,
+    nearest_codes_of_eight,
+    nearest_levels_of_eight,
     rotate,
+    search_tables,
     spread,
     store,
     total,
     zeros,
 )
-from hlwq.lloyd import codebook
 
 GROUP_SIZES = (8, 16, 32, 64, 128, 256)
 """Groups that are kept in registers."""
@@ -40,8 +42,6 @@ THREAD_WEIGHTS = 1 << 18
 """Weights that are worth a thread of their own."""
 CACHED_WEIGHTS = 1 << 15
 """Float32 that fit the cache of a core beside other things, and that torch copies without threads of its own."""
-BINS = 2048
-"""Equal steps of the range of levels, finer than their smallest distance: a step contains one boundary at most."""
 
 
 def in_threads(work: Callable[[slice], object], rows: int, weights: int) -> None:
@@ -144,7 +144,7 @@ def decode_kernel(width: int, bits: int, shuffled: bool, rotated: int) -> Any:
 
 
 @lru_cache
-def group_kernels(size: int) -> tuple[Any, Any, Any]:
+def group_kernels(size: int) -> tuple[Any, Any]:
     """Loops over groups of `size` columns."""
 
     @compiled
@@ -158,59 +158,39 @@ def group_kernels(size: int) -> tuple[Any, Any, Any]:
             here = np.intp(weights[group].ctypes.data)
             norms[group] = np.sqrt(dot_by_halves(here, here, size))
 
-    @compiled
-    def refine_groups(weights, norms, centroids, lower_codes, boundaries, bin_scale, refined):
-        values, places, levels_of = np.empty(size, np.float32), np.empty(size, np.int32), np.empty(size, np.float32)
-        root = np.float32(sqrt(size))
-        for group in range(len(weights)):
-            here, there = np.intp(weights[group].ctypes.data), np.intp(levels_of.ctypes.data)
-            find_bins(weights[group], norms[group], bin_scale, values, places)
-            for column in range(size):
-                place = np.uint32(places[column])
-                code = lower_codes[place] + np.uint8(values[column] > boundaries[place])
-                levels_of[column] = centroids[code] * (np.float32(1) / root)
-            refined[group] = dot_by_halves(here, there, size) / dot_by_halves(there, there, size)
-
-    return rotate_groups, measure_groups, refine_groups
-
-
-@compiled
-def find_bins(weights, norm, bin_scale, values, places):
-    """The values √size/norm · weights of a group, and the bins that they fall into."""
-    inverse = np.float32(1) / norm * np.float32(sqrt(len(weights))) if norm > 0 else np.float32(0)
-    last = np.float32(BINS - 1)
-    for column in range(len(weights)):
-        values[column] = weights[column] * inverse
-        place = values[column] * bin_scale + np.float32(BINS // 2)
-        place = place if place > 0 else np.float32(0)
-        places[column] = np.int32(place if place < last else last)
-
-
-@compiled
-def round_groups(weights, norms, lower_codes, boundaries, bin_scale, codes):
-    """How many boundaries lie below a value: those of lower bins, and the one in its own bin, if any, by comparison."""
-    values, places = np.empty(weights.shape[1], np.float32), np.empty(weights.shape[1], np.int32)
-    for group in range(len(weights)):
-        find_bins(weights[group], norms[group], bin_scale, values, places)
-        for column in range(weights.shape[1]):
-            place = np.uint32(places[column])
-            codes[group, column] = lower_codes[place] + np.uint8(values[column] > boundaries[place])
+    return rotate_groups, measure_groups
 
 
 @lru_cache
-def bins(bits: int) -> tuple[np.ndarray, np.ndarray, np.float32]:
-    """Of each bin the number of boundaries in lower bins and the boundary in it, and the scale.
+def rounding_kernels(bits: int, shuffled: bool, size: int) -> tuple[Any, Any]:
+    """Loops over groups of `size` columns: their codes, and the norms of least squared error for these."""
 
-    Values fall into bins by the same arithmetic as the boundaries do, and it never decreases: so a boundary in a lower
-    bin is smaller than the value, and one in a higher bin larger.
-    """
-    edges = codebook(bits).boundaries.numpy()
-    scale = np.float32((BINS // 2 - 1) / edges[-1])
-    at = (edges * scale + np.float32(BINS // 2)).astype(np.int32)
-    assert len(np.unique(at)) == len(edges)
-    boundaries = np.full(BINS, np.inf, np.float32)
-    boundaries[at] = edges
-    return np.searchsorted(at, np.arange(BINS)).astype(np.uint8), boundaries, scale
+    @compiled
+    def round_groups(weights, norms, tables, codes):
+        table = np.intp(tables.ctypes.data)
+        for group in range(len(weights)):
+            source, target = np.intp(weights[group].ctypes.data), np.intp(codes[group].ctypes.data)
+            factor = factor_of(norms[group], size)
+            for octet in range(size // 8):
+                nearest_codes_of_eight(source + 32 * octet, factor, table, target + 8 * octet, bits, shuffled)
+
+    @compiled
+    def refine_groups(weights, norms, tables, refined):
+        levels_of, table = np.empty(size, np.float32), np.intp(tables.ctypes.data)
+        there = np.intp(levels_of.ctypes.data)
+        for group in range(len(weights)):
+            here, factor = np.intp(weights[group].ctypes.data), factor_of(norms[group], size)
+            for octet in range(size // 8):
+                nearest_levels_of_eight(here + 32 * octet, factor, table, there + 32 * octet, bits, shuffled)
+            refined[group] = dot_by_halves(here, there, size) / dot_by_halves(there, there, size)
+
+    return round_groups, refine_groups
+
+
+@compiled
+def factor_of(norm, size):
+    """√size/norm, which turns a group's weights into what is rounded."""
+    return np.float32(1) / norm * np.float32(sqrt(size)) if norm > 0 else np.float32(0)
 
 
 @compiled
@@ -331,13 +311,15 @@ def fit_norms(weights: Tensor, bits: int, least_squares: bool) -> tuple[Tensor, 
     groups = weights.reshape(-1, weights.shape[-1]).contiguous().numpy()
     norms = np.empty(len(groups), np.float32)
     best = np.empty_like(norms) if least_squares else norms
-    _, measure, refine = group_kernels(weights.shape[-1])
-    centroids = codebook(bits).centroids.numpy()
+    size = weights.shape[-1]
+    _, measure = group_kernels(size)
+    _, refine = rounding_kernels(bits, AVX2, size)
+    tables = search_tables(bits, 1 / np.float32(sqrt(size)))
 
     def work(part: slice) -> None:
         measure(groups[part], norms[part])
         if least_squares:
-            refine(groups[part], norms[part], centroids, *bins(bits), best[part])
+            refine(groups[part], norms[part], tables, best[part])
 
     in_threads(work, len(groups), groups.size)
     shape = (*weights.shape[:-1], 1)
@@ -348,11 +330,9 @@ def nearest_codes(weights: Tensor, norms: Tensor, bits: int) -> Tensor:
     """The codes of groups (…, size) with norms (…, 1), uint8. See `LloydGrid.round`."""
     groups = weights.reshape(-1, weights.shape[-1]).contiguous().numpy()
     codes, scales = np.empty(groups.shape, np.uint8), norms.reshape(-1).numpy()
-    in_threads(
-        lambda part: round_groups(groups[part], scales[part], *bins(bits), codes[part]),
-        len(groups),
-        groups.size,
-    )
+    round_groups, _ = rounding_kernels(bits, AVX2, groups.shape[1])
+    tables = search_tables(bits, 1.0)
+    in_threads(lambda part: round_groups(groups[part], scales[part], tables, codes[part]), len(groups), groups.size)
     return torch.from_numpy(codes).view(weights.shape)
 
 

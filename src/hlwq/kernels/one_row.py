@@ -58,12 +58,12 @@ def matmul(inputs: Tensor, packed: Tensor, norms: Tensor, bits: int) -> Tensor:
     kernels = kernels_for(bits, AVX2, source.shape[-1] // groups, half)
     at = source.data_ptr(), packed.data_ptr(), norms.data_ptr(), outputs.data_ptr(), *kernels.tables_at
     threads = torch.get_num_threads()
-    if kernels.share_at and (threads := min(threads, weights // BUSY_THREAD_WEIGHTS)) > 1:
-        kernels.in_team(*at, rows, groups, threads, kernels.share_at)
+    if kernels.share_at:
+        kernels.in_team(*at, rows, groups, max(1, min(threads, weights // BUSY_THREAD_WEIGHTS)), kernels.share_at)
     elif threads > 1 and weights >= 2 * IDLE_THREAD_WEIGHTS:
-        in_threads(lambda part: kernels.alone(*at, part.start, part.stop, groups), rows, weights)
+        in_threads(lambda part: kernels.some_rows(*at, part.start, part.stop, groups), rows, weights)
     else:
-        kernels.alone(*at, 0, rows, groups)
+        kernels.some_rows(*at, 0, rows, groups)
     return outputs
 
 
@@ -133,14 +133,14 @@ class RowKernels(NamedTuple):
     """What multiplies by matrices of one kind.
 
     Attributes:
-        alone: multiplies by some rows of the matrix.
-        in_team: by all of them, in several threads.
-        share_at: the address of what each of these does, or 0 where there are none.
+        some_rows: multiplies by some rows of the matrix.
+        in_team: by all of them, in a number of OpenMP's threads.
+        share_at: the address of what each of these does, or 0 where there is no OpenMP.
         tables_at: the addresses of the tables of levels and scales.
         behind: what must live as long as these addresses.
     """
 
-    alone: Any
+    some_rows: Any
     in_team: Any
     share_at: int
     tables_at: tuple[int, ...]
@@ -183,7 +183,7 @@ def kernels_for(bits: int, shuffled: bool, group_size: int, half: bool) -> RowKe
             write(total(even) + total(odd), outputs, row)
 
     @compiled
-    def alone(source, packed, norms, outputs, tables, scales, first, last, groups):
+    def some_rows(source, packed, norms, outputs, tables, scales, first, last, groups):
         inputs = rotated(source, groups)
         multiply(first, last, np.intp(inputs.ctypes.data), packed, norms, outputs, tables, scales, groups)
 
@@ -204,4 +204,4 @@ def kernels_for(bits: int, shuffled: bool, group_size: int, half: bool) -> RowKe
     shared, share_at = callback(share) if openmp() else (None, 0)
     tables = level_tables(bits, shuffled), scale_table(group_size)
     tables_at = tuple(int(table.ctypes.data) for table in tables)
-    return RowKernels(alone, in_team, share_at, tables_at, (shared, tables))
+    return RowKernels(some_rows, in_team, share_at, tables_at, (shared, tables))

@@ -2,8 +2,9 @@
 
 Codes are turned into levels 32 at a time. They are cut out of the bit stream by shuffling and shifting bytes, and
 looked up by `vpshufb`, which finds 32 bytes in a table of 16: a float32 takes four such tables, one for each of its
-bytes, and a codebook of more than 4 bits takes 2^(bits−5) times as many, since it is symmetric. Without AVX2, levels
-are loaded one by one; all else is LLVM's, for any processor.
+bytes, and a codebook of more than 4 bits takes 2^(bits−5) times as many, since it is symmetric. Weights are rounded
+eight at a time, by a binary search in tables that `vpermps` looks up. Without AVX2, levels and boundaries are loaded one
+by one; all else is LLVM's, for any processor.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from hlwq.lloyd import codebook
 
 AVX2 = bool(binding.get_host_cpu_features().get("avx2"))
 I8, I16, I32, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
-V8 = ir.VectorType(F32, 8)
+V8, V8_INTEGERS = ir.VectorType(F32, 8), ir.VectorType(I32, 8)
 UNDEFINED = ir.Constant(V8, ir.Undefined)
 SOURCE = crc32(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
 
@@ -130,6 +131,11 @@ def load_vectors(builder: ir.IRBuilder, address: ir.Value, count: int) -> list[i
     return [builder.load(pointer(builder, address, 32 * index, V8), align=4) for index in range(count)]
 
 
+def repeated(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    """A float32, eight times."""
+    return shuffle(builder, builder.insert_element(UNDEFINED, value, ir.Constant(I32, 0)), UNDEFINED, [0] * 8)
+
+
 @intrinsic
 def load(context, address):
     """Eight float32 from memory."""
@@ -150,10 +156,7 @@ def store(context, address, values):
 def spread(context, value):
     """One float32, eight times."""
 
-    def generate(_, builder, __, args):
-        return shuffle(builder, builder.insert_element(UNDEFINED, args[0], ir.Constant(I32, 0)), UNDEFINED, [0] * 8)
-
-    return vector(types.float32), generate
+    return vector(types.float32), lambda _, builder, __, args: repeated(builder, args[0])
 
 
 @intrinsic
@@ -354,3 +357,99 @@ def level_tables(bits: int, shuffled: bool) -> np.ndarray:
     entries = np.resize(centroids, 16) if bits <= 4 else centroids[: len(centroids) // 2]
     tables = entries.view(np.uint8).reshape(-1, 16, 4).transpose(2, 0, 1)
     return np.ascontiguousarray(np.concatenate([tables, tables], -1))
+
+
+def taken(builder: ir.IRBuilder, table: ir.Value, index: ir.Value, count: int, shuffled: bool) -> ir.Value:
+    """Of a table of `count` float32, filled up to a multiple of eight, those at eight indices."""
+    if count == 1:
+        return repeated(builder, builder.load(pointer(builder, table, 0, F32), align=4))
+    if not shuffled:
+        found, entries = UNDEFINED, pointer(builder, table, 0, F32)
+        for lane in range(8):
+            place = builder.gep(entries, [builder.extract_element(index, ir.Constant(I32, lane))])
+            found = builder.insert_element(found, builder.load(place, align=4), ir.Constant(I32, lane))
+        return found
+    find = builder.module.declare_intrinsic("llvm.x86.avx2.permps", (), ir.FunctionType(V8, [V8, V8_INTEGERS]))
+    parts = [builder.call(find, [part, index]) for part in load_vectors(builder, table, -(-count // 8))]
+    bit = 8
+    while len(parts) > 1:
+        chosen = builder.icmp_unsigned(
+            "!=", builder.and_(index, constant(I32, [bit] * 8)), ir.Constant(V8_INTEGERS, None)
+        )
+        parts = [builder.select(chosen, *pair) for pair in zip(parts[1::2], parts[::2], strict=True)]
+        bit *= 2
+    return parts[0]
+
+
+def search(
+    builder: ir.IRBuilder, values: ir.Value, tables: ir.Value, bits: int, shuffled: bool
+) -> tuple[ir.Value, ir.Value]:
+    """How many of the positive boundaries lie below the sizes of eight values, and −1 for those that are not positive.
+
+    The boundaries are symmetric, so that half of them are searched, in a binary search for all eight values at a time.
+    A boundary belongs to the level below it. For a negative value that is the larger of the two: it is searched for
+    as the next larger number.
+    """
+    negative = builder.sext(builder.fcmp_ordered("<=", values, ir.Constant(V8, None)), V8_INTEGERS)
+    size = builder.and_(builder.bitcast(values, V8_INTEGERS), constant(I32, [0x7FFFFFFF] * 8))
+    size = builder.bitcast(builder.sub(size, negative), V8)
+    index = ir.Constant(V8_INTEGERS, None)
+    offset = 0
+    for depth in range(bits - 1):
+        table = builder.add(tables, ir.Constant(tables.type, offset))
+        boundaries = taken(builder, table, index, 1 << depth, shuffled)
+        above = builder.sext(builder.fcmp_ordered(">", size, boundaries), V8_INTEGERS)
+        index = builder.sub(builder.add(index, index), above)
+        offset += 4 * max(8, 1 << depth)
+    return index, negative
+
+
+@intrinsic(prefer_literal=True)
+def nearest_codes_of_eight(context, source, factor, tables, target, bits, shuffled):
+    """Write the codes, one in a byte, of eight float32 times a factor. The tables are `search_tables`."""
+
+    def generate(_, builder, __, args):
+        width = bits.literal_value
+        values = builder.fmul(load_vectors(builder, args[0], 1)[0], repeated(builder, args[1]))
+        index, negative = search(builder, values, args[2], width, bool(shuffled.literal_value))
+        codes = builder.or_(index, constant(I32, [1 << (width - 1)] * 8))
+        codes = builder.xor(codes, builder.and_(negative, constant(I32, [(1 << width) - 1] * 8)))
+        kind = ir.VectorType(I8, 8)
+        builder.store(builder.trunc(codes, kind), pointer(builder, args[3], 0, kind), align=1)
+
+    return types.void(types.intp, types.float32, types.intp, types.intp, bits, shuffled), generate
+
+
+@intrinsic(prefer_literal=True)
+def nearest_levels_of_eight(context, source, factor, tables, target, bits, shuffled):
+    """Write the levels nearest to eight float32 times a factor, as they stand at the end of the tables."""
+
+    def generate(_, builder, __, args):
+        width = bits.literal_value
+        values = builder.fmul(load_vectors(builder, args[0], 1)[0], repeated(builder, args[1]))
+        index, negative = search(builder, values, args[2], width, bool(shuffled.literal_value))
+        end = sum(max(8, 1 << depth) for depth in range(width - 1))
+        table = builder.add(args[2], ir.Constant(args[2].type, 4 * end))
+        found = taken(builder, table, index, 1 << (width - 1), bool(shuffled.literal_value))
+        sign = builder.and_(negative, constant(I32, [1 << 31] * 8))
+        found = builder.bitcast(builder.xor(builder.bitcast(found, V8_INTEGERS), sign), V8)
+        builder.store(found, pointer(builder, args[3], 0, V8), align=4)
+
+    return types.void(types.intp, types.float32, types.intp, types.intp, bits, shuffled), generate
+
+
+@lru_cache
+def search_tables(bits: int, scale: float) -> np.ndarray:
+    """The positive boundaries, one table for each step of a binary search, and the positive levels times `scale`.
+
+    Args:
+        bits: 2 to 8.
+        scale: a float32.
+    """
+    half = 1 << (bits - 1)
+    book = codebook(bits)
+    boundaries = book.boundaries.numpy()[half:]
+    strides = [half >> (depth + 1) for depth in range(bits - 1)]
+    steps = [boundaries[stride - 1 :: 2 * stride] for stride in strides]
+    tables = [*steps, book.centroids.numpy()[half:] * np.float32(scale)]
+    return np.concatenate([np.resize(table, max(8, len(table))) for table in tables])
