@@ -16,6 +16,7 @@ from torch import nn
 import hlwq
 from hlwq import HlwqError
 from hlwq.demo import bundled_model
+from hlwq.errors import HlwqWarning
 from hlwq.evaluate.model import load_model
 from hlwq.grids import LloydGrid
 from hlwq.quantize import quantize_matrix
@@ -86,7 +87,13 @@ def test_a_smaller_group_stands_in_where_the_wanted_one_does_not_divide(torchao:
         hidden_size=192, intermediate_size=320, num_hidden_layers=1, num_attention_heads=4, vocab_size=96
     )
     model = LlamaForCausalLM(config)
-    hlwq.torchao.quantize_(model)
+    with pytest.warns(HlwqWarning) as caught:
+        hlwq.torchao.quantize_(model)
+    assert sorted(str(warning.message) for warning in caught if warning.category is HlwqWarning) == [
+        f"{option} 64 where in_features is {width}, which 128 does not divide"
+        for option in ("block_size", "group_size")
+        for width in (192, 320)
+    ]
     assert {name.rpartition(".")[2]: size for name, size in group_sizes(model).items()} == {
         **dict.fromkeys(["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], 64),
         "lm_head": None,
@@ -141,7 +148,7 @@ def test_the_recipe_writes_hlwqs_decoded_weights(tmp_path: Path) -> None:
         (lambda path: hlwq.torchao.transformers_config(path / "hlwq"), "quantized already"),
         (
             lambda path: hlwq.torchao.transformers_config(path / "odd"),
-            "in_features 72, which neither 128 nor 128, 64 or 32",
+            "in_features 72, which neither group_size 128 nor 128, 64 or 32",
         ),
     ],
 )
@@ -150,6 +157,49 @@ def test_what_cannot_be_done_is_refused(call: Callable[[Path], None], said: str,
     make_checkpoint(tmp_path / "odd", "llama", intermediate_size=72)
     with pytest.raises(HlwqError, match=said):
         call(tmp_path)
+
+
+def nothing(model: nn.Module) -> None:
+    """Leaves a model as it was loaded."""
+
+
+def spoil(model: nn.Module) -> None:
+    """Put a NaN into the last matrix."""
+    model.get_parameter("model.layers.3.mlp.down_proj.weight").data[0, 0] = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("prepare", "options", "said"),
+    [
+        (nothing, {"group_size": 0}, "group_size is 0. It must be positive"),
+        (nothing, {"block_size": 0}, "block_size is 0, which is no power of two"),
+        (nothing, {"block_size": 96}, "block_size is 96, which is no power of two"),
+        (nothing, {"bits": None, "block_size": 64}, "block_size changes nothing"),
+        (nothing, {"bits": 40}, "bits"),
+        (lambda model: hlwq.torchao.quantize_(model), {}, "is quantized already"),
+        (lambda model: model.to("meta"), {}, "is not in memory"),
+        (spoil, {}, "NaN or infinite"),
+    ],
+)
+def test_a_model_that_is_refused_stays_as_it_is(
+    prepare: Callable[[nn.Module], None], options: dict[str, Any], said: str, torchao: Any
+) -> None:
+    model = loaded()
+    prepare(model)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    with pytest.raises(HlwqError, match=said):
+        hlwq.torchao.quantize_(model, **options)
+    for name, parameter in model.named_parameters():
+        if type(parameter) is nn.Parameter and not parameter.is_meta:
+            torch.testing.assert_close(parameter.detach(), before[name], rtol=0, atol=0, equal_nan=True)
+
+
+def test_packed_models_are_refused(torchao: Any, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    hlwq.quantize(bundled_model(), tmp_path / "made", "hlwq")
+    with pytest.raises(HlwqError, match="is quantized already"):
+        hlwq.torchao.quantize_(AutoModelForCausalLM.from_pretrained(tmp_path / "made"))
 
 
 def test_without_torchao_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,15 +8,16 @@ and loaded again by transformers alone, in safetensors.
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hlwq.devices import torch_device
-from hlwq.errors import HlwqError
+from hlwq.errors import HlwqError, HlwqWarning
 from hlwq.formats.patterns import module_patterns
 from hlwq.grids import LloydGrid
 from hlwq.models import ModelLayout, describe
@@ -35,23 +36,28 @@ def quantize_(model: nn.Module, *, bits: int | None = 5, block_size: int = 128, 
         bits: of HLWQ's codes; None leaves HLWQ out, so that torchao rounds the weights themselves.
         block_size: weights that share a norm in HLWQ, a power of two.
         group_size: weights that share a scale and a zero in torchao. Where a size does not divide a matrix's
-            in_features, the largest of 128, 64 and 32 below it that does is used for that matrix.
+            in_features, the largest of 128, 64 and 32 below it that does is used for that matrix, with a warning.
 
     Raises:
-        HlwqError: torchao is not installed, the family is not supported, or no group size divides a matrix.
+        HlwqError: torchao is not installed, the family is not supported, no group size divides a matrix, or one is
+            quantized already, offloaded or not finite. The model is then as it was.
     """
     _require_torchao()
     from torchao.quantization import quantize_ as torchao_quantize_
 
     layout = describe({**_config_of(model), "architectures": [type(model).__name__]}, model.state_dict())
-    weights = {name: model.get_parameter(f"{name}.weight") for name in usual_modules(layout)}
+    weights = {name: _plain_weight(name, model.get_submodule(name)) for name in sorted(usual_modules(layout))}
     widths = {name: weight.shape[1] for name, weight in weights.items()}
     device = next(model.parameters()).device
     config = _int4_config(layout, widths, group_size, device)
+    if bits is None and block_size != 128:
+        raise HlwqError("block_size changes nothing where bits is None. Leave it out.")
     if bits is not None:
-        for name, weight in weights.items():
-            grid = LloydGrid(bits, _fitted(name, weight.shape[1], block_size))
-            matrix, _ = quantize_matrix(weight.cpu(), [(grid, "hadamard")], device)
+        if block_size < 1 or block_size & (block_size - 1):
+            raise HlwqError(f"block_size is {block_size}, which is no power of two. Use 32, 64 or 128.")
+        grids = {width: LloydGrid(bits, size) for width, size in _fitted("block_size", block_size, widths).items()}
+        for weight in weights.values():
+            matrix, _ = quantize_matrix(weight.cpu(), [(grids[weight.shape[1]], "hadamard")], device)
             weight.copy_(matrix.dequantize())
     torchao_quantize_(model, config, filter_fn=None)
 
@@ -79,7 +85,7 @@ def transformers_config(directory: str | Path, *, group_size: int = 128, device:
 
     reader = open_dense(Path(directory))
     layout = describe(reader.config, reader.tensors)
-    widths = {name: reader.tensors[f"{name}.weight"].shape[1] for name in usual_modules(layout)}
+    widths = {name: reader.tensors[f"{name}.weight"].shape[1] for name in sorted(usual_modules(layout))}
     target = torch_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return TorchAoConfig(_int4_config(layout, widths, group_size, target))
 
@@ -89,8 +95,9 @@ def _int4_config(layout: ModelLayout, widths: dict[str, int], group_size: int, d
     from torchao.quantization import FqnToConfig, Int4WeightOnlyConfig, IntxWeightOnlyConfig, MappingType, PerGroup
 
     by_size: dict[int, set[str]] = defaultdict(set)
+    sizes = _fitted("group_size", group_size, widths)
     for name, width in widths.items():
-        by_size[_fitted(name, width, group_size)].add(name)
+        by_size[sizes[width]].add(name)
     configs: dict[str, Any] = {}
     for size, names in by_size.items():
         if device.type == "cuda":
@@ -104,11 +111,45 @@ def _int4_config(layout: ModelLayout, widths: dict[str, int], group_size: int, d
     return FqnToConfig(configs)
 
 
-def _fitted(name: str, width: int, wanted: int) -> int:
-    size = fit_group_size(wanted, width)
-    if size is None:
-        raise HlwqError(f"{name} has in_features {width}, which neither {wanted} nor 128, 64 or 32 below it divides.")
-    return size
+def _fitted(option: str, wanted: int, widths: dict[str, int]) -> dict[int, int]:
+    """The group size for each width that the named matrices have. Warns where it is not the wanted one.
+
+    Raises:
+        HlwqError: it is not positive, or no size divides a matrix.
+    """
+    if wanted < 1:
+        raise HlwqError(f"{option} is {wanted}. It must be positive.")
+    sizes: dict[int, int] = {}
+    for name, width in widths.items():
+        size = fit_group_size(wanted, width)
+        if size is None:
+            raise HlwqError(
+                f"{name} has in_features {width}, which neither {option} {wanted} nor 128, 64 or 32 below it divides."
+            )
+        if size != wanted and width not in sizes:
+            warnings.warn(
+                f"{option} {size} where in_features is {width}, which {wanted} does not divide",
+                HlwqWarning,
+                stacklevel=3,
+            )
+        sizes[width] = size
+    return sizes
+
+
+def _plain_weight(name: str, module: nn.Module) -> Tensor:
+    """The weight of a linear layer that nothing has been done to.
+
+    Raises:
+        HlwqError: it is quantized already, elsewhere than in memory, or not finite.
+    """
+    weight = getattr(module, "weight", None)
+    if type(weight) is not nn.Parameter or not weight.is_floating_point():
+        raise HlwqError(f"{name} is quantized already. Give the model as it was before.")
+    if weight.is_meta:
+        raise HlwqError(f"The weight of {name} is not in memory. Load the model whole, as with device_map='cpu'.")
+    if not torch.isfinite(weight).all():
+        raise HlwqError(f"{name} has a weight that is NaN or infinite. The checkpoint is damaged: download it again.")
+    return weight
 
 
 def _config_of(model: nn.Module) -> dict[str, Any]:
