@@ -81,14 +81,13 @@ class HLWQQuantizationConfig(QuantizationConfig):
         """Read off the headers of the files which modules are packed.
 
         Raises:
-            HlwqError: none is, or vLLM builds one of them so that it cannot be.
+            HlwqError: none is, the section is damaged, or vLLM builds one of them so that it cannot be.
         """
-        modules = self.section["modules"]
         for name in get_safetensors_params_metadata(model_name, revision=revision):
             module, _, part = name.rpartition(".")
             if part == "weight_packed":
-                chosen = modules.get(module, self.section)
-                self.schemes[module] = Scheme(chosen["bits"], chosen["group_size"])
+                where = f"{model_name}: config.json: quantization_config"
+                self.schemes[module] = hlwq_format.scheme_for(self.section, module, where)
         if not self.schemes:
             raise HlwqError(f"{model_name}: config.json says hlwq, but no tensor is stored so.")
         embedding = self._embedding()
