@@ -50,9 +50,10 @@ class _Loader(SourceFileLoader):
 def _register() -> None:
     try:
         import hlwq.integrations.transformers  # noqa: F401 - importing registers
-    except ImportError as error:  # transformers itself must go on working
+    except Exception as error:  # whatever an unknown version lacks: transformers itself must go on working
         warnings.warn(
-            f"transformers will not load HLWQ checkpoints ({error}). Upgrade it to 5.23 or later.",
+            f"transformers will not load HLWQ checkpoints ({type(error).__name__}: {error}). "
+            "hlwq needs transformers 5.21 or later.",
             HlwqWarning,
             stacklevel=2,
         )
