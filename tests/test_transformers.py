@@ -13,11 +13,13 @@ from checkpoints import FAMILY_NAMES, make_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.quantizers import auto
 
 import hlwq
-from hlwq import HlwqError
+from hlwq import HlwqError, integrations
 from hlwq.checkpoint import Reader
 from hlwq.demo import bundled_model, held_out_text
+from hlwq.errors import HlwqWarning
 from hlwq.evaluate.model import load_model
 from hlwq.evaluate.perplexity import perplexity_of_tokens
 from hlwq.evaluate.speed import speed
@@ -161,6 +163,87 @@ def test_sharded_files_and_device_maps(hybrid: Path, tmp_path: Path) -> None:
     assert torch.equal(logits(quantized), logits(model))
 
 
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A small model whose head is tied to its embedding, and the same with all of it packed."""
+    directory = tmp_path_factory.mktemp("tied")
+    source = make_checkpoint(directory / "source", "llama", tie_word_embeddings=True)
+    hlwq.quantize(source, directory / "made", "hlwq", include_embeddings=True)
+    return source, directory / "made"
+
+
+ON_CPU = dict.fromkeys(("model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+
+
+@pytest.mark.parametrize("offload_buffers", [False, True])
+@pytest.mark.parametrize("on_disk", [{"model.layers": "disk"}, {"model.embed_tokens": "disk"}], ids=str)
+def test_codes_are_offloaded_to_disk(
+    on_disk: dict[str, str], offload_buffers: bool, tied: tuple[Path, Path], tmp_path: Path
+) -> None:
+    source, made = tied
+    expected = logits(AutoModelForCausalLM.from_pretrained(made))
+    options = {"device_map": {**ON_CPU, **on_disk}, "offload_buffers": offload_buffers}
+    packed = AutoModelForCausalLM.from_pretrained(made, offload_folder=tmp_path / "packed", **options)
+    config = hlwq.HLWQConfig(include_embeddings=True)
+    quantized = AutoModelForCausalLM.from_pretrained(
+        source, offload_folder=tmp_path / "quantized", quantization_config=config, **options
+    )
+    for model in (packed, quantized):
+        codes = {name: parameter for name, parameter in model.named_parameters() if name.endswith("weight_packed")}
+        assert {name for name, parameter in codes.items() if parameter.is_meta} == {
+            name for name in codes if name.startswith(tuple(on_disk))
+        }
+        assert torch.equal(logits(model), expected)
+        model.save_pretrained(tmp_path / "saved")
+        assert_same_tensors(tmp_path / "saved", made)
+        with pytest.raises(HlwqError, match="Offloaded weights cannot be decoded"):
+            model.dequantize()
+
+
+def test_packed_model_has_the_dtype_that_it_was_loaded_in(tied: tuple[Path, Path], tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tied[1])
+    assert model.dtype == torch.bfloat16  # and not that of the norms
+    assert not any(parameter.requires_grad for name, parameter in model.named_parameters() if "packed" in name)
+    model.save_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_tied_head_goes_where_its_embedding_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    embedding, seen = HLWQEmbedding(8, 64, Scheme(5, 32), torch.float32, "meta"), []
+
+    def multiply(inputs: Tensor) -> Tensor:
+        seen.append(inputs.device.type)
+        return torch.ones(3, 8)
+
+    monkeypatch.setattr(embedding, "multiply", multiply)
+    assert HLWQTiedHead(embedding)(torch.ones(3, 64)).device.type == "cpu"
+    assert seen == ["meta"]
+
+
+def test_packed_modules_say_that_they_have_no_weight(tied: tuple[Path, Path]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tied[1])
+    for call in (
+        lambda: model.resize_token_embeddings(200),
+        lambda: model.get_output_embeddings().weight,
+        lambda: model.model.layers[0].mlp.down_proj.weight,
+    ):
+        with pytest.raises(HlwqError, match=r"has no weight, it is packed\. Decode"):
+            call()
+    assert not hasattr(model.lm_head, "weight")
+    for ids in ([[1, -1]], [[1, 10**6]]):
+        with pytest.raises(IndexError):
+            model(input_ids=torch.tensor(ids))
+
+
+def test_outputs_have_the_dtype_of_the_inputs_whatever_the_bias_has() -> None:
+    linear = HLWQLinear(64, 8, Scheme(5, 32), nn.Parameter(torch.ones(8)))
+    linear.weight_packed.zero_()
+    linear.weight_norms.zero_()
+    for dtype in (torch.bfloat16, torch.float32):
+        assert linear(torch.ones(2, 64, dtype=dtype)).dtype == dtype
+    assert linear.dequantize(torch.float16).bias.dtype == torch.float16
+
+
 def test_casting_a_model_leaves_the_norms_as_they_are(tmp_path: Path) -> None:
     source = make_checkpoint(tmp_path / "source", "llama", tie_word_embeddings=True)
     hlwq.quantize(source, tmp_path / "made", "hlwq", include_embeddings=True)
@@ -192,6 +275,17 @@ def test_dequantize_after_loading(tmp_path: Path) -> None:
     assert not packed_modules(dense)
     assert dense.lm_head.weight is dense.model.embed_tokens.weight
     torch.testing.assert_close(logits(dense), packed, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_dequantize_casts_the_whole_model(dtype: torch.dtype, tmp_path: Path) -> None:
+    hlwq.quantize(make_checkpoint(tmp_path / "source", "qwen2"), tmp_path / "made", "hlwq")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "made").dequantize(dtype)
+    assert {parameter.dtype for parameter in dense.parameters()} == {dtype}
+    assert logits(dense).dtype == dtype
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "made")
+    saved.save_pretrained(tmp_path / "saved")  # transformers then has the name of the dtype in its place
+    assert logits(saved.dequantize()).dtype == torch.bfloat16
 
 
 def test_generation_and_perplexity_are_those_of_the_decoded_model(hybrid: Path) -> None:
@@ -282,6 +376,22 @@ def test_importing_hlwq_registers_it_and_imports_no_transformers(script: str) ->
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
+def test_what_transformers_lacks_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "hlwq.integrations.transformers")
+    monkeypatch.delattr(auto, "LOADING_ATTRIBUTES_CONFIG_TYPES")
+    with pytest.warns(HlwqWarning, match=r"KeyError.*hlwq needs transformers 5\.21"):
+        integrations._register()
+
+
+@pytest.mark.filterwarnings("error")
+def test_registering_twice_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(integrations, "transformers", sys.modules["hlwq.integrations.transformers"])
+    for table in (auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING):
+        monkeypatch.setitem(table, "hlwq", table["hlwq"])
+    monkeypatch.delitem(sys.modules, "hlwq.integrations.transformers")
+    integrations._register()
+
+
 def _edit_tensors(directory: Path, edit: Any) -> None:
     tensors = load_file(directory / "model.safetensors")
     edit(tensors)
@@ -296,6 +406,10 @@ def _edit_section(directory: Path, **values: Any) -> None:
 
 DOWN = "model.layers.0.mlp.down_proj"
 DAMAGE = {
+    "the key surprise, which": lambda path: _edit_section(path, surprise=1),
+    'bits is "5"': lambda path: _edit_section(path, bits="5"),
+    r"modules is \[\]": lambda path: _edit_section(path, modules=[]),
+    "group_size is 0": lambda path: _edit_section(path, group_size=0),
     "version 2": lambda path: _edit_section(path, version=2, more=1),
     "does not have the bits": lambda path: _edit_section(path, bits=4),
     "not have the bits and": lambda path: _edit_section(path, group_size=100),
@@ -343,9 +457,75 @@ def test_what_cannot_be_quantized_on_the_fly_is_refused_in_a_line(tmp_path: Path
             AutoModelForCausalLM.from_pretrained(source, quantization_config=config(**options))
     with pytest.raises(TypeError):
         config(bit=4)
+    with pytest.raises(HlwqError, match="the key bit, which"):
+        AutoModelForCausalLM.from_pretrained(source, quantization_config={"quant_method": "hlwq", "bit": 4})
     _edit_tensors(source, lambda tensors: tensors[f"{DOWN}.weight"].fill_(float("nan")))
     with pytest.raises(HlwqError, match=rf"{DOWN}\.weight: it holds a value that is NaN"):
         AutoModelForCausalLM.from_pretrained(source, quantization_config=config())
+
+
+def test_polarquant_directories_are_sent_to_convert(tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "source", "llama")
+    _edit_tensors(
+        source,
+        lambda t: t.update({f"{DOWN}.codes": t.pop(f"{DOWN}.weight").char(), f"{DOWN}.norms": torch.ones(128, 2)}),
+    )
+    for options in ({}, {"dequantize": True}):
+        with pytest.raises(HlwqError, match=r"PolarQuant.*hlwq convert"):
+            AutoModelForCausalLM.from_pretrained(source, quantization_config=hlwq.HLWQConfig(**options))
+
+
+@pytest.mark.parametrize("options", [{}, {"include_embeddings": True}], ids=str)
+def test_a_trained_head_that_is_said_to_be_tied_is_refused(options: dict[str, bool], tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "source", "llama", tie_word_embeddings=True)
+    _edit_tensors(source, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"] * 2}))
+    for call in (
+        lambda: hlwq.quantize(source, tmp_path / "made", "hlwq", **options),
+        lambda: AutoModelForCausalLM.from_pretrained(source, quantization_config=hlwq.HLWQConfig(**options)),
+    ):
+        with pytest.raises(HlwqError, match=r"ties lm_head\.weight to the embedding, but the two differ"):
+            call()
+
+
+@pytest.mark.parametrize(
+    "options", [{"bits": 3}, {"group_size": 128}, {"include_embeddings": True}, {"exclude": ["q"]}]
+)
+def test_options_change_nothing_where_codes_are_stored(options: dict[str, Any], tied: tuple[Path, Path]) -> None:
+    with pytest.raises(HlwqError, match=f"{next(iter(options))} changes nothing: the checkpoint is quantized already"):
+        AutoModelForCausalLM.from_pretrained(tied[1], quantization_config=hlwq.HLWQConfig(**options))
+
+
+def test_codes_are_of_the_files_own_values(tmp_path: Path) -> None:
+    source, made = make_checkpoint(tmp_path / "source", "llama"), tmp_path / "made"
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.rand(256, generator=generator) * 1e-4  # less than bfloat16 holds
+    _edit_tensors(source, lambda t: t.update({name: w.float() + noise[: w.shape[-1]] for name, w in t.items()}))
+    hlwq.quantize(source, made, "hlwq")
+    model = AutoModelForCausalLM.from_pretrained(source, quantization_config=hlwq.HLWQConfig(), dtype=torch.bfloat16)
+    assert model.dtype == torch.bfloat16
+    model.save_pretrained(tmp_path / "saved")
+    saved, written = Reader(tmp_path / "saved"), Reader(made)
+    codes = [name for name in written.tensors if "weight_" in name]
+    assert codes
+    for name in codes:
+        assert torch.equal(saved.read(name), written.read(name)), name
+
+
+def test_models_without_their_head_are_saved_and_loaded(tmp_path: Path) -> None:
+    source, made = (
+        make_checkpoint(tmp_path / "source", "llama", hidden_size=192, num_attention_heads=6),
+        tmp_path / "made",
+    )
+    hlwq.quantize(source, made, "hlwq")
+    body = AutoModel.from_pretrained(made)
+    body.save_pretrained(tmp_path / "saved")
+    AutoModel.from_pretrained(source, quantization_config=hlwq.HLWQConfig()).save_pretrained(tmp_path / "quantized")
+    assert_same_tensors(tmp_path / "quantized", tmp_path / "saved")
+    assert section(tmp_path / "quantized") == section(tmp_path / "saved")
+    assert set(section(made)["modules"]) == {f"model.{name}" for name in section(tmp_path / "saved")["modules"]}
+    again = AutoModel.from_pretrained(tmp_path / "saved")
+    with torch.inference_mode():
+        assert torch.equal(again(input_ids=TOKENS)[0], body(input_ids=TOKENS)[0])
 
 
 def test_config_is_not_changed_by_what_it_is_used_for(tmp_path: Path) -> None:
@@ -354,6 +534,10 @@ def test_config_is_not_changed_by_what_it_is_used_for(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(source, quantization_config=config)
     assert model.config.quantization_config.group_size == 64
     assert (config.bits, config.group_size, config.modules) == (4, 128, {})
+    model.save_pretrained(tmp_path / "saved")
+    described = model.config.quantization_config
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", quantization_config=described)
+    assert torch.equal(logits(again), logits(model))
 
 
 def test_packed_speed_is_for_format_hlwq(hybrid: Path) -> None:

@@ -3,26 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from hlwq.errors import HlwqError
 from hlwq.formats import Scheme
 from hlwq.formats.hlwq import decode
 from hlwq.kernels import embedding, matmul
 
 
-class _Packed(nn.Module):
+class _NoWeight(HlwqError, AttributeError):
+    """Says that a matrix is packed, and to `hasattr` that there is no `weight`."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(f"{kind} has no weight, it is packed. Decode the model first: model = model.dequantize().")
+
+
+class _WithoutWeight(nn.Module):
+    """Answers those who ask for the `weight` of a packed module."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            raise _NoWeight(type(self).__name__)
+        return super().__getattr__(name)
+
+
+class _Packed(_WithoutWeight):
     """A matrix (rows, columns) as `hlwq.formats.hlwq` stores it.
 
     Attributes:
-        weight_packed: uint8 (rows, columns·bits/8).
+        weight_packed: uint8 (rows, columns·bits/8). A parameter, since those are what device maps offload. The norms
+            are a buffer: a model's dtype is taken to be that of its first floating parameter.
         weight_norms: float16 (rows, columns / group size), whatever dtype the model is cast to.
         bits: of a code.
     """
 
-    weight_packed: Tensor
+    weight_packed: nn.Parameter
     weight_norms: Tensor
 
     def __init__(self, rows: int, columns: int, scheme: Scheme, device: torch.device | str | None) -> None:
@@ -30,7 +48,7 @@ class _Packed(nn.Module):
         self.bits = scheme.bits
         packed = torch.empty(rows, columns * scheme.bits // 8, dtype=torch.uint8, device=device)
         norms = torch.empty(rows, columns // scheme.group_size, dtype=torch.float16, device=device)
-        self.register_buffer("weight_packed", packed)
+        self.weight_packed = nn.Parameter(packed, requires_grad=False)
         self.register_buffer("weight_norms", norms)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -88,13 +106,14 @@ class HLWQLinear(_Packed):
     def forward(self, inputs: Tensor) -> Tensor:
         """Inputs (…, in_features) to (…, out_features), in the dtype of the inputs."""
         outputs = self.multiply(inputs)
-        return outputs if self.bias is None else outputs + self.bias
+        return outputs if self.bias is None else outputs + self.bias.to(outputs.dtype)
 
     def dequantize(self, dtype: torch.dtype) -> nn.Linear:
-        """The layer with decoded weights."""
+        """The layer with decoded weights, in this dtype as its bias is."""
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         linear.weight = self.decoded(dtype)
-        linear.register_parameter("bias", self.bias)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.to(dtype), self.bias.requires_grad)
         return linear
 
 
@@ -123,9 +142,19 @@ class HLWQEmbedding(_Packed):
         self._like: Tensor
         self.register_buffer("_like", torch.empty(0, dtype=dtype, device=device), persistent=False)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """Token ids (…) to rows (…, embedding_dim)."""
-        return embedding(ids, self.weight_packed, self.weight_norms, self.bits, self._like.dtype)
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Token ids (…) to rows (…, embedding_dim); for the head that is tied to it, see `HLWQTiedHead.forward`.
+
+        Raises:
+            IndexError: an id is negative or too large. On a GPU and compiled, negative ones are not
+                looked for.
+        """
+        if inputs.is_floating_point():
+            return self.multiply(inputs.to(self.weight_packed.device))
+        on_cpu = inputs.device.type == "cpu" and not torch.compiler.is_compiling()
+        if on_cpu and inputs.numel() and inputs.min() < 0:  # which would count from the end
+            raise IndexError(f"token id {int(inputs.min())} is negative")
+        return embedding(inputs, self.weight_packed, self.weight_norms, self.bits, self._like.dtype)
 
     def dequantize(self, dtype: torch.dtype) -> nn.Embedding:
         """The embedding with decoded weights."""
@@ -134,7 +163,7 @@ class HLWQEmbedding(_Packed):
         return embedding
 
 
-class HLWQTiedHead(nn.Module):
+class HLWQTiedHead(_WithoutWeight):
     """An output head that multiplies by the codes of an embedding, and has none of its own."""
 
     def __init__(self, embedding: HLWQEmbedding) -> None:
@@ -142,9 +171,10 @@ class HLWQTiedHead(nn.Module):
         self._embedding = (embedding,)  # inside a tuple it is no submodule, whose tensors would be saved twice
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Inputs (…, embedding_dim) to (…, num_embeddings)."""
+        """Inputs (…, embedding_dim) to (…, num_embeddings), on the device of the inputs wherever the embedding is."""
         (embedding,) = self._embedding
-        return embedding.multiply(inputs)
+        # Its `forward` is what accelerate wraps, to fetch codes that are offloaded; hooks on calls are not for a head.
+        return embedding.forward(inputs).to(inputs.device)
 
     def dequantize(self) -> nn.Linear:
         """A linear layer whose weight is still to be tied."""

@@ -8,24 +8,32 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from copy import copy
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    ConversionOps,
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+    revert_weight_conversion,
+)
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from hlwq.checkpoint import DTYPES, Reader
 from hlwq.errors import HlwqError
 from hlwq.formats import Scheme
 from hlwq.formats import hlwq as hlwq_format
 from hlwq.linear import HLWQEmbedding, HLWQLinear, HLWQTiedHead
 from hlwq.models import describe
 from hlwq.plan import PlannedTensor, check_tensors, make_plan
-from hlwq.quantize import quantize_matrix
+from hlwq.quantize import _check_dropped, quantize_matrix
 from hlwq.recipes import override, recipe_named
 from hlwq.sources import DecodedCheckpoint, open_dense
 
@@ -33,7 +41,6 @@ if TYPE_CHECKING:
     from transformers.modeling_utils import PreTrainedModel
 
 
-@auto.register_quantization_config(hlwq_format.NAME)
 class HLWQConfig(QuantizationConfigMixin):
     """How `from_pretrained` quantizes a model, or loads one that is quantized: its `quantization_config`."""
 
@@ -41,8 +48,8 @@ class HLWQConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        bits: int = 5,
-        group_size: int = 128,
+        bits: int | None = None,
+        group_size: int | None = None,
         *,
         include_embeddings: bool = False,
         include: Sequence[str] = (),
@@ -52,32 +59,43 @@ class HLWQConfig(QuantizationConfigMixin):
         """For a model that is not quantized, the options of `hlwq quantize --recipe hlwq`.
 
         Args:
-            bits: of a code, 2 to 8.
-            group_size: weights that share a norm.
+            bits: of a code, 2 to 8; by default 5.
+            group_size: weights that share a norm; by default 128.
             include_embeddings: quantize the embedding and the output head too.
             include: regular expressions of modules, kept by default, to quantize.
             exclude: regular expressions of modules to keep.
             dequantize: for an HLWQ checkpoint: decode it into ordinary layers.
         """
         self.quant_method = hlwq_format.NAME
-        self.bits = bits
-        self.group_size = group_size
+        self.bits = 5 if bits is None else bits
+        self.group_size = 128 if group_size is None else group_size
         self.include_embeddings = include_embeddings
         self.include = include
         self.exclude = exclude
         self.dequantize = dequantize
         self.modules: dict[str, dict[str, int]] = {}
+        given = {
+            "bits": bits is not None,
+            "group_size": group_size is not None,
+            "include_embeddings": include_embeddings,
+            "include": bool(include),
+            "exclude": bool(exclude),
+        }
+        self.given = [name for name, is_given in given.items() if is_given]
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """Read the section of a `config.json`.
+        """Read the section of a `config.json`, or the options as a dictionary.
 
         Raises:
-            HlwqError: a later version wrote it.
+            HlwqError: a later version wrote it, or it holds a key that is none of these.
         """
         hlwq_format.check_version({"version": hlwq_format.VERSION, **config_dict}, "config.json")
         own = {name: value for name, value in config_dict.items() if name not in ("quant_method", "version", "modules")}
+        if unknown := own.keys() - signature(cls).parameters.keys():
+            raise HlwqError(f"quantization_config has the key {min(unknown)}, which hlwq does not know. Delete it.")
         config = cls(**own)
+        config.given = []
         config.modules = config_dict.get("modules", {})
         return (config, kwargs) if return_unused_kwargs else config
 
@@ -88,19 +106,16 @@ class HLWQConfig(QuantizationConfigMixin):
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What is said at loading and not in the file."""
-        return {"dequantize": self.dequantize}
+        return {"dequantize": self.dequantize, "given": self.given}
 
 
-# Where a file has a section of its own, transformers takes loading attributes from these classes only.
-vars(auto)["LOADING_ATTRIBUTES_CONFIG_TYPES"] += (HLWQConfig,)
-
-
-@auto.register_quantizer(hlwq_format.NAME)
 class HLWQQuantizer(HfQuantizer):
     """Puts packed modules into a model while transformers loads it.
 
     Attributes:
         planned: the tensors to quantize as they are loaded, by the model's own names of their weights.
+        reader: the files that they are in, where they are quantized as they are loaded.
+        names: what the model calls the modules that are packed, by their names in the files.
         failure: what went wrong with one of them. Raised when loading has ended, since transformers would wrap it.
     """
 
@@ -109,12 +124,17 @@ class HLWQQuantizer(HfQuantizer):
     def __init__(self, quantization_config: HLWQConfig, **kwargs: Any) -> None:
         super().__init__(copy(quantization_config), **kwargs)  # ours will say what became of this model
         self.planned: dict[str, PlannedTensor] = {}
+        self.reader: Reader | None = None
+        self.names: dict[str, str] = {}
         self.failure: HlwqError | None = None
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Raise HlwqError if the options do not fit the checkpoint."""
-        if self.quantization_config.dequantize and not self.pre_quantized:
-            raise HlwqError("dequantize=True is for HLWQ checkpoints, and this one is not quantized. Leave it out.")
+        """Raise HlwqError if options of quantizing are given for a checkpoint that is quantized."""
+        if self.pre_quantized and (given := self.quantization_config.given):
+            raise HlwqError(
+                f"{given[0]} changes nothing: the checkpoint is quantized already, and loads as it is stored. "
+                "Leave it out, or quantize the model's BF16 original."
+            )
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -123,26 +143,36 @@ class HLWQQuantizer(HfQuantizer):
             raise HlwqError("HLWQ needs a checkpoint's files: give from_pretrained a directory or a hub id.")
         directory = Path(checkpoint_files[0]).parent
         if self.pre_quantized:
-            schemes = _stored_schemes(directory)
-            for module, name in _own_names(model, schemes).items():
+            schemes = _stored_schemes(directory, model)
+            self.names = _own_names(model, schemes)
+            for module, name in self.names.items():
                 _replace(model, name, schemes[module])
         else:
             self._plan(model, directory)
 
     def _plan(self, model: PreTrainedModel, directory: Path) -> None:
-        config = self.quantization_config
+        config, self.reader = self.quantization_config, open_dense(directory)
+        if config.dequantize:
+            raise HlwqError("dequantize=True is for HLWQ checkpoints, and this one is not quantized. Leave it out.")
         recipe = override(recipe_named("hlwq"), bits=config.bits, group_size=config.group_size)
         plan = make_plan(
-            open_dense(directory),
+            self.reader,
             recipe,
             hlwq_format.NAME,
             include_embeddings=config.include_embeddings,
             include=config.include,
             exclude=config.exclude,
         )
+        _check_dropped(self.reader, plan)
         tensors = {tensor.module: tensor for tensor in plan.quantized()}
-        self.planned = {f"{name}.weight": tensors[module] for module, name in _own_names(model, tensors).items()}
+        self.names = _own_names(model, tensors)
+        self.planned = {f"{name}.weight": tensors[module] for module, name in self.names.items()}
+        for name in self.names.values():
+            # Where a device map says disk, transformers writes what was not a buffer before loading to the disk.
+            norms = torch.empty(0, device="meta")
+            model.get_submodule(name).register_buffer("weight_norms", norms, persistent=False)
         section = hlwq_format.section_for(plan.contents().quantized)
+        config.given = []  # from here on it says how the model is stored
         config.bits, config.group_size, config.modules = (section[key] for key in ("bits", "group_size", "modules"))
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
@@ -161,16 +191,31 @@ class HLWQQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.failure is not None:
             raise self.failure
+        self._name_modules_as_saved(model)
         if self.quantization_config.dequantize:
             self._dequantize(model)
         return model
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """Put ordinary layers with decoded weights in the place of the packed ones, one at a time."""
-        tied = False
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        """Put ordinary layers with decoded weights in the place of the packed ones, one at a time.
+
+        Args:
+            model: with packed layers.
+            dtype: to cast the model to; what is kept in another dtype than the model's stays in it.
+
+        Raises:
+            HlwqError: some of the codes are offloaded.
+        """
+        if any(name.endswith(".weight_packed") and codes.is_meta for name, codes in model.named_parameters()):
+            raise HlwqError("Offloaded weights cannot be decoded. Load the model whole, as with device_map='cpu'.")
+        tied, before = False, model.dtype
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or before  # a string once it was saved
+        for parameter in model.parameters():
+            if parameter.dtype == before:
+                parameter.data = parameter.data.to(dtype)
         for name, module in list(model.named_modules()):
             if isinstance(module, HLWQLinear | HLWQEmbedding):
-                model.set_submodule(name, module.dequantize(dtype or model.dtype))
+                model.set_submodule(name, module.dequantize(dtype))
             elif isinstance(module, HLWQTiedHead):
                 model.set_submodule(name, module.dequantize())
                 tied = True
@@ -178,6 +223,15 @@ class HLWQQuantizer(HfQuantizer):
             model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
             model.tie_weights()
         return model
+
+    def _name_modules_as_saved(self, model: PreTrainedModel) -> None:
+        """Let the section call modules what `save_pretrained` will: a model without its head leaves a prefix out."""
+        modules = {}
+        for module, scheme in self.quantization_config.modules.items():
+            if module in self.names:
+                saved = revert_weight_conversion(model, {f"{self.names[module]}.weight_packed": torch.empty(0)})
+                modules[next(iter(saved)).removesuffix(".weight_packed")] = scheme
+        self.quantization_config.modules = modules
 
     def is_serializable(self) -> bool:
         """`save_pretrained` writes an HLWQ checkpoint."""
@@ -210,19 +264,23 @@ class _Quantize(ConversionOps):
         weights = next(iter(input_dict.values()))
         weights = weights[0] if isinstance(weights, list) else weights
         planned, name = self.quantizer.planned[full_layer_name], full_layer_name.removesuffix(".weight")
+        device = weights.device
+        if weights.dtype != DTYPES[planned.spec.dtype]:  # cast to the model's dtype already: codes would differ
+            assert self.quantizer.reader is not None
+            weights = self.quantizer.reader.read(planned.spec.name)
         replaced = _replace(model, name, planned.scheme)
         if missing_keys is not None:
             missing_keys.difference_update(replaced)
         try:
-            matrix, _ = quantize_matrix(weights, planned.steps, weights.device)
+            matrix, _ = quantize_matrix(weights, planned.steps, device)
         except HlwqError as error:
             self.quantizer.failure = HlwqError(f"tensor {planned.spec.name}: {error}")
             return {}
         tensors: dict[str, Tensor] = hlwq_format.encode(name, matrix, "")
-        return {key: tensor.to(weights.device) for key, tensor in tensors.items()}
+        return {key: tensor.to(device) for key, tensor in tensors.items()}
 
 
-def _stored_schemes(directory: Path) -> dict[str, Scheme]:
+def _stored_schemes(directory: Path, model: PreTrainedModel) -> dict[str, Scheme]:
     """The packed modules of a directory, by the names in its files.
 
     Raises:
@@ -231,7 +289,9 @@ def _stored_schemes(directory: Path) -> dict[str, Scheme]:
     checkpoint = DecodedCheckpoint(directory)
     if checkpoint.format.NAME != hlwq_format.NAME:
         raise HlwqError(f"{directory} is in format {checkpoint.format.NAME}, not hlwq. Load it without HLWQConfig.")
-    check_tensors(checkpoint, describe(checkpoint.config, checkpoint.tensors))
+    # A model that was saved without its head is no architecture of hlwq's; transformers says what it misses.
+    if checkpoint.config.get("architectures") != [type(model.base_model).__name__]:
+        check_tensors(checkpoint, describe(checkpoint.config, checkpoint.tensors))
     schemes = {module: checkpoint.scheme_of(f"{module}.weight") for module in checkpoint.quantized_modules()}
     return {module: scheme for module, scheme in schemes.items() if scheme is not None}
 
@@ -270,3 +330,9 @@ def _replace(model: PreTrainedModel, name: str, scheme: Scheme) -> list[str]:
         model.set_submodule(head.removesuffix(".weight"), HLWQTiedHead(embedding))
         del model.all_tied_weights_keys[head]
     return [weight, *tied]
+
+
+# Where a file has a section of its own, transformers takes loading attributes from these classes only.
+vars(auto)["LOADING_ATTRIBUTES_CONFIG_TYPES"] += (HLWQConfig,)
+auto.AUTO_QUANTIZATION_CONFIG_MAPPING[hlwq_format.NAME] = HLWQConfig
+auto.AUTO_QUANTIZER_MAPPING[hlwq_format.NAME] = HLWQQuantizer
