@@ -8,8 +8,12 @@ import resource
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -20,9 +24,27 @@ from hlwq.cli import main
 from hlwq.demo import bundled_model
 
 
-def hlwq(*arguments: object, preexec: Callable[[], None] | None = None) -> subprocess.CompletedProcess[str]:
+class Ended(NamedTuple):
+    """What a command printed, and its exit status."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def hlwq(*arguments: object) -> Ended:
+    """Run what the installed command runs, in this process, for speed."""
+    printed, said = StringIO(), StringIO()
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        patch.setattr(sys, "argv", ["hlwq", *map(str, arguments)])
+        with redirect_stdout(printed), redirect_stderr(said), pytest.raises(SystemExit) as stopped:
+            main()
+    return Ended(int(stopped.value.code or 0), printed.getvalue(), said.getvalue())
+
+
+def process(*arguments: object, preexec: Callable[[], None] | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "hlwq.cli", *map(str, arguments)]
-    environment = {**os.environ, "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
         command, capture_output=True, text=True, timeout=120, env=environment, preexec_fn=preexec, check=False
     )
@@ -148,17 +170,12 @@ def test_a_mistake_gets_one_clear_line(
     said: list[str],
     model: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
     change(model)
     out = tmp_path / "out"
-    # In this process, for speed: what the installed command runs.
-    monkeypatch.setattr(sys, "argv", ["hlwq", "quantize", str(model), str(out), "--recipe", "rtn", *options])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    assert stopped.value.code == 1
-    lines = capsys.readouterr().err.splitlines()
+    ended = hlwq("quantize", model, out, "--recipe", "rtn", *options)
+    assert ended.returncode == 1
+    lines = ended.stderr.splitlines()
     assert len(lines) == 1, lines
     assert lines[0].startswith("error: ")
     for words in said:
@@ -170,9 +187,9 @@ def test_an_output_directory_that_is_not_empty_is_left_alone(model: Path, tmp_pa
     out = tmp_path / "out"
     out.mkdir()
     (out / "precious.txt").write_text("keep me")
-    process = hlwq("quantize", model, out, "--recipe", "rtn")
-    assert process.returncode == 1
-    assert f"{out} is not empty" in process.stderr
+    ended = hlwq("quantize", model, out, "--recipe", "rtn")
+    assert ended.returncode == 1
+    assert f"{out} is not empty" in ended.stderr
     assert [file.name for file in out.iterdir()] == ["precious.txt"]
 
 
@@ -182,10 +199,10 @@ def test_a_full_disk_leaves_nothing_that_looks_finished_and_can_be_resumed(model
     def small_files() -> None:  # what a full disk does, for this process alone
         resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))
 
-    process = hlwq("quantize", model, out, "--recipe", "rtn", preexec=small_files)
-    assert process.returncode == 1
-    assert "disk" in process.stderr
-    assert "Traceback" not in process.stderr
+    ended = process("quantize", model, out, "--recipe", "rtn", preexec=small_files)
+    assert ended.returncode == 1
+    assert "disk" in ended.stderr
+    assert "Traceback" not in ended.stderr
     assert not out.exists()
     assert hlwq("quantize", model, out, "--recipe", "rtn").returncode == 0
     assert (out / "model.safetensors").is_file()
@@ -200,9 +217,9 @@ def test_too_small_a_disk_is_refused_before_the_work(tmp_path: Path) -> None:
 
 
 def test_a_name_that_is_nowhere(tmp_path: Path) -> None:
-    process = hlwq("quantize", "no/such-model", tmp_path / "out", "--recipe", "rtn")
-    assert process.returncode == 1
-    assert process.stderr.startswith("error: no/such-model is no directory here")
+    ended = process("quantize", "no/such-model", tmp_path / "out", "--recipe", "rtn")
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("error: no/such-model is no directory here")
 
 
 def test_quantize_inspect_check_convert(model: Path, tmp_path: Path) -> None:
@@ -225,11 +242,11 @@ def test_a_calibrated_run_reports_its_layers_and_warns(tmp_path: Path) -> None:
     options = ["--recipe", "hlwq-v7", "--samples", "8", "--sequence-length", "64", "--batch-size", "3", "--desc-act"]
     planned = hlwq("quantize", model, out, *options, "--dry-run")
     assert "vLLM 0.32 and later refuse desc_act" in planned.stdout
-    process = hlwq("quantize", model, out, *options, "--offload-activations")
-    assert process.returncode == 0
-    assert "warning: calibrating on 8 samples of Python's reference documentation" in process.stderr
-    assert "warning: vLLM 0.32 and later refuse desc_act" in process.stderr
-    assert "largest relative output error" in process.stdout
+    ended = hlwq("quantize", model, out, *options, "--offload-activations")
+    assert ended.returncode == 0
+    assert "warning: calibrating on 8 samples of Python's reference documentation" in ended.stderr
+    assert "warning: vLLM 0.32 and later refuse desc_act" in ended.stderr
+    assert "largest relative output error" in ended.stdout
     manifest = json.loads((out / "hlwq.json").read_text())
     assert manifest["calibration"]["sources"][0]["source"] == "embedded"
     assert manifest["calibration"]["batch_size"] == 3
@@ -237,8 +254,8 @@ def test_a_calibrated_run_reports_its_layers_and_warns(tmp_path: Path) -> None:
 
 def test_dry_run_prints_the_plan_and_writes_nothing(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    process = hlwq("quantize", model, out, "--recipe", "rtn", "--dry-run", "--json")
-    plan = json.loads(process.stdout)
+    ended = hlwq("quantize", model, out, "--recipe", "rtn", "--dry-run", "--json")
+    plan = json.loads(ended.stdout)
     assert {tensor["action"] for tensor in plan["tensors"]} == {"quantize", "copy"}
     assert len(plan["tensors"]) == len(load_file(model / "model.safetensors"))
     assert "mlp.down_proj" in hlwq("quantize", model, out, "--recipe", "rtn", "--dry-run").stdout
@@ -260,6 +277,6 @@ def test_check_fails_where_no_engine_would_load_it(model: Path, tmp_path: Path) 
     config = json.loads((out / "config.json").read_text())
     config["quantization_config"]["dynamic"] = {"-:.*mlp.*": {}}
     (out / "config.json").write_text(json.dumps(config))
-    process = hlwq("check", out)
-    assert process.returncode == 1
-    assert "mlp.down_proj" in process.stdout
+    ended = hlwq("check", out)
+    assert ended.returncode == 1
+    assert "mlp.down_proj" in ended.stdout

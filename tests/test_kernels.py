@@ -26,6 +26,10 @@ SHAPES = [(37, 8, 72), (5, 16, 144), (50, 64, 576), (33, 128, 256)]
 """Rows, group size, columns."""
 VECTORS = [*((bits, "AVX2") for bits in WIDTHS), (3, "portable"), (8, "portable")]
 """Compiling takes long, and portable code hardly depends on the width."""
+MATRICES = [
+    *((*each, shape) for each in VECTORS for shape in (SHAPES[0], SHAPES[3])),
+    *((5, "AVX2", shape) for shape in (SHAPES[1], SHAPES[2])),
+]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -84,8 +88,7 @@ def assert_product(outputs: Tensor, inputs: Tensor, matrix: Tensor, epsilon: flo
 EPSILON = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("bits", "vectors"), VECTORS, indirect=["vectors"])
+@pytest.mark.parametrize(("bits", "vectors", "shape"), MATRICES, indirect=["vectors"])
 def test_a_decoded_matrix_has_the_bits_of_the_plain_decode(
     bits: int, shape: tuple[int, int, int], vectors: ModuleType
 ) -> None:
@@ -102,8 +105,7 @@ def test_a_decoded_matrix_has_the_bits_of_the_plain_decode(
     torch.testing.assert_close(weights.double(), dense(codes, norms, bits), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("bits", "vectors"), VECTORS, indirect=["vectors"])
+@pytest.mark.parametrize(("bits", "vectors", "shape"), MATRICES, indirect=["vectors"])
 def test_products_are_those_with_the_dense_matrix(bits: int, shape: tuple[int, int, int], vectors: ModuleType) -> None:
     codes, packed, norms = packed_matrix(bits, *shape)
     matrix = dense(codes, norms, bits)

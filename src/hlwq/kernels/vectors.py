@@ -3,8 +3,8 @@
 Codes are turned into levels 32 at a time. They are cut out of the bit stream by shuffling and shifting bytes, and
 looked up by `vpshufb`, which finds 32 bytes in a table of 16: a float32 takes four such tables, one for each of its
 bytes, and a codebook of more than 4 bits takes 2^(bits−5) times as many, since it is symmetric. Weights are rounded
-eight at a time, by a binary search in tables that `vpermps` looks up. Without AVX2, levels and boundaries are loaded one
-by one; all else is LLVM's, for any processor.
+eight at a time, by a binary search in tables that `vpermps` looks up. Without AVX2, levels and boundaries are loaded
+one by one; all else is LLVM's, for any processor.
 """
 
 from __future__ import annotations
