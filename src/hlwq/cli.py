@@ -735,6 +735,10 @@ def _print_humaneval(result: HumanEval, as_json: bool) -> None:
         f"{len(result.solved)} problems, {result.samples} programs each, prompting {result.prompting}, {sampling}, "
         f"at most {result.max_tokens} tokens; 95 % interval"
     )
+    if result.unfinished:
+        output.print(
+            f"{result.unfinished} answers were still going on at their last token: see what more --max-tokens give."
+        )
 
 
 def _range(values: list[float | None]) -> str:

@@ -19,7 +19,7 @@ from hlwq.evaluate.model import load_for_evaluation
 from hlwq.sources import locate
 from hlwq.transformers_models import load_tokenizer, quiet_transformers
 
-Generate = Callable[["Request"], str]
+Generate = Callable[["Request"], "Answer"]
 TRANSFORMERS, PACKED = "transformers", "transformers, packed"
 """The engines of what runs in this process: with decoded weights, and with HLWQ's codes as they are."""
 ENGINES = {"vllm": "vLLM", "llamacpp": "llama.cpp", "sglang": "SGLang", None: "mlx-lm"}
@@ -47,6 +47,25 @@ class Request:
     stop: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a model said.
+
+    Attributes:
+        text: up to the first of the stop texts.
+        unfinished: whether it ended because of `max_tokens`.
+    """
+
+    text: str
+    unfinished: bool
+
+
+def answer_of(text: str, stop: Sequence[str], at_limit: bool) -> Answer:
+    """What a model said, by all that it wrote and whether it was stopped at its `max_tokens`."""
+    said = cut_at(text, stop)
+    return Answer(said, at_limit and said == text)
+
+
 def cut_at(text: str, stop: Sequence[str]) -> str:
     """A text up to the first of the stop texts."""
     ends = [text.index(each) for each in stop if each in text]
@@ -66,7 +85,7 @@ def transformers_generate(model: str | Path, device: str = "cpu") -> Generate:
     """
     loaded, tokenizer = load_for_evaluation(locate(model), device)
 
-    def generate(request: Request) -> str:
+    def generate(request: Request) -> Answer:
         text = request.prompt
         if request.chat:
             if not getattr(tokenizer, "chat_template", None):
@@ -88,8 +107,11 @@ def transformers_generate(model: str | Path, device: str = "cpu") -> Generate:
                 pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
                 **options,
             )
-        answer: str = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        return cut_at(answer, request.stop)
+        written = tokens[0, inputs["input_ids"].shape[1] :]
+        ends = loaded.generation_config.eos_token_id
+        ended = int(written[-1]) in (ends if isinstance(ends, list) else [ends])
+        text = tokenizer.decode(written, skip_special_tokens=True)
+        return answer_of(text, request.stop, len(written) >= request.max_tokens and not ended)
 
     return generate
 
@@ -127,7 +149,7 @@ class Endpoint:
         address = self.url.removesuffix("/v1")
         return str(self._call("/version", address=address)["version"])
 
-    def generate(self, request: Request) -> str:
+    def generate(self, request: Request) -> Answer:
         """The server's answer.
 
         Raises:
@@ -145,9 +167,11 @@ class Endpoint:
         if request.chat:
             body["messages"] = [{"role": "user", "content": request.prompt}]
             choice = self._call("/chat/completions", body)["choices"][0]
-            return cut_at(choice["message"]["content"] or "", request.stop)
-        choice = self._call("/completions", {**body, "prompt": request.prompt})["choices"][0]
-        return cut_at(choice["text"], request.stop)
+            text = choice["message"]["content"] or ""
+        else:
+            choice = self._call("/completions", {**body, "prompt": request.prompt})["choices"][0]
+            text = choice["text"]
+        return answer_of(text, request.stop, choice.get("finish_reason") == "length")
 
     def complete(self, prompt: str, count: int) -> tuple[int, int]:
         """Have the server continue a text by `count` tokens, past the end of its own answer where it can do that.

@@ -39,6 +39,7 @@ class HumanEval:
         pass_at: the unbiased pass@k for each k asked for. pass@1 of one sample per problem has a Wilson interval; the
             others have Student's t over problems.
         solved: for each problem, how many of its programs passed.
+        unfinished: how many answers ended because of `max_tokens`.
     """
 
     prompting: Prompting
@@ -47,6 +48,7 @@ class HumanEval:
     max_tokens: int
     pass_at: dict[int, Estimate]
     solved: dict[str, int]
+    unfinished: int = 0
 
 
 def problems(limit: int | None = None) -> dict[str, dict[str, str]]:
@@ -122,7 +124,8 @@ def humaneval(
         solved[task] += bool(run(program).passed)
         if progress:
             progress(total // 2 + count + 1, total, f"{task} tested")
-    return HumanEval(prompting, temperature, samples, max_tokens, _pass_at(solved, samples, ks), solved)
+    unfinished = sum(done[task, index].get("unfinished", False) for task in asked for index in range(samples))
+    return HumanEval(prompting, temperature, samples, max_tokens, _pass_at(solved, samples, ks), solved, unfinished)
 
 
 def canonical(
@@ -179,7 +182,7 @@ def _written(
         else:
             request = Request(prompt, False, max_tokens, temperature, index, COMPLETION_STOPS)
         answer = generate(request)
-        return {"task_id": task, "sample": index, "answer": answer}
+        return {"task_id": task, "sample": index, "answer": answer.text, "unfinished": answer.unfinished}
 
     with ThreadPoolExecutor(concurrency) as pool:
         jobs = [pool.submit(write, job) for job in work]

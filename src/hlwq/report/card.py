@@ -261,6 +261,8 @@ def _caveats(manifest: dict[str, Any], results: dict[str, dict[str, Any]]) -> li
         caveats.append(f"Not measured: {', '.join(missing)}.")
     if "humaneval" in results:
         caveats.append("HumanEval has 164 problems: differences of a few points are within its interval.")
+        if unfinished := results["humaneval"]["result"].get("unfinished"):
+            caveats.append(f"{unfinished} answers to HumanEval were still going on at their last token.")
     if manifest.get("calibration"):
         caveats.append("Calibrated checkpoints are best on text like their calibration data.")
     caveats.append("Perplexities of different protocols or texts cannot be compared.")
