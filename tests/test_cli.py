@@ -134,6 +134,7 @@ MISTAKES = [
     ),
     ("wrong shape", configure(intermediate_size=512), [], ["mlp.gate_proj.weight", "config.json"]),
     ("quantized source", configure(quantization_config={"quant_method": "gptq"}), [], ["quantized already", "BF16"]),
+    ("section that is none", configure(quantization_config=["gptq"]), [], ["quantized already", "BF16"]),
     ("pickled checkpoint", pickle, [], ["pytorch_model.bin", "safetensors"]),
     ("group size dividing nothing", unchanged, ["--group-size", "24"], ["in_features", "--group-size"]),
     ("group size of zero", unchanged, ["--group-size", "0"], ["--group-size"]),

@@ -67,6 +67,11 @@ def test_the_base_runs_once(quantized: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert again == first
     divergence(quantized, bundled_model(), held_out_text(), context=64, limit=3)
     assert loaded[1:] == [bundled_model(), quantized]
+    monkeypatch.setattr("hlwq.evaluate.divergence.CACHED_RUNS", 2)
+    divergence(quantized, bundled_model(), held_out_text(), context=64, limit=1)
+    divergence(quantized, bundled_model(), held_out_text(), context=64, limit=3)
+    divergence(quantized, bundled_model(), held_out_text(), context=64, limit=2)
+    assert loaded[3:] == [bundled_model(), quantized, quantized, bundled_model(), quantized]  # that of 2 was removed
 
 
 def test_another_vocabulary_is_refused(tmp_path: Path) -> None:

@@ -116,7 +116,8 @@ def open_dense(path: Path) -> Reader:
     for section in (reader.config, reader.config.get("text_config") or {}):
         quantization = next((section[key] for key in ENGINE_SECTIONS if section.get(key)), None)
         if quantization:
-            raise _quantized_already(path / "config.json", quantization.get("quant_method", "mlx"))
+            method = quantization.get("quant_method", "mlx") if isinstance(quantization, dict) else "in an unknown way"
+            raise _quantized_already(path / "config.json", method)
     if polar.is_polar(reader):
         raise _quantized_already(path, "PolarQuant")
     return reader

@@ -27,6 +27,8 @@ ROWS = 256
 """Tokens whose distributions over the whole vocabulary are held at once."""
 SERVER_TOP = 20
 """How many log-probabilities per token a server is asked for: the most that vLLM gives by default."""
+CACHED_RUNS = 8
+"""Of bases on texts: a few kilobytes per token each."""
 Progress = Callable[[int, int, str], None]
 
 
@@ -175,6 +177,7 @@ def _base_states(base: Path, chunks: list[list[int]], device: str, report: Progr
     folder = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface")) / "hlwq" / "hidden-states"
     file = folder / f"{key}.safetensors"
     if file.is_file():
+        file.touch()  # the least recently used are removed first
         return load_file(file)["hidden"]
     model, _ = load_for_evaluation(base, device)
     states = []
@@ -188,6 +191,8 @@ def _base_states(base: Path, chunks: list[list[int]], device: str, report: Progr
     partial = file.with_suffix(f".{os.getpid()}.partial")  # another process may be at the same
     save_file({"hidden": hidden}, partial)
     partial.rename(file)
+    for old in sorted(folder.glob("*.safetensors"), key=lambda each: each.stat().st_mtime)[:-CACHED_RUNS]:
+        old.unlink(missing_ok=True)
     return hidden
 
 
