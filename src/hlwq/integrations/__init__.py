@@ -53,7 +53,7 @@ def _register() -> None:
     except Exception as error:  # whatever an unknown version lacks: transformers itself must go on working
         warnings.warn(
             f"transformers will not load HLWQ checkpoints ({type(error).__name__}: {error}). "
-            "hlwq needs transformers 5.21 or later.",
+            "hlwq needs transformers 5.16 or later.",
             HlwqWarning,
             stacklevel=2,
         )

@@ -192,6 +192,10 @@ class HLWQQuantizer(HfQuantizer):
         if self.failure is not None:
             raise self.failure
         self._name_modules_as_saved(model)
+        for parameter in model.parameters():
+            # Before 5.21, transformers left a tensor in the file's dtype where the model calls it by another name.
+            if parameter.is_floating_point() and parameter.dtype not in (model.config.dtype, torch.float32):
+                parameter.data = parameter.data.to(model.config.dtype)
         if self.quantization_config.dequantize:
             self._dequantize(model)
         return model
