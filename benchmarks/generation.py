@@ -2,8 +2,9 @@
 
     python benchmarks/generation.py SmolLM2-135M-Instruct.Q4_1.gguf --include-embeddings
 
-Each measurement is a process of its own; the two models take turns, and each number is the median over the rounds. The
-memory of the weights is what the resident memory (Linux) grows by when a model is loaded and every weight is touched.
+Each measurement is a process of its own; the two models take turns. Each number is the median over the rounds, and the
+last column says between what the rounds' own ratios lie. The memory of the weights is what the resident memory (Linux)
+grows by when a model is loaded and every weight is touched.
 """
 
 from __future__ import annotations
@@ -45,10 +46,13 @@ def main() -> None:
         for _ in range(options.rounds):
             for kind, directory in (("dense", source), ("packed", made)):
                 found[kind].append(measure(kind, directory, options))
-    table = Table("", "BF16", f"HLWQ {options.bits} bits, packed", "packed ÷ BF16")
+    table = Table("", "BF16", f"HLWQ {options.bits} bits, packed", "packed ÷ BF16", "in each round")
     for name in found["dense"][0]:
-        dense, packed = (median(each[name] for each in found[kind]) for kind in ("dense", "packed"))
-        table.add_row(name, f"{dense:.4g}", f"{packed:.4g}", f"{packed / dense:.3f}")
+        dense, packed = ([each[name] for each in found[kind]] for kind in ("dense", "packed"))
+        ratios = [ours / other for ours, other in zip(packed, dense, strict=True)]
+        middle = median(packed) / median(dense)
+        spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
+        table.add_row(name, f"{median(dense):.4g}", f"{median(packed):.4g}", f"{middle:.3f}", spread)
     Console().print(table)
 
 

@@ -60,7 +60,11 @@ class _Packed(_WithoutWeight):
 
     def multiply(self, inputs: Tensor) -> Tensor:
         """Inputs (…, columns) times the matrix: (…, rows), in the dtype of the inputs."""
-        return matmul(inputs, self.weight_packed, self.weight_norms, self.bits)
+        # Not as attributes: finding one of a module takes as long as a hundred of its weights.
+        packed, norms = self._parameters["weight_packed"], self._buffers["weight_norms"]
+        assert packed is not None
+        assert norms is not None
+        return matmul(inputs, packed, norms, self.bits)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -105,8 +109,8 @@ class HLWQLinear(_Packed):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Inputs (…, in_features) to (…, out_features), in the dtype of the inputs."""
-        outputs = self.multiply(inputs)
-        return outputs if self.bias is None else outputs + self.bias.to(outputs.dtype)
+        outputs, bias = self.multiply(inputs), self._parameters["bias"]
+        return outputs if bias is None else outputs + bias.to(outputs.dtype)
 
     def dequantize(self, dtype: torch.dtype) -> nn.Linear:
         """The layer with decoded weights, in this dtype as its bias is."""

@@ -45,18 +45,18 @@ def matmul(inputs: Tensor, packed: Tensor, norms: Tensor, bits: int) -> Tensor:
 
 
 def _matmul(inputs: Tensor, packed: Tensor, norms: Tensor, bits: int) -> Tensor:
-    if inputs.shape[-1] * bits != 8 * packed.shape[-1] or norms.dtype != torch.float16 or len(norms) != len(packed):
+    columns, device = inputs.shape[-1], inputs.device
+    if columns * bits != 8 * packed.shape[-1] or norms.dtype != torch.float16 or len(norms) != len(packed):
         raise ValueError(
             f"Inputs {tuple(inputs.shape)} do not fit codes of {bits} bits {tuple(packed.shape)} "
             f"with norms {tuple(norms.shape)}, {norms.dtype}."
         )
-    if not inputs.device == packed.device == norms.device:
-        raise ValueError(f"Inputs are on {inputs.device}, codes on {packed.device}, norms on {norms.device}.")
-    one_row = one_row_kernels(inputs)
-    if one_row and one_row.serves(inputs, norms):
-        outputs: Tensor = one_row.matmul(inputs, packed, norms, bits).to(inputs.dtype)
-        return outputs
-    rows = inputs.reshape(-1, inputs.shape[-1])
+    if not device == packed.device == norms.device:
+        raise ValueError(f"Inputs are on {device}, codes on {packed.device}, norms on {norms.device}.")
+    if inputs.numel() == columns and (one_row := one_row_kernels(inputs)) and one_row.serves(columns, norms):
+        outputs: Tensor = one_row.matmul(inputs, packed, norms, bits)
+        return outputs if outputs.dtype == inputs.dtype else outputs.to(inputs.dtype)
+    rows = inputs.reshape(-1, columns)
     kernels = (cpu_kernels(inputs) or cuda_kernels(inputs)) if 0 < len(rows) <= FEW_ROWS else None
     multiply = kernels.matmul if kernels else reference.matmul
     outputs = multiply(rows, packed, norms, bits)

@@ -35,27 +35,30 @@ from hlwq.kernels.vectors import (
 )
 
 GROUP_SIZES = (32, 64, 128, 256)
-BUSY_THREAD_WEIGHTS = 1 << 17
+BUSY_THREAD_WEIGHTS = 1 << 15
 """Weights that are worth a thread that waits busily."""
 IDLE_THREAD_WEIGHTS = 1 << 22
 """Weights that are worth a thread that has to be woken."""
 
 
-def serves(inputs: Tensor, norms: Tensor) -> bool:
-    """Whether inputs (…, in) are a single row, and groups are of a size for these kernels."""
-    columns = inputs.shape[-1]
-    return inputs.numel() == columns and columns // norms.shape[1] in GROUP_SIZES
+def serves(columns: int, norms: Tensor) -> bool:
+    """Whether groups of a matrix with so many columns are of a size for these kernels."""
+    return columns // norms.shape[1] in GROUP_SIZES
 
 
 def matmul(inputs: Tensor, packed: Tensor, norms: Tensor, bits: int) -> Tensor:
-    """See `hlwq.kernels.matmul`; for inputs that it `serves`. The result is bfloat16 if they are, else float32."""
+    """See `hlwq.kernels.matmul`; for one row of inputs, of groups that this `serves`.
+
+    The result is bfloat16 if the inputs are, else float32.
+    """
     half = inputs.dtype == torch.bfloat16
     source = (inputs if half else inputs.to(torch.float32)).contiguous()
     packed, norms = packed.contiguous(), norms.contiguous()
+    *leading, columns = source.shape
     rows, groups = norms.shape
-    weights = rows * source.shape[-1]
-    outputs = source.new_empty((*source.shape[:-1], rows))
-    kernels = kernels_for(bits, AVX2, source.shape[-1] // groups, half)
+    weights = rows * columns
+    outputs = source.new_empty((*leading, rows))
+    kernels = kernels_for(bits, AVX2, columns // groups, half)
     at = source.data_ptr(), packed.data_ptr(), norms.data_ptr(), outputs.data_ptr(), *kernels.tables_at
     threads = torch.get_num_threads()
     if kernels.share_at:
