@@ -18,6 +18,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from checkpoints import make_checkpoint
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from hlwq.cli import main
@@ -37,6 +38,7 @@ def hlwq(*arguments: object) -> Ended:
     printed, said = StringIO(), StringIO()
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         patch.setattr(sys, "argv", ["hlwq", *map(str, arguments)])
+        patch.setattr("hlwq.cli.output", Console(width=200))
         with redirect_stdout(printed), redirect_stderr(said), pytest.raises(SystemExit) as stopped:
             main()
     return Ended(int(stopped.value.code or 0), printed.getvalue(), said.getvalue())

@@ -339,6 +339,8 @@ def test_tensors_that_do_not_fit_are_refused(cpu: ModuleType) -> None:
         (random(2, 288), packed, norms, 4),
         (inputs, packed, norms, 5),
         (inputs, packed, norms.float(), 4),
+        (inputs, packed.int(), norms, 4),
+        (inputs, packed, norms[:, :7], 4),
         (inputs, packed, norms[:-1], 4),
         (inputs, packed.to("meta"), norms, 4),
         (inputs, packed, norms.to("meta"), 4),
@@ -381,7 +383,7 @@ def test_a_second_process_compiles_nothing(cpu: ModuleType, tmp_path: Path) -> N
     for _ in range(2):
         environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
         subprocess.run([sys.executable, "-c", USE_KERNELS], check=True, env=environment)
-        made.append(sorted(tmp_path.rglob("*.nbc")))
+        made.append(sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*.nbc")))
     assert made[0] == made[1] != []
 
 
@@ -389,3 +391,44 @@ def test_a_compiler_that_cannot_be_imported_is_done_without(plain: None, monkeyp
     monkeypatch.setattr(compiled, "find_spec", lambda name: True)
     with pytest.warns(UserWarning, match="cannot be used"):
         assert compiled._module("numba", "hlwq.kernels.absent") is None
+
+
+@pytest.mark.parametrize("rows", [3, 40])
+def test_without_openmp_one_row_is_multiplied_by_threads_of_our_own(
+    cpu: ModuleType, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hlwq.kernels import one_row
+
+    _, packed, norms = packed_matrix(3, rows, 128, 256)
+    inputs = random(1, 256).to(torch.bfloat16)
+    expected = kernels.matmul(inputs, packed, norms, 3)
+    before = torch.get_num_threads()
+    monkeypatch.setattr(one_row, "openmp", lambda: False)
+    monkeypatch.setattr(one_row, "IDLE_THREAD_WEIGHTS", 1)
+    monkeypatch.setattr(cpu, "THREAD_WEIGHTS", 512)
+    one_row.kernels_for.cache_clear()
+    torch.set_num_threads(3)
+    try:
+        assert torch.equal(kernels.matmul(inputs, packed, norms, 3), expected)
+    finally:
+        torch.set_num_threads(before)
+        one_row.kernels_for.cache_clear()
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_norm_that_is_no_number_gives_none(cpu: ModuleType, batch: int) -> None:
+    _, packed, norms = packed_matrix(4, *SHAPES[2])
+    norms.view(torch.int16)[0, 0], norms.view(torch.int16)[1, 0] = -1, 0x7FFF
+    outputs = kernels.matmul(random(batch, 576).to(torch.bfloat16), packed, norms, 4)
+    assert outputs[:, :2].isnan().all()
+    assert not outputs[:, 2:].isnan().any()
+
+
+def test_gradients_flow_through_compiled_models() -> None:
+    _, packed, norms = packed_matrix(4, *SHAPES[2])
+    gradients = []
+    for multiply in (kernels.matmul, torch.compile(kernels.matmul, backend="aot_eager")):
+        inputs = random(3, 576).requires_grad_()
+        multiply(inputs, packed, norms, 4).sum().backward()
+        gradients.append(inputs.grad)
+    torch.testing.assert_close(*gradients)

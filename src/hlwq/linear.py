@@ -61,9 +61,9 @@ class _Packed(_WithoutWeight):
     def multiply(self, inputs: Tensor) -> Tensor:
         """Inputs (…, columns) times the matrix: (…, rows), in the dtype of the inputs."""
         # Not as attributes: finding one of a module takes as long as a hundred of its weights.
-        packed, norms = self._parameters["weight_packed"], self._buffers["weight_norms"]
-        assert packed is not None
-        assert norms is not None
+        packed, norms = self._parameters.get("weight_packed"), self._buffers.get("weight_norms")
+        if packed is None or norms is None:  # a replica of DataParallel's
+            packed, norms = self.weight_packed, self.weight_norms
         return matmul(inputs, packed, norms, self.bits)
 
     @property
@@ -109,7 +109,8 @@ class HLWQLinear(_Packed):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Inputs (…, in_features) to (…, out_features), in the dtype of the inputs."""
-        outputs, bias = self.multiply(inputs), self._parameters["bias"]
+        outputs = self.multiply(inputs)
+        bias = self._parameters["bias"] if self._parameters else self.bias
         return outputs if bias is None else outputs + bias.to(outputs.dtype)
 
     def dequantize(self, dtype: torch.dtype) -> nn.Linear:

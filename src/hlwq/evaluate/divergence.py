@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -176,9 +177,11 @@ def _base_states(base: Path, chunks: list[list[int]], device: str, report: Progr
     key = sha256(repr((str(base.resolve()), stamps, chunks, str(dtype))).encode()).hexdigest()[:24]
     folder = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface")) / "hlwq" / "hidden-states"
     file = folder / f"{key}.safetensors"
-    if file.is_file():
-        file.touch()  # the least recently used are removed first
-        return load_file(file)["hidden"]
+    with suppress(FileNotFoundError):
+        hidden = load_file(file)["hidden"]
+        with suppress(OSError):  # the cache may be another user's
+            os.utime(file)  # the least recently used are removed first
+        return hidden
     model, _ = load_for_evaluation(base, device)
     states = []
     for index, chunk in enumerate(chunks):
@@ -191,8 +194,9 @@ def _base_states(base: Path, chunks: list[list[int]], device: str, report: Progr
     partial = file.with_suffix(f".{os.getpid()}.partial")  # another process may be at the same
     save_file({"hidden": hidden}, partial)
     partial.rename(file)
-    for old in sorted(folder.glob("*.safetensors"), key=lambda each: each.stat().st_mtime)[:-CACHED_RUNS]:
-        old.unlink(missing_ok=True)
+    with suppress(FileNotFoundError):  # another process removes them too
+        for old in sorted(folder.glob("*.safetensors"), key=lambda each: each.stat().st_mtime)[:-CACHED_RUNS]:
+            old.unlink()
     return hidden
 
 

@@ -40,15 +40,17 @@ def matmul(inputs: Tensor, packed: Tensor, norms: Tensor, bits: int) -> Tensor:
     Raises:
         ValueError: the tensors do not fit each other. Compiled code would read what lies beside them.
     """
-    multiply: Callable[[Tensor, Tensor, Tensor, int], Tensor] = _opaque if torch.compiler.is_compiling() else _matmul
+    opaque = torch.compiler.is_compiling() and not (inputs.requires_grad and torch.is_grad_enabled())
+    multiply: Callable[[Tensor, Tensor, Tensor, int], Tensor] = _opaque if opaque else _matmul
     return multiply(inputs, packed, norms, bits)
 
 
 def _matmul(inputs: Tensor, packed: Tensor, norms: Tensor, bits: int) -> Tensor:
     columns, device = inputs.shape[-1], inputs.device
-    if columns * bits != 8 * packed.shape[-1] or norms.dtype != torch.float16 or len(norms) != len(packed):
+    dtypes = packed.dtype == torch.uint8 and norms.dtype == torch.float16
+    if not dtypes or columns * bits != 8 * packed.shape[-1] or len(norms) != len(packed) or columns % norms.shape[1]:
         raise ValueError(
-            f"Inputs {tuple(inputs.shape)} do not fit codes of {bits} bits {tuple(packed.shape)} "
+            f"Inputs {tuple(inputs.shape)} do not fit codes of {bits} bits {tuple(packed.shape)}, {packed.dtype}, "
             f"with norms {tuple(norms.shape)}, {norms.dtype}."
         )
     if not device == packed.device == norms.device:

@@ -21,6 +21,7 @@ from hlwq.kernels.vectors import (
     AVX2,
     compiled,
     dot_by_halves,
+    keep,
     level_tables,
     levels,
     load,
@@ -115,6 +116,7 @@ def row_kernels(width: int, bits: int, shuffled: bool) -> tuple[Any, Any]:
                     decoded_from += 32
                 outputs[first, row], outputs[first + 1, row] = total(sum0), total(sum1)
                 outputs[first + 2, row], outputs[first + 3, row] = total(sum2), total(sum3)
+        keep(decoded)
 
     return look_up_row, multiply_rows
 
@@ -177,12 +179,13 @@ def rounding_kernels(bits: int, shuffled: bool, size: int) -> tuple[Any, Any]:
     @compiled
     def refine_groups(weights, norms, tables, refined):
         levels_of, table = np.empty(size, np.float32), np.intp(tables.ctypes.data)
-        there = np.intp(levels_of.ctypes.data)
         for group in range(len(weights)):
-            here, factor = np.intp(weights[group].ctypes.data), factor_of(norms[group], size)
+            here, there = np.intp(weights[group].ctypes.data), np.intp(levels_of.ctypes.data)
+            factor = factor_of(norms[group], size)
             for octet in range(size // 8):
                 nearest_levels_of_eight(here + 32 * octet, factor, table, there + 32 * octet, bits, shuffled)
             refined[group] = dot_by_halves(here, there, size) / dot_by_halves(there, there, size)
+        keep(levels_of)
 
     return round_groups, refine_groups
 

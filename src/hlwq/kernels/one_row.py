@@ -2,7 +2,8 @@
 
 A small layer takes less time than Python takes to give tensors to a kernel, or work to a thread. So the kernels are
 given addresses, and the threads are those of the OpenMP that torch itself uses, which wait busily for the next layer: a
-second pool of threads would stand in their way.
+second pool of threads would stand in their way. Like torch's own they do not survive a fork, whose child must do with
+`torch.set_num_threads(1)`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from hlwq.kernels.vectors import (
     I32,
     callback,
     compiled,
+    keep,
     level_tables,
     levels,
     load,
@@ -37,13 +39,14 @@ from hlwq.kernels.vectors import (
 GROUP_SIZES = (32, 64, 128, 256)
 BUSY_THREAD_WEIGHTS = 1 << 15
 """Weights that are worth a thread that waits busily."""
-IDLE_THREAD_WEIGHTS = 1 << 22
-"""Weights that are worth a thread that has to be woken."""
+IDLE_THREAD_WEIGHTS = 1 << 23
+"""Weights of a matrix that is worth threads that have to be woken."""
 
 
 def serves(columns: int, norms: Tensor) -> bool:
     """Whether groups of a matrix with so many columns are of a size for these kernels."""
-    return columns // norms.shape[1] in GROUP_SIZES
+    size, rest = divmod(columns, norms.shape[1])
+    return size in GROUP_SIZES and not rest
 
 
 def matmul(inputs: Tensor, packed: Tensor, norms: Tensor, bits: int) -> Tensor:
@@ -62,8 +65,10 @@ def matmul(inputs: Tensor, packed: Tensor, norms: Tensor, bits: int) -> Tensor:
     at = source.data_ptr(), packed.data_ptr(), norms.data_ptr(), outputs.data_ptr(), *kernels.tables_at
     threads = torch.get_num_threads()
     if kernels.share_at:
-        kernels.in_team(*at, rows, groups, max(1, min(threads, weights // BUSY_THREAD_WEIGHTS)), kernels.share_at)
-    elif threads > 1 and weights >= 2 * IDLE_THREAD_WEIGHTS:
+        busy = max(1, min(threads, weights // BUSY_THREAD_WEIGHTS))
+        # All threads or one: OpenMP ends those that a smaller team leaves over.
+        kernels.in_team(*at, rows, groups, busy, threads if busy > 1 else 1, kernels.share_at)
+    elif weights >= IDLE_THREAD_WEIGHTS:
         in_threads(lambda part: kernels.some_rows(*at, part.start, part.stop, groups), rows, weights)
     else:
         kernels.some_rows(*at, 0, rows, groups)
@@ -123,6 +128,8 @@ def write_half(value, outputs, row):
     """As the nearest bfloat16, and the even one of two."""
     word = bits_of(value)
     rounded = (word + np.uint32(0x7FFF) + ((word >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    if value != value:  # adding could make a NaN anything
+        rounded = np.uint32(0x7FC0)
     carray(at(outputs), (row + 1,), np.uint16)[row] = rounded
 
 
@@ -137,7 +144,7 @@ class RowKernels(NamedTuple):
 
     Attributes:
         some_rows: multiplies by some rows of the matrix.
-        in_team: by all of them, in a number of OpenMP's threads.
+        in_team: by all of them, in some of OpenMP's threads.
         share_at: the address of what each of these does, or 0 where there is no OpenMP.
         tables_at: the addresses of the tables of levels and scales.
         behind: what must live as long as these addresses.
@@ -189,20 +196,24 @@ def kernels_for(bits: int, shuffled: bool, group_size: int, half: bool) -> RowKe
     def some_rows(source, packed, norms, outputs, tables, scales, first, last, groups):
         inputs = rotated(source, groups)
         multiply(first, last, np.intp(inputs.ctypes.data), packed, norms, outputs, tables, scales, groups)
+        keep(inputs)
 
     @compiled
-    def in_team(source, packed, norms, outputs, tables, scales, rows, groups, threads, share):
-        inputs, arguments = rotated(source, groups), np.empty(8, np.intp)
+    def in_team(source, packed, norms, outputs, tables, scales, rows, groups, busy, threads, share):
+        inputs, arguments = rotated(source, groups), np.empty(9, np.intp)
         arguments[0], arguments[1], arguments[2] = np.intp(inputs.ctypes.data), packed, norms
         arguments[3], arguments[4], arguments[5] = outputs, tables, scales
-        arguments[6], arguments[7] = rows, groups
+        arguments[6], arguments[7], arguments[8] = rows, groups, busy
         run_in_team(share, np.intp(arguments.ctypes.data), np.uint32(threads), np.uint32(0))
+        keep(inputs)
+        keep(arguments)
 
     def share(address):
-        inputs, packed, norms, outputs, tables, scales, rows, groups = carray(at(address), (8,), np.intp)
-        thread, threads = thread_number(), thread_count()
-        first, last = rows * thread // threads, rows * (thread + 1) // threads
-        multiply(first, last, inputs, packed, norms, outputs, tables, scales, groups)
+        inputs, packed, norms, outputs, tables, scales, rows, groups, busy = carray(at(address), (9,), np.intp)
+        thread, threads = thread_number(), min(busy, thread_count())
+        if thread < threads:
+            first, last = rows * thread // threads, rows * (thread + 1) // threads
+            multiply(first, last, inputs, packed, norms, outputs, tables, scales, groups)
 
     shared, share_at = callback(share) if openmp() else (None, 0)
     tables = level_tables(bits, shuffled), scale_table(group_size)

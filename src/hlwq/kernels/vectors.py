@@ -10,6 +10,7 @@ one by one; all else is LLVM's, for any processor.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -38,18 +39,21 @@ class SharedCache(FunctionCache):
     their code alike, and one be given the other's; and functions that call others are never found again."""
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
-        """Code for a signature, if there is some."""
-        with self._alone():
-            return super().load_overload(sig, target_context)
+        """Code for a signature, if there is some and it can be read."""
+        try:
+            with self._alone():
+                return super().load_overload(sig, target_context)
+        except OSError:
+            return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
-        """Keep code for a signature."""
-        with self._alone():
+        """Keep code for a signature, unless the disk is full or another user's."""
+        with suppress(OSError), self._alone():
             super().save_overload(sig, data)
 
     def _alone(self) -> FileLock:
         self._impl.locator.ensure_cache_path()
-        return FileLock(Path(self.cache_path) / "hlwq.lock")
+        return FileLock(Path(self.cache_path) / "hlwq.lock", mode=0o666)
 
     def _index_key(self, sig: Any, codegen: Any) -> tuple[Any, ...]:
         return sig, codegen.magic_tuple()  # all else is in the name, see `named`
@@ -91,6 +95,11 @@ def cache_for(function: Callable[..., Any]) -> SharedCache | NullCache:
         return SharedCache(function)
     except RuntimeError:
         return NullCache()
+
+
+@compiled
+def keep(array):
+    """Nothing. It stands where an array is done with: one of which only the address is used is freed at once."""
 
 
 class Vector(types.Type):
