@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -72,6 +74,16 @@ def test_the_base_runs_once(quantized: Path, monkeypatch: pytest.MonkeyPatch) ->
     divergence(quantized, bundled_model(), held_out_text(), context=64, limit=3)
     divergence(quantized, bundled_model(), held_out_text(), context=64, limit=2)
     assert loaded[3:] == [bundled_model(), quantized, quantized, bundled_model(), quantized]  # that of 2 was removed
+
+
+def test_another_tokenizer_is_refused(quantized: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(bundled_model(), base)
+    tokenizer = json.loads((base / "tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:100]
+    (base / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    with pytest.raises(HlwqError, match="tokenizers cut the text differently"):
+        divergence(quantized, base, held_out_text(), context=64, limit=2)
 
 
 def test_another_vocabulary_is_refused(tmp_path: Path) -> None:

@@ -293,3 +293,12 @@ def test_a_hub_that_refuses_gets_one_clear_line(checkpoints: list[Path]) -> None
 def test_push_without_a_card_is_refused(tmp_path: Path) -> None:
     with pytest.raises(HlwqError, match="hlwq card"):
         push(tmp_path, "me/nothing")
+
+
+@pytest.mark.parametrize(("measured_on", "flattered"), [("a" * 16, True), ("b" * 16, False)])
+def test_a_card_says_where_the_text_was_calibrated_on(measured_on: str, flattered: bool) -> None:
+    from hlwq.report.card import _caveats
+
+    manifest = {"calibration": {"sources": [{"source": "text.txt", "sha256": "a" * 64}, {"source": "hub/data"}]}}
+    caveats = _caveats(manifest, {"perplexity": {"setting": {"text_sha256": measured_on}}})
+    assert any("own calibration data" in each for each in caveats) == flattered

@@ -263,5 +263,8 @@ def _datasets() -> Any:
     try:
         import datasets
     except ImportError:
-        raise HlwqError("Calibration data of this kind needs datasets. Run: pip install 'hlwq[calibration]'") from None
+        raise HlwqError(
+            "Calibration data from the hub, which is also the default, and .parquet files need datasets. Run: "
+            "pip install 'hlwq[calibration]', or name a .txt or .jsonl file with --calibration."
+        ) from None
     return datasets

@@ -513,6 +513,7 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Measure checkpoints of one model and set them side by side: tables, charts and a page."""
+    from hlwq.report.charts import check_charts
     from hlwq.report.compare import Protocols
     from hlwq.report.compare import compare as run_compare
     from hlwq.report.page import write_report
@@ -529,6 +530,7 @@ def compare(
         speed=not no_speed,
         device=device,
     )
+    check_charts()  # before hours of measuring
     with _progress("comparing") as report:
         rows = run_compare(directories, base, protocols, report)
     files = write_report(rows, protocols, Path(base).name, out)
@@ -730,6 +732,9 @@ def _print_humaneval(result: HumanEval, as_json: bool) -> None:
         return
     for count, estimate in result.pass_at.items():
         output.print(f"HumanEval pass@{count} {_interval(estimate, 4)}")
+    if not result.max_tokens:
+        output.print(f"{len(result.solved)} problems, the data set's own solutions; 95 % interval")
+        return
     sampling = f"temperature {result.temperature:g}" if result.temperature else "greedy"
     output.print(
         f"{len(result.solved)} problems, {result.samples} programs each, prompting {result.prompting}, {sampling}, "

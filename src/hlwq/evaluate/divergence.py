@@ -84,11 +84,13 @@ def divergence(
         progress: told how many chunks are done.
 
     Raises:
-        HlwqError: a model or the text cannot be read, the vocabularies differ, or the text is too short.
+        HlwqError: a model or the text cannot be read, the tokenizers or vocabularies differ, or the text is too short.
     """
-    base = locate(against)
+    base, words = locate(against), read_text(text)
     with quiet_transformers():
-        ids = load_tokenizer(base)(read_text(text))["input_ids"]
+        ids = load_tokenizer(base)(words)["input_ids"]
+        if _tokens_of(model, words) not in (None, ids):
+            raise HlwqError(f"{model} was not made from {against}: their tokenizers cut the text differently.")
     chunks = windows_of(ids, context, context, limit)
     report = progress or (lambda done, total, item: None)
     hidden = _base_states(base, chunks, device, report)
@@ -112,6 +114,17 @@ def divergence(
         chunk_means=means,
         perplexity=perplexity_of_losses(losses, context - 1, torch.tensor(ids), "chunked", context, context),
     )
+
+
+def _tokens_of(model: str | Path | Endpoint, text: str) -> list[int] | None:
+    """A text by the model's own tokenizer, where it has one here."""
+    if isinstance(model, Endpoint):
+        return None
+    try:
+        ids: list[int] = load_tokenizer(locate(model))(text)["input_ids"]
+    except HlwqError:
+        return None
+    return ids
 
 
 def _compare(

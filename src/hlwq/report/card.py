@@ -263,6 +263,11 @@ def _caveats(manifest: dict[str, Any], results: dict[str, dict[str, Any]]) -> li
         caveats.append("HumanEval has 164 problems: differences of a few points are within its interval.")
         if unfinished := results["humaneval"]["result"].get("unfinished"):
             caveats.append(f"{unfinished} answers to HumanEval were still going on at their last token.")
+    calibration = (manifest.get("calibration") or {}).get("sources", ())
+    own = {source["sha256"][:16] for source in calibration if "sha256" in source}
+    seen = [kind for kind in KINDS if kind in results and results[kind]["setting"].get("text_sha256") in own]
+    if seen:
+        caveats.append(f"Measured on its own calibration data, which flatters it: {', '.join(seen)}.")
     if manifest.get("calibration"):
         caveats.append("Calibrated checkpoints are best on text like their calibration data.")
     caveats.append("Perplexities of different protocols or texts cannot be compared.")

@@ -130,6 +130,11 @@ def _mean(row: Row) -> float:
     return row.loss_above_base.mean
 
 
+def check_charts() -> None:
+    """Raise HlwqError if no charts can be drawn here."""
+    _pyplot()
+
+
 def _pyplot() -> Any:
     try:
         import matplotlib
