@@ -236,6 +236,12 @@ def test_quantize_inspect_check_convert(model: Path, tmp_path: Path) -> None:
     assert hlwq("check", packed).returncode == 0
     assert hlwq("convert", packed, dense, "--format", "dense").returncode == 0
     assert json.loads(hlwq("inspect", dense, "--json").stdout)["bits_per_quantized_weight"] is None
+    again = tmp_path / "again"
+    ended = hlwq("convert", packed, again, "--format", "gptq")
+    assert ended.returncode == 0
+    assert "warning: the weights of packed are rounded a second time" in ended.stderr
+    hlwq("card", again)
+    assert "rounded twice: by recipe `hlwq`" in (again / "README.md").read_text(encoding="utf-8")
 
 
 def test_a_calibrated_run_reports_its_layers_and_warns(tmp_path: Path) -> None:

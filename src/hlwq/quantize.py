@@ -215,6 +215,12 @@ def convert(
             wanted = {*usual_modules(layout), layout.embedding, "lm_head"}
             modules = [module for module in modules if module in wanted]
         plan = make_plan(decoded, recipe, format, modules=modules)
+        warnings.warn(
+            f"the weights of {path.resolve().name} are rounded a second time, and errors are told against them as they "
+            "are. Quantize the original if you have it.",
+            HlwqWarning,
+            stacklevel=2,
+        )
     manifest = path / "hlwq.json"
     origin = {
         "source": path.resolve().name,

@@ -264,6 +264,9 @@ def _caveats(manifest: dict[str, Any], results: dict[str, dict[str, Any]]) -> li
         if unfinished := results["humaneval"]["result"].get("unfinished"):
             caveats.append(f"{unfinished} answers to HumanEval were still going on at their last token.")
     calibration = (manifest.get("calibration") or {}).get("sources", ())
+    first = manifest.get("origin", {}).get("made_by")
+    if first and manifest.get("stages"):
+        caveats.append(f"The weights were rounded twice: by recipe `{first['recipe']}`, then as said above.")
     own = {source["sha256"][:16] for source in calibration if "sha256" in source}
     seen = [kind for kind in KINDS if kind in results and results[kind]["setting"].get("text_sha256") in own]
     if seen:
