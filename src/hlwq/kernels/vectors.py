@@ -391,14 +391,16 @@ def taken(builder: ir.IRBuilder, table: ir.Value, index: ir.Value, count: int, s
 
 
 def search(
-    builder: ir.IRBuilder, values: ir.Value, tables: ir.Value, bits: int, shuffled: bool
+    builder: ir.IRBuilder, source: ir.Value, factor: ir.Value, tables: ir.Value, bits: int, shuffled: bool
 ) -> tuple[ir.Value, ir.Value]:
-    """How many of the positive boundaries lie below the sizes of eight values, and −1 for those that are not positive.
+    """Of eight float32 times a factor: how many of the positive boundaries lie below their sizes, and −1 for those that
+    are not positive.
 
     The boundaries are symmetric, so that half of them are searched, in a binary search for all eight values at a time.
     A boundary belongs to the level below it. For a negative value that is the larger of the two: it is searched for
     as the next larger number.
     """
+    values = builder.fmul(load_vectors(builder, source, 1)[0], repeated(builder, factor))
     negative = builder.sext(builder.fcmp_ordered("<=", values, ir.Constant(V8, None)), V8_INTEGERS)
     size = builder.and_(builder.bitcast(values, V8_INTEGERS), constant(I32, [0x7FFFFFFF] * 8))
     size = builder.bitcast(builder.sub(size, negative), V8)
@@ -419,8 +421,7 @@ def nearest_codes_of_eight(context, source, factor, tables, target, bits, shuffl
 
     def generate(_, builder, __, args):
         width = bits.literal_value
-        values = builder.fmul(load_vectors(builder, args[0], 1)[0], repeated(builder, args[1]))
-        index, negative = search(builder, values, args[2], width, bool(shuffled.literal_value))
+        index, negative = search(builder, args[0], args[1], args[2], width, bool(shuffled.literal_value))
         codes = builder.or_(index, constant(I32, [1 << (width - 1)] * 8))
         codes = builder.xor(codes, builder.and_(negative, constant(I32, [(1 << width) - 1] * 8)))
         kind = ir.VectorType(I8, 8)
@@ -435,8 +436,7 @@ def nearest_levels_of_eight(context, source, factor, tables, target, bits, shuff
 
     def generate(_, builder, __, args):
         width = bits.literal_value
-        values = builder.fmul(load_vectors(builder, args[0], 1)[0], repeated(builder, args[1]))
-        index, negative = search(builder, values, args[2], width, bool(shuffled.literal_value))
+        index, negative = search(builder, args[0], args[1], args[2], width, bool(shuffled.literal_value))
         end = sum(max(8, 1 << depth) for depth in range(width - 1))
         table = builder.add(args[2], ir.Constant(args[2].type, 4 * end))
         found = taken(builder, table, index, 1 << (width - 1), bool(shuffled.literal_value))
