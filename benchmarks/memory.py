@@ -22,7 +22,7 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 from hlwq.demo import bundled_model
-from hlwq.models import describe
+from hlwq.families import describe
 
 REAL_9B = {
     "model_type": "qwen3_5_text",

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hlwq.models import describe
+from hlwq.families import describe
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",

@@ -18,11 +18,11 @@ from checkpoints import FAMILY_NAMES, make_checkpoint
 from safetensors.torch import load_file, save_file
 
 from hlwq import Calibration, GptqOptions, HlwqError, Recipe, Stage
-from hlwq.checkpoint import hash_file, read_json
+from hlwq.files import hash_file, read_json
 from hlwq.demo import bundled_model
 from hlwq.errors import HlwqWarning
 from hlwq.quantize import QuantizeResult, plan_for, quantize
-from hlwq.sources import DecodedCheckpoint
+from hlwq.decoded import DecodedCheckpoint
 
 DATA = Calibration(("embedded",), samples=12, sequence_length=64)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from hlwq.checkpoint import Reader
+from hlwq.containers import Reader
 from hlwq.demo import BASELINE, bundled_model, run_demo
 from hlwq.plan import make_plan
 from hlwq.recipes import RECIPES

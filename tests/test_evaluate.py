@@ -15,7 +15,7 @@ from hlwq.demo import bundled_model, held_out_text
 from hlwq.devices import compute_dtype
 from hlwq.evaluate import paired_difference, perplexity
 from hlwq.evaluate.model import load_model
-from hlwq.sources import DecodedCheckpoint
+from hlwq.decoded import DecodedCheckpoint
 
 
 def plain_perplexity(context: int, stride: int, windows: int, scored: int) -> float:

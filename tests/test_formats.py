@@ -24,11 +24,11 @@ from hlwq.formats.compressed_tensors import configured_weights
 from hlwq.formats.gptq import dynamic_rules
 from hlwq.grids import Grid, QuantizedMatrix, UniformGrid
 from hlwq.lloyd import codebook
-from hlwq.models import describe
+from hlwq.families import describe
 from hlwq.plan import make_plan
 from hlwq.recipes import override, recipe_named
 from hlwq.solvers.nearest import quantize_nearest
-from hlwq.sources import DecodedCheckpoint
+from hlwq.decoded import DecodedCheckpoint
 
 DOWN, UP, O_PROJ = "model.layers.0.mlp.down_proj", "model.layers.0.mlp.up_proj", "model.layers.1.self_attn.o_proj"
 ROWS, COLUMNS = 64, 256

@@ -11,10 +11,10 @@ import torch
 from checkpoints import FAMILY_NAMES, make_checkpoint
 from torch import Tensor, nn
 
-from hlwq.checkpoint import Reader
+from hlwq.containers import Reader
 from hlwq.evaluate.model import load_model
-from hlwq.layers import LayerRunner
-from hlwq.models import ModelLayout, describe
+from hlwq.calibration.layers import LayerRunner
+from hlwq.families import ModelLayout, describe
 from hlwq.solvers.gptq import Gram
 
 TOKENS = torch.randint(0, 96, (5, 70), generator=torch.Generator().manual_seed(0))

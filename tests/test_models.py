@@ -10,9 +10,9 @@ import transformers
 from checkpoints import ARCHITECTURES, FAMILY_NAMES, make_checkpoint, model_config
 
 from hlwq import HlwqError
-from hlwq.checkpoint import Reader
-from hlwq.models import FAMILIES, ModelLayout, describe
-from hlwq.models.qwen3_5 import layer_types
+from hlwq.containers import Reader
+from hlwq.families import FAMILIES, ModelLayout, describe
+from hlwq.families.qwen3_5 import layer_types
 
 EMBEDDINGS = ["model.embed_tokens.weight"]
 REAL_9B = {

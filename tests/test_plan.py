@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hlwq import HlwqError, Recipe, Stage
-from hlwq.checkpoint import Reader, TensorSpec
+from hlwq.containers import Reader, TensorSpec
 from hlwq.formats import Scheme
 from hlwq.grids import LloydGrid, UniformGrid
 from hlwq.plan import REST, Plan, fit_group_size, make_plan, plan_decoding
@@ -350,7 +350,7 @@ def test_a_recipe_that_the_format_cannot_hold_is_refused(
 
 def test_a_chain_ends_in_the_formats_own_grid(llama: Reader) -> None:
     plan = make_plan(llama, recipe_named("hlwq-mlx"))
-    assert plan.format.NAME == "mlx"
+    assert plan.format.name == "mlx"
     (tensor,) = (each for each in plan.quantized() if each.module == "model.layers.0.mlp.down_proj")
     (first, first_basis), (last, last_basis) = tensor.steps
     assert (first, first_basis, last_basis) == (LloydGrid(5, 128), "hadamard", "identity")

@@ -18,10 +18,10 @@ from scipy.stats import norm
 
 import hlwq
 from hlwq import HlwqError
-from hlwq.checkpoint import Reader
+from hlwq.containers import Reader
 from hlwq.cli import main
 from hlwq.formats import FORMATS, detect_format, polar
-from hlwq.sources import DecodedCheckpoint, open_dense
+from hlwq.decoded import DecodedCheckpoint, open_dense
 
 WIDTH, BLOCK = 192, 128
 UP = "model.layers.0.mlp.up_proj"

@@ -14,7 +14,7 @@ from hlwq.checkpoint import Reader, hash_file
 from hlwq.grids import LloydGrid, UniformGrid
 from hlwq.quantize import convert, plan_for, quantize
 from hlwq.solvers.nearest import quantize_nearest
-from hlwq.sources import DecodedCheckpoint
+from hlwq.decoded import DecodedCheckpoint
 
 
 @pytest.fixture(scope="module")

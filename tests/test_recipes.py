@@ -8,7 +8,7 @@ import pytest
 from checkpoints import make_checkpoint
 
 from hlwq import GptqOptions, HlwqError, Stage
-from hlwq.checkpoint import Reader
+from hlwq.containers import Reader
 from hlwq.formats import FORMATS
 from hlwq.plan import make_plan
 from hlwq.recipes import RECIPES, override, recipe_named

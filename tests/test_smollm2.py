@@ -15,7 +15,7 @@ import pytest
 import hlwq
 from hlwq.demo import held_out_text
 from hlwq.evaluate import paired_difference, perplexity
-from hlwq.sources import DecodedCheckpoint
+from hlwq.decoded import DecodedCheckpoint
 
 pytestmark = pytest.mark.slow
 

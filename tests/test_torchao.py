@@ -105,7 +105,7 @@ def test_the_recipe_is_loaded_saved_and_loaded_again_by_transformers(torchao: An
 
     dense, saved = tmp_path / "dense", tmp_path / "saved"
     result = hlwq.quantize(bundled_model(), dense, "hlwq-torchao")
-    assert result.plan.format.NAME == "dense"
+    assert result.plan.format.name == "dense"
     assert "quantization_config" not in json.loads((dense / "config.json").read_text())
     config = hlwq.torchao.transformers_config(dense, device="cpu")
     model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.bfloat16, quantization_config=config)

@@ -17,7 +17,7 @@ from transformers.quantizers import auto
 
 import hlwq
 from hlwq import HlwqError, integrations
-from hlwq.checkpoint import Reader
+from hlwq.containers import Reader
 from hlwq.demo import bundled_model, held_out_text
 from hlwq.errors import HlwqWarning
 from hlwq.evaluate.model import load_model
@@ -25,7 +25,7 @@ from hlwq.evaluate.perplexity import perplexity_of_tokens
 from hlwq.evaluate.speed import speed
 from hlwq.formats import Scheme
 from hlwq.linear import HLWQEmbedding, HLWQLinear, HLWQTiedHead
-from hlwq.sources import DecodedCheckpoint
+from hlwq.decoded import DecodedCheckpoint
 from hlwq.usage import commands
 
 TOKENS = torch.arange(1, 33)[None]
@@ -116,7 +116,7 @@ def load_decoded(directory: Path, dtype: torch.dtype = torch.bfloat16) -> tuple[
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hlwq.evaluate.model.load_tokenizer", lambda path: None)
         model, _ = load_model(directory, dtype=dtype)
-    assert checkpoint.format.NAME == "hlwq"
+    assert checkpoint.format.name == "hlwq"
     return model, None
 
 

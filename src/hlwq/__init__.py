@@ -3,24 +3,37 @@
 from typing import Any
 
 from hlwq import evaluate
+from hlwq.bases import Hadamard, Identity
 from hlwq.calibration import Calibration
 from hlwq.check import check_directory as check
-from hlwq.errors import HlwqError
+from hlwq.errors import CheckpointError, HlwqError, RequestError, ResourceError, UnsupportedError
+from hlwq.grids import LloydGrid, UniformGrid
 from hlwq.inspect import inspect
 from hlwq.integrations import register_with_transformers, torchao
 from hlwq.quantize import convert, quantize
 from hlwq.recipes import Recipe, Stage
-from hlwq.solvers.gptq import GptqOptions
+from hlwq.request import Request
+from hlwq.solvers import Gptq, Nearest
 from hlwq.transformers_models import require_transformers
 from hlwq.version import __version__
 
 __all__ = [
     "Calibration",
-    "GptqOptions",
+    "CheckpointError",
+    "Gptq",
     "HLWQConfig",
+    "Hadamard",
     "HlwqError",
+    "Identity",
+    "LloydGrid",
+    "Nearest",
     "Recipe",
+    "Request",
+    "RequestError",
+    "ResourceError",
     "Stage",
+    "UniformGrid",
+    "UnsupportedError",
     "__version__",
     "check",
     "convert",

@@ -27,9 +27,9 @@ from hlwq.calibration import Calibration
 from hlwq.check import CheckLine, check_directory
 from hlwq.errors import HlwqError, HlwqWarning
 from hlwq.evaluate.statistics import Estimate
+from hlwq.families import FAMILIES
 from hlwq.formats import READABLE_FORMATS
 from hlwq.inspect import TensorReport
-from hlwq.models import FAMILIES
 from hlwq.plan import Plan
 from hlwq.quantize import Progress as Report
 from hlwq.quantize import QuantizeResult, plan_for
@@ -651,9 +651,9 @@ def recipes(as_json: Json = False) -> None:
 def formats(as_json: Json = False) -> None:
     """List the formats: engine × format × bits × symmetry."""
     rows = [
-        {"engine": engine.name, "format": each.NAME, "bits": list(engine.bits), "symmetry": engine.symmetry}
+        {"engine": engine.name, "format": each.name, "bits": list(engine.bits), "symmetry": engine.symmetry}
         for each in READABLE_FORMATS.values()
-        for engine in each.ENGINES
+        for engine in each.engines
     ]
     _print_rows(rows, as_json)
 
@@ -831,7 +831,7 @@ def _plan_summary(plan: Plan) -> dict[str, Any]:
     return {
         "family": plan.layout.family.name,
         "recipe": plan.recipe.name,
-        "format": plan.format.NAME,
+        "format": plan.format.name,
         "output_bytes": plan.output_bytes(),
         "bits_per_quantized_weight": per_weight,
         "bits_per_parameter": per_parameter,
@@ -914,13 +914,13 @@ def _print_result(result: QuantizeResult, as_json: bool) -> None:
             text = f"warning: {line.engine} would not load it; it wants: {line.requirement}. `hlwq check` says more."
             output.print(escape(text), highlight=False)
     output.print(
-        f"{result.out}: format {result.plan.format.NAME}, {result.nbytes:,} bytes"
+        f"{result.out}: format {result.plan.format.name}, {result.nbytes:,} bytes"
         + (f", {per_weight:.3f} bits per quantized weight" if per_weight else "")
         + f", {result.seconds:.1f} s, peak memory {result.peak_memory / 1e9:.2f} GB",
         soft_wrap=True,
     )
     failing = {line.engine for line in result.checks if not line.passed}
-    for engine, command in commands(result.out, result.plan.format.NAME, without=failing):
+    for engine, command in commands(result.out, result.plan.format.name, without=failing):
         output.print(f"  {engine}: {escape(command)}", soft_wrap=True, highlight=False)
 
 

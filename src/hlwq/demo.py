@@ -82,7 +82,7 @@ def run_demo(out: Path, progress: Callable[[int, int, str], None]) -> list[DemoR
         progress(done, total, f"{label} → {format_name}")
         directory = out / f"{label.replace(' --', '-')}-{format_name}"
         if not directory.exists():
-            calibration = CALIBRATION if calibrate or recipe.gptq else None
+            calibration = CALIBRATION if calibrate or recipe.calibrated else None
             quantize(model, directory, recipe, format=format_name, calibrate=calibrate or None, calibration=calibration)
         rows.append(_row(label, format_name, directory, _measure(directory), base))
     progress(total, total, "done")

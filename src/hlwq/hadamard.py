@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hlwq.compiled import cpu_kernels
-from hlwq.errors import HlwqError
+from hlwq.errors import RequestError
 
 
 @lru_cache(maxsize=32)
@@ -24,7 +24,7 @@ def hadamard_matrix(size: int, device: torch.device | str = "cpu") -> Tensor:
         float32 tensor of shape (d, d) with entries ±1/√d. It is shared: do not write to it.
 
     Raises:
-        HlwqError: `size` is not a power of two.
+        RequestError: `size` is not a power of two.
 
     Sylvester's construction: H_1 = [1], H_2n = [[H_n, H_n], [H_n, −H_n]].
     """
@@ -49,10 +49,10 @@ def rotate_blocks(values: Tensor, block_size: int) -> Tensor:
         float32 tensor of the same shape.
 
     Raises:
-        HlwqError: `block_size` is not a power of two or does not divide n.
+        RequestError: `block_size` is not a power of two or does not divide n.
     """
     if block_size < 1 or values.shape[-1] % block_size:
-        raise HlwqError(f"Blocks of {block_size} do not divide an axis of {values.shape[-1]}.")
+        raise RequestError(f"Blocks of {block_size} do not divide an axis of {values.shape[-1]}.")
     _check(block_size)
     kernels = cpu_kernels(values)
     if kernels and block_size in kernels.GROUP_SIZES and values.dtype == torch.float32:
@@ -73,4 +73,4 @@ def _rotate_blocks(values: Tensor, block_size: int) -> Tensor:
 
 def _check(size: int) -> None:
     if size < 1 or size & (size - 1):
-        raise HlwqError(f"A Hadamard block must be a power of two, not {size}. Use 32, 64 or 128.")
+        raise RequestError(f"A Hadamard block must be a power of two, not {size}. Use 32, 64 or 128.")

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from hlwq.checkpoint import read_json
+from hlwq.decoded import DecodedCheckpoint
 from hlwq.errors import HlwqError
-from hlwq.grids import CHUNK_WEIGHTS
-from hlwq.sources import DecodedCheckpoint, locate
+from hlwq.files import read_json
+from hlwq.matrix import CHUNK_WEIGHTS
+from hlwq.sources import locate
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def inspect(
     weights = sum(parameters for parameters, _ in coded)
     return Inspection(
         path=path,
-        format=checkpoint.format.NAME,
+        format=checkpoint.format.name,
         recipe=manifest.get("recipe"),
         tensors=tuple(reports),
         nbytes=total,

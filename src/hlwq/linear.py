@@ -8,13 +8,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from hlwq.errors import HlwqError
+from hlwq.errors import UnsupportedError
 from hlwq.formats import Scheme
 from hlwq.formats.hlwq import decode
 from hlwq.kernels import embedding, matmul
 
 
-class _NoWeight(HlwqError, AttributeError):
+class _NoWeight(UnsupportedError, AttributeError):
     """Says that a matrix is packed, and to `hasattr` that there is no `weight`."""
 
     def __init__(self, kind: str) -> None:
@@ -132,6 +132,8 @@ class HLWQEmbedding(_Packed):
         scheme: Scheme,
         dtype: torch.dtype,
         device: torch.device | str | None = None,
+        *,
+        scale: float = 1.0,
     ) -> None:
         """Leave the codes empty.
 
@@ -141,8 +143,11 @@ class HLWQEmbedding(_Packed):
             scheme: bits and group size.
             dtype: of the rows that `forward` returns, until the model is cast to another.
             device: where the codes are.
+            scale: what the rows are multiplied by when they are looked up, in their dtype, as Gemma does; a head that
+                is tied to the embedding is not.
         """
         super().__init__(num_embeddings, embedding_dim, scheme, device)
+        self.scale = scale
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self._like: Tensor
         self.register_buffer("_like", torch.empty(0, dtype=dtype, device=device), persistent=False)
@@ -159,13 +164,33 @@ class HLWQEmbedding(_Packed):
         on_cpu = inputs.device.type == "cpu" and not torch.compiler.is_compiling()
         if on_cpu and inputs.numel() and inputs.min() < 0:  # which would count from the end
             raise IndexError(f"token id {int(inputs.min())} is negative")
-        return embedding(inputs, self.weight_packed, self.weight_norms, self.bits, self._like.dtype)
+        rows = embedding(inputs, self.weight_packed, self.weight_norms, self.bits, self._like.dtype)
+        return rows if self.scale == 1.0 else _scaled(rows, self.scale)
 
     def dequantize(self, dtype: torch.dtype) -> nn.Embedding:
         """The embedding with decoded weights."""
-        embedding = nn.Embedding(self.num_embeddings, self.embedding_dim, device="meta")
+        if self.scale == 1.0:
+            embedding = nn.Embedding(self.num_embeddings, self.embedding_dim, device="meta")
+        else:
+            embedding = _ScaledEmbedding(self.num_embeddings, self.embedding_dim, self.scale)
         embedding.weight = self.decoded(dtype)
         return embedding
+
+
+class _ScaledEmbedding(nn.Embedding):
+    """An embedding whose rows are multiplied when they are looked up."""
+
+    def __init__(self, rows: int, columns: int, scale: float) -> None:
+        super().__init__(rows, columns, device="meta")
+        self.scale = scale
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _scaled(super().forward(input), self.scale)
+
+
+def _scaled(rows: Tensor, scale: float) -> Tensor:
+    """Rows times a scale that is rounded to their dtype first, as models that scale their embeddings do."""
+    return rows * torch.tensor(scale, dtype=rows.dtype)
 
 
 class HLWQTiedHead(_WithoutWeight):

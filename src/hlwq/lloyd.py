@@ -9,7 +9,7 @@ from math import inf, pi, sqrt
 import torch
 from torch import Tensor
 
-from hlwq.errors import HlwqError
+from hlwq.errors import RequestError
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,10 @@ def codebook(bits: int, device: torch.device | str = "cpu") -> Codebook:
         device: where its tensors are wanted. They are shared: do not write to them.
 
     Raises:
-        HlwqError: `bits` is out of range.
+        RequestError: `bits` is out of range.
     """
     if not 1 <= bits <= 8:
-        raise HlwqError(f"Codebooks exist for 1 to 8 bits, not {bits}.")
+        raise RequestError(f"Codebooks exist for 1 to 8 bits, not {bits}.")
     levels = 2**bits
     quantiles = (torch.arange(levels, dtype=torch.float64) + 0.5) / levels
     # Panter and Dite (1951): the best levels have density φ^(1/3), that of a normal √3 times as wide.
@@ -70,7 +70,7 @@ def codebook(bits: int, device: torch.device | str = "cpu") -> Codebook:
 
 
 def _cells(centroids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of each cell: its mean, its probability, and the slope of its mean in its left and right edge."""
+    """The mean of each cell, its probability, and the slopes of the mean in its left and its right edge."""
     edge = torch.tensor([inf], dtype=torch.float64)
     edges = torch.cat([-edge, (centroids[1:] + centroids[:-1]) / 2, edge])
     left, right = edges[:-1], edges[1:]

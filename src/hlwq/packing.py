@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hlwq.compiled import cpu_kernels
-from hlwq.errors import HlwqError
+from hlwq.errors import RequestError
 
 CHUNK_BYTES = 1 << 20
 
@@ -27,7 +27,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         uint8 (…, n·bits/8).
 
     Raises:
-        HlwqError: `bits` is out of range or n is not a multiple of 8.
+        RequestError: `bits` is out of range or n is not a multiple of 8.
     """
     _check(bits, codes.shape[-1], 8)
     kernels = cpu_kernels(codes)
@@ -57,7 +57,7 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
         uint8 (…, 8·m/bits).
 
     Raises:
-        HlwqError: `bits` is out of range or does not divide m.
+        RequestError: `bits` is out of range or does not divide m.
     """
     _check(bits, packed.shape[-1], bits)
     kernels = cpu_kernels(packed)
@@ -95,6 +95,6 @@ def _in_chunks(function: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
 
 def _check(bits: int, length: int, divisor: int) -> None:
     if not 1 <= bits <= 8:
-        raise HlwqError(f"Codes have 1 to 8 bits, not {bits}.")
+        raise RequestError(f"Codes have 1 to 8 bits, not {bits}.")
     if length % divisor:
-        raise HlwqError(f"An axis of {length} is not a multiple of {divisor}, which {bits}-bit packing needs.")
+        raise RequestError(f"An axis of {length} is not a multiple of {divisor}, which {bits}-bit packing needs.")

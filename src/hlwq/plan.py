@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Container, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Container, Iterator
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
-from hlwq.calibration import Calibration
-from hlwq.checkpoint import DTYPES, TensorSpec
-from hlwq.errors import HlwqError
+from hlwq.calibration import Calibration, calibration_memory
+from hlwq.containers import DTYPES, TensorSpec
+from hlwq.errors import CheckpointError, RequestError, UnsupportedError
+from hlwq.families import Matrix, ModelLayout, describe, model_dtype
 from hlwq.formats import Contents, Format, Scheme, format_named
-from hlwq.grids import CHUNK_WEIGHTS, Basis, Grid, LloydGrid, UniformGrid
-from hlwq.layers import activation_bytes, default_batch_size
-from hlwq.models import Matrix, ModelLayout, describe
+from hlwq.matrix import CHUNK_WEIGHTS
 from hlwq.recipes import Recipe, Stage
-from hlwq.solvers.gptq import GptqOptions
+from hlwq.request import Selection
+from hlwq.solvers import Nearest
 
 SOURCE_DTYPES = ("BF16", "F16", "F32")
-GROUP_SIZES = (128, 64, 32)
-"""What stands in for a group size that does not divide in_features, the first that is not above it and divides."""
 REST = "outside the layers"
 
 
-class Source(Protocol):
-    """What a plan is made for: a dense checkpoint, or a quantized one that decodes as it is read."""
+class Headers(Protocol):
+    """What a plan is made for: the configuration and the headers of a checkpoint, dense or decoded as it is read."""
 
     config: dict[str, Any]
     tensors: dict[str, TensorSpec]
@@ -36,21 +34,19 @@ class PlannedTensor:
 
     Attributes:
         spec: the tensor.
-        action: `quantize`, `copy` (bit for bit) or `drop`.
+        action: `quantize`, `copy` (bit for bit, but for what `outputs` says of its name and dtype) or `drop`.
         reason: why it is not quantized; empty if it is.
         unit: the part of the run that handles it: a decoder layer, or what is outside the layers.
-        steps: for `quantize`: the grid and basis of each stage.
+        stages: for `quantize`: the recipe's stages with grids and bases as they are for this matrix.
         outputs: the tensors written for it.
-        gptq: for `quantize`: how it is calibrated, or None.
     """
 
     spec: TensorSpec
     action: Literal["quantize", "copy", "drop"]
     reason: str
     unit: str
-    steps: tuple[tuple[Grid, Basis], ...] = ()
+    stages: tuple[Stage, ...] = ()
     outputs: tuple[TensorSpec, ...] = ()
-    gptq: GptqOptions | None = None
 
     @property
     def module(self) -> str:
@@ -58,11 +54,15 @@ class PlannedTensor:
         return self.spec.name.rpartition(".")[0]
 
     @property
+    def calibrated(self) -> bool:
+        """Whether it is quantized by a solver that needs calibration data."""
+        return bool(self.stages and self.stages[-1].solver.needs)
+
+    @property
     def scheme(self) -> Scheme:
         """How it is stored, for `quantize`."""
-        grid = self.steps[-1][0]
-        symmetric = grid.symmetric if isinstance(grid, UniformGrid) else None
-        return Scheme(grid.bits, grid.group_size, symmetric, self.gptq is not None and self.gptq.desc_act)
+        grid, solver = self.stages[-1].grid, self.stages[-1].solver
+        return Scheme(grid.bits, grid.group_size, grid.symmetry, solver.scatters_groups)
 
 
 @dataclass(frozen=True)
@@ -122,47 +122,29 @@ class Plan:
         return 8 * stored / weights if weights else None, 8 * self.output_bytes() / everything
 
     def peak_memory(self, calibration: Calibration | None = None) -> int:
-        """Bytes that the work will need at most, estimated; of a calibrated recipe, with this calibration."""
+        """Bytes that the work will need at most, estimated; for a calibrated recipe, with this calibration."""
         interpreter, chunk = 400 << 20, 60 * CHUNK_WEIGHTS  # measured: Python with torch; float32 work per chunk
         largest = 0
         for tensor in self.tensors:
-            if tensor.action == "quantize" and tensor.gptq is None:
+            if tensor.action == "copy":
+                largest = max(largest, tensor.spec.nbytes)
+            elif tensor.action == "quantize" and not tensor.calibrated:
                 # The source, a byte for each code, and twice the encoded form while its chunks are joined.
                 need = tensor.spec.nbytes + tensor.spec.parameters + 2 * sum(spec.nbytes for spec in tensor.outputs)
                 largest = max(largest, need)
-            elif tensor.action == "copy":
-                largest = max(largest, tensor.spec.nbytes)
-        if self.recipe.gptq is not None:
-            largest = max(largest, self._calibration_memory(calibration or Calibration(), self.recipe.gptq))
+        if self.recipe.calibrated:
+            width = DTYPES[self.dtype].itemsize
+            needed = calibration_memory(self.layout, calibration or Calibration(), self.recipe.solver, width)
+            largest = max(largest, needed)
         return interpreter + chunk + largest
-
-    def _calibration_memory(self, calibration: Calibration, gptq: GptqOptions) -> int:
-        """A layer, the samples between layers, the activations of a batch, and the largest problem of the solver."""
-        transformers, width = 300 << 20, DTYPES[self.dtype].itemsize
-        copies = 2 if gptq.gptaq_alpha else 1
-        states = calibration.samples * calibration.sequence_length * self.layout.text_config["hidden_size"] * width
-        batch = calibration.batch_size or default_batch_size(self.layout, calibration.sequence_length)
-        activations = activation_bytes(self.layout, calibration.sequence_length) * min(batch, calibration.samples)
-        weights = solver = 0
-        for layer in self.layout.layers:
-            weights = max(weights, width * sum(matrix.shape[0] * matrix.shape[1] for matrix in layer.matrices()))
-            for step in layer.steps:
-                columns = step[0].shape[1]
-                # Of float32: the Hessian, its damped copy, factor and inverse; the weights, their latent form, errors.
-                rows = sum(matrix.shape[0] for matrix in step)
-                solver = max(solver, 4 * columns * (5 * columns + 4 * rows))
-        stored = 0 if calibration.offload_activations else copies * states
-        return transformers + copies * weights + stored + max(activations, solver)
 
 
 def make_plan(
-    source: Source,
+    source: Headers,
     recipe: Recipe,
     format_name: str | None = None,
+    selection: Selection | None = None,
     *,
-    include_embeddings: bool = False,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
     modules: Collection[str] | None = None,
 ) -> Plan:
     """Decide what becomes of every tensor.
@@ -171,65 +153,59 @@ def make_plan(
         source: a checkpoint that is not quantized, or one that decodes as it is read.
         recipe: what to do to each matrix.
         format_name: what to write; the recipe's usual format if None.
-        include_embeddings: quantize the embedding, and the output head if it is a matrix of its own.
-        include: regular expressions; modules kept by default that match are quantized.
-        exclude: regular expressions; modules that match are kept.
+        selection: changes of the family's choice of matrices.
         modules: if given, exactly what to quantize, instead of the family's choice.
 
     Raises:
-        HlwqError: the architecture, a tensor, the format or a pattern does not allow it; the message says which.
+        RequestError: an argument is wrong or changes nothing.
+        CheckpointError: a tensor is missing or has another shape than the configuration says.
+        UnsupportedError: the architecture is not supported, or the format cannot hold what is asked for.
     """
     output_format = format_named(format_name or recipe.formats[0])
     layout = describe(source.config, source.tensors)
     check_tensors(source, layout)
-    embedding = source.tensors[f"{layout.embedding}.weight"]
-    chosen = set(modules or _choose(source, layout, include_embeddings, include, exclude))
-    if modules and not output_format.HOLDS_EMBEDDINGS:  # what the source had as codes is then written decoded
+    selection = selection or Selection()
+    chosen = set(modules or _choose(source, layout, selection))
+    if modules and not output_format.holds_embeddings:  # what the source had as codes is then written decoded
         chosen -= set(_embeddings(layout))
-    _check_chosen(layout, output_format, chosen)
-    _check_calibrated(recipe, output_format)
+    _check_chosen(layout, output_format, chosen, selection)
+    _check_solver(recipe, output_format)
     matrices, required = _decoder_matrices(layout), layout.required_tensors()
-    planned, fallbacks = [], {}
+    dtype = model_dtype(source.config, source.tensors.values())
+    fallbacks: dict[tuple[int, int], int] = {}
+    planned = []
     for spec in source.tensors.values():
-        module = spec.name.rpartition(".")[0]
-        unit = _unit(spec.name, layout)
+        module, unit = spec.name.rpartition(".")[0], _unit(spec.name, layout)
         if spec.name == "lm_head.weight" and layout.tied:
-            planned.append(PlannedTensor(spec, "drop", f"tied to {embedding.name}", unit))
+            planned.append(PlannedTensor(spec, "drop", f"tied to {layout.embedding}.weight", unit))
         elif spec.name == f"{module}.weight" and module in chosen:
-            steps = tuple(
-                _step(stage, spec, output_format, embedding.dtype, last=stage is recipe.stages[-1])
-                for stage in recipe.stages
-            )
-            grid = steps[-1][0]
-            for stage, (each, _) in zip(recipe.stages, steps, strict=True):
-                if each.group_size != stage.group_size:
-                    fallbacks[spec.shape[1], stage.group_size] = each.group_size
-            outputs = tuple(output_format.outputs(module, (spec.shape[0], spec.shape[1]), grid, embedding.dtype))
-            gptq = recipe.gptq if module in matrices else None
-            planned.append(PlannedTensor(spec, "quantize", "", unit, steps, outputs, gptq))
+            stages = _stages(recipe, spec, output_format, dtype, calibrated=module in matrices)
+            for stage, fitted in zip(recipe.stages, stages, strict=True):
+                if fitted.grid.group_size != stage.grid.group_size:
+                    fallbacks[spec.shape[1], stage.grid.group_size] = fitted.grid.group_size
+            outputs = tuple(output_format.outputs(module, (spec.shape[0], spec.shape[1]), stages[-1].grid, dtype))
+            planned.append(PlannedTensor(spec, "quantize", "", unit, stages, outputs))
         else:
-            planned.append(
-                PlannedTensor(spec, "copy", _why_kept(spec.name, layout, matrices, required), unit, (), (spec,))
-            )
+            reason = _why_kept(spec.name, layout, matrices, required)
+            planned.append(PlannedTensor(spec, "copy", reason, unit, (), (spec,)))
     remarks = [
         f"group {size} where in_features is {width}, which {wanted} does not divide"
         for (width, wanted), size in fallbacks.items()
     ]
-    if recipe.gptq and chosen.intersection(_embeddings(layout)):
+    if recipe.calibrated and chosen.intersection(_embeddings(layout)):
         remarks.append("the embedding and the output head are rounded to nearest: only layers are calibrated")
-    warnings = []
-    if recipe.gptq and recipe.gptq.desc_act and output_format.NAME == "gptq":
-        warnings.append("vLLM 0.32 and later refuse desc_act: run the result in GPTQModel, or leave --desc-act out")
     if layout.tied and "lm_head.weight" in source.tensors:
         remarks.append("lm_head.weight is dropped: config.json ties it to the embedding")
-    return Plan(layout, recipe, output_format, embedding.dtype, tuple(planned), tuple(remarks), tuple(warnings))
+    plan = Plan(layout, recipe, output_format, dtype, tuple(planned), tuple(remarks))
+    return replace(plan, warnings=tuple(output_format.cautions(plan.contents())))
 
 
-def plan_decoding(source: Source) -> Plan:
+def plan_decoding(source: Headers) -> Plan:
     """The plan that writes every tensor of a source as it reads, which for a quantized one means decoded.
 
     Raises:
-        HlwqError: the architecture is not supported or a tensor is missing.
+        CheckpointError: a tensor is missing.
+        UnsupportedError: the architecture is not supported.
     """
     layout = describe(source.config, source.tensors)
     check_tensors(source, layout)
@@ -238,9 +214,8 @@ def plan_decoding(source: Source) -> Plan:
         for spec in source.tensors.values()
     ]
     recipe = Recipe("decode", "decode only", (), ("dense",))
-    return Plan(
-        layout, recipe, format_named("dense"), source.tensors[f"{layout.embedding}.weight"].dtype, tuple(planned), ()
-    )
+    dtype = model_dtype(source.config, source.tensors.values())
+    return Plan(layout, recipe, format_named("dense"), dtype, tuple(planned), ())
 
 
 def usual_modules(layout: ModelLayout) -> set[str]:
@@ -248,24 +223,25 @@ def usual_modules(layout: ModelLayout) -> set[str]:
     return {module for module, matrix in _decoder_matrices(layout).items() if not matrix.keep}
 
 
-def fit_group_size(wanted: int, in_features: int) -> int | None:
-    """`wanted` if it divides in_features, else the largest of 128, 64 and 32 below it that does, else None."""
-    return next((size for size in (wanted, *GROUP_SIZES) if size <= wanted and in_features % size == 0), None)
+def check_tensors(source: Headers, layout: ModelLayout) -> None:
+    """Raise CheckpointError unless every tensor that the model needs is there, in its shape.
 
-
-def check_tensors(source: Source, layout: ModelLayout) -> None:
-    """Raise HlwqError unless every tensor that the model needs is there, in its shape and a dtype to start from."""
+    Raises:
+        UnsupportedError: a tensor has a dtype of a model that is quantized already.
+    """
     for name, shape in layout.required_tensors().items():
         if name not in source.tensors:
-            raise HlwqError(f"tensor {name} is missing from the checkpoint. Download it again.")
+            raise CheckpointError(f"tensor {name} is missing from the checkpoint. Download it again.", tensor=name)
         spec = source.tensors[name]
         if spec.shape != shape:
-            raise HlwqError(
-                f"tensor {name} has shape {spec.shape}, but config.json says {shape}. They do not belong together."
+            raise CheckpointError(
+                f"tensor {name} has shape {spec.shape}, but config.json says {shape}. They do not belong together.",
+                tensor=name,
             )
         if spec.dtype not in SOURCE_DTYPES:
-            raise HlwqError(
-                f"tensor {name} has dtype {spec.dtype}: the source is quantized already. Start from its BF16 original."
+            raise UnsupportedError(
+                f"tensor {name} has dtype {spec.dtype}: the source is quantized already. Start from its BF16 original.",
+                tensor=name,
             )
 
 
@@ -277,25 +253,17 @@ def _decoder_matrices(layout: ModelLayout) -> dict[str, Matrix]:
     }
 
 
-def _choose(
-    source: Source,
-    layout: ModelLayout,
-    include_embeddings: bool,
-    include: Sequence[str],
-    exclude: Sequence[str],
-) -> set[str]:
+def _choose(source: Headers, layout: ModelLayout, selection: Selection) -> set[str]:
     """The modules to quantize: the family's choice, changed by options, each of which must change something."""
-    matrices = _decoder_matrices(layout)
-    embeddings = _embeddings(layout)
+    matrices, embeddings = _decoder_matrices(layout), _embeddings(layout)
     chosen = usual_modules(layout)
-    if include_embeddings:
+    if selection.include_embeddings:
         chosen.update(embeddings)
-    for pattern in include:
-        chosen |= _matching(
-            pattern, "--include", {*matrices, *embeddings} - chosen, source, chosen, "quantized already"
-        )
-    for pattern in exclude:
-        chosen -= _matching(pattern, "--exclude", chosen, source, chosen, "kept already")
+    for pattern in selection.include:
+        kept = {*matrices, *embeddings} - chosen
+        chosen |= _matching(pattern, "include", kept, source, chosen, "quantized already")
+    for pattern in selection.exclude:
+        chosen -= _matching(pattern, "exclude", chosen, source, chosen, "kept already")
     return chosen
 
 
@@ -303,83 +271,88 @@ def _embeddings(layout: ModelLayout) -> list[str]:
     return [layout.embedding] if layout.tied else [layout.embedding, "lm_head"]
 
 
-def _check_chosen(layout: ModelLayout, output_format: Format, chosen: set[str]) -> None:
+def _check_chosen(layout: ModelLayout, output_format: Format, chosen: set[str], selection: Selection) -> None:
     if not chosen:
-        raise HlwqError("Nothing is left to quantize. Take some --exclude away.")
-    if not output_format.HOLDS_EMBEDDINGS and chosen.intersection(_embeddings(layout)):
-        raise HlwqError(
-            f"format {output_format.NAME} cannot hold a quantized embedding or output head that engines load. "
-            "Use --format mlx, hlwq or dense for that, or leave them out."
+        raise RequestError("Nothing is left to quantize. Take some `exclude` away.", argument="exclude")
+    if not output_format.holds_embeddings and chosen.intersection(_embeddings(layout)):
+        raise UnsupportedError(
+            f"format {output_format.name} cannot hold a quantized embedding or output head that engines load. "
+            "Use format mlx, hlwq or dense for that, or leave them out.",
+            argument="include_embeddings" if selection.include_embeddings else "include",
         )
-    if output_format.FUSED_ALIKE:
+    if output_format.fused_alike:
         _check_fused(layout, chosen)
 
 
-def _check_calibrated(recipe: Recipe, output_format: Format) -> None:
-    if len(recipe.stages) > 1 and any(stage.gptq for stage in recipe.stages):
-        raise HlwqError(f"Recipe {recipe.name} rounds more than once. Only a single rounding can be calibrated.")
-    if recipe.gptq is None or not recipe.gptq.desc_act:
-        return
-    if not output_format.HOLDS_DESC_ACT:
-        raise HlwqError(f"format {output_format.NAME} has no place for --desc-act. Use --format gptq, or leave it out.")
-    if recipe.stages[-1].basis != "identity":
-        raise HlwqError("--desc-act needs columns that are rounded as they are, not Hadamard-rotated. Leave it out.")
+def _check_solver(recipe: Recipe, output_format: Format) -> None:
+    if len(recipe.stages) > 1 and any(stage.solver.needs for stage in recipe.stages):
+        raise RequestError(
+            f"Recipe {recipe.name} rounds more than once. Only a single rounding can be calibrated.", argument="recipe"
+        )
+    if recipe.solver.scatters_groups and not output_format.holds_scattered_groups:
+        raise UnsupportedError(
+            f"format {output_format.name} has no place for `desc_act`. Use format gptq, or leave it out.",
+            argument="desc_act",
+        )
 
 
-def _matching(pattern: str, option: str, candidates: set[str], source: Source, chosen: set[str], idle: str) -> set[str]:
+def _matching(
+    pattern: str, option: str, candidates: set[str], source: Headers, chosen: set[str], idle: str
+) -> set[str]:
     try:
         expression = re.compile(pattern)
-    except re.error as error:
-        raise HlwqError(f"{option} {pattern!r} is not a regular expression: {error}.") from None
+    except (re.error, TypeError) as error:
+        message = f"`{option}` {pattern!r} is not a regular expression: {error}."
+        raise RequestError(message, argument=option) from None
     hits = {module for module in candidates if expression.search(module) or expression.search(f"{module}.weight")}
     if hits:
         return hits
     others = sorted(name for name in source.tensors if expression.search(name))
     if not others:
-        raise HlwqError(f"{option} {pattern!r} matches no tensor. `hlwq quantize … --dry-run` lists them.")
-    why = idle if others[0].rpartition(".")[0] in chosen or option == "--exclude" else "never quantized"
-    raise HlwqError(f"{option} {pattern!r} changes nothing: what it matches, such as {others[0]}, is {why}.")
+        message = f"`{option}` {pattern!r} matches no tensor. `hlwq quantize … --dry-run` lists them."
+        raise RequestError(message, argument=option)
+    why = idle if others[0].rpartition(".")[0] in chosen or option == "exclude" else "never quantized"
+    message = f"`{option}` {pattern!r} changes nothing: what it matches, such as {others[0]}, is {why}."
+    raise RequestError(message, argument=option)
 
 
 def _check_fused(layout: ModelLayout, chosen: set[str]) -> None:
     members: dict[str, list[str]] = {}
     for index, layer in enumerate(layout.layers):
+        prefix = layout.layer_prefix(index)
         for matrix in layer.matrices():
             if matrix.fused:
-                members.setdefault(layout.layer_prefix(index) + matrix.fused, []).append(
-                    layout.layer_prefix(index) + matrix.name
-                )
+                members.setdefault(prefix + matrix.fused, []).append(prefix + matrix.name)
     for fused, modules in members.items():
         inside = [module for module in modules if module in chosen]
         if inside and len(inside) < len(modules):
             outside = [module for module in modules if module not in chosen]
-            raise HlwqError(
+            raise UnsupportedError(
                 f"engines run {', '.join(modules)} as one matrix ({fused}), so all or none can be quantized. "
-                f"Exclude {', '.join(inside)} too, or include {', '.join(outside)}; or write --format mlx or dense."
+                f"Exclude {', '.join(inside)} too, or include {', '.join(outside)}; or write format mlx or dense.",
+                argument="exclude",
             )
 
 
-def _step(stage: Stage, spec: TensorSpec, output_format: Format, dtype: str, *, last: bool) -> tuple[Grid, Basis]:
-    if stage.group_size < 1:
-        raise HlwqError(f"--group-size {stage.group_size} must be positive.")
-    if stage.basis == "hadamard" and stage.group_size & (stage.group_size - 1):
-        raise HlwqError(f"--group-size {stage.group_size} must be a power of two, since groups are Hadamard-rotated.")
-    group_size = fit_group_size(stage.group_size, spec.shape[1])
-    if group_size is None:
-        raise HlwqError(
-            f"tensor {spec.name} has in_features {spec.shape[1]}, which neither {stage.group_size} nor a smaller one "
-            "of 128, 64 and 32 divides. Choose a --group-size that does, or keep the tensor with --exclude."
-        )
-    if stage.grid == "lloyd":
-        grid = output_format.lloyd_grid(stage.bits, group_size) if last else LloydGrid(stage.bits, group_size)
-        return grid, stage.basis
-    symmetric = output_format.DEFAULT_SYMMETRIC if stage.symmetric is None else stage.symmetric
-    if stage.scale_method is not None and not symmetric:
-        raise HlwqError("--scale changes nothing where the grid is asymmetric. Add --symmetric.")
-    scale_method = stage.scale_method or "signed"
-    if not last:
-        return UniformGrid(stage.bits, group_size, symmetric, scale_method=scale_method), stage.basis
-    return output_format.uniform_grid(stage.bits, group_size, symmetric, scale_method, dtype), stage.basis
+def _stages(
+    recipe: Recipe, spec: TensorSpec, output_format: Format, dtype: str, *, calibrated: bool
+) -> tuple[Stage, ...]:
+    """The stages of a recipe for one matrix: groups and blocks that divide it, the last grid as the format has it."""
+    module, shape = spec.name.rpartition(".")[0], (spec.shape[0], spec.shape[1])
+    try:
+        grids = [stage.grid.fitted(shape[1], output_format.default_symmetric) for stage in recipe.stages]
+        bases = [
+            stage.basis.fitted(shape[1], grid.group_size) for stage, grid in zip(recipe.stages, grids, strict=True)
+        ]
+    except UnsupportedError as error:
+        raise error.about(spec.name) from None
+    stages = [
+        replace(stage, grid=grid, basis=basis) for stage, grid, basis in zip(recipe.stages, grids, bases, strict=True)
+    ]
+    last = stages[-1]
+    grid = output_format.hold(module, shape, last.grid, last.basis, dtype)
+    stages[-1] = replace(last, grid=grid, solver=last.solver if calibrated else Nearest())
+    return tuple(stages)
 
 
 def layer_unit(index: int) -> str:
@@ -398,9 +371,9 @@ def _why_kept(name: str, layout: ModelLayout, matrices: dict[str, Matrix], requi
             return reason
     module = name.rpartition(".")[0]
     if module == layout.embedding:
-        return "embedding (--include-embeddings quantizes it)"
+        return "embedding (`include_embeddings` quantizes it)"
     if module == "lm_head":
-        return "output head (--include-embeddings quantizes it)"
+        return "output head (`include_embeddings` quantizes it)"
     if module in matrices and name.endswith(".weight"):
         return matrices[module].keep or "excluded"
     if name in required:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, Literal, TypedDict, Unpack
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, field, replace
+from typing import Any
 
-from hlwq.errors import HlwqError
-from hlwq.grids import Basis, ScaleMethod
-from hlwq.solvers.gptq import GptqOptions
+from hlwq.bases import BASES, Basis, Hadamard, Identity
+from hlwq.errors import RequestError
+from hlwq.grids import GRIDS, Grid, LloydGrid, UniformGrid
+from hlwq.options import options_of, recorded
+from hlwq.solvers import SOLVERS, Gptq, Nearest, Solver
 
 
 @dataclass(frozen=True)
@@ -15,23 +18,19 @@ class Stage:
     """One rounding of a matrix. In a chain, each stage gets the decoded result of the one before.
 
     Attributes:
-        grid: `uniform`, or `lloyd` (Lloyd–Max levels of N(0,1)).
+        grid: the values to round to. Where its groups do not divide a matrix's in_features, the largest of 128, 64 and
+            32 below their size that does is used for that matrix.
         basis: the coordinates to round in.
-        bits: of a code.
-        group_size: weights that share parameters. Where it does not divide a matrix's in_features, the largest of
-            128, 64 and 32 below it that does is used for that matrix.
-        symmetric: for uniform grids. None leaves it to the format: GPTQ is symmetric, MLX is not.
-        scale_method: how symmetric scales are chosen, see `UniformGrid`. None: `signed`.
-        gptq: calibrate, with these options of the loop; None rounds to nearest.
+        solver: how codes are chosen.
     """
 
-    grid: Literal["uniform", "lloyd"]
-    basis: Basis
-    bits: int
-    group_size: int
-    symmetric: bool | None = None
-    scale_method: ScaleMethod | None = None
-    gptq: GptqOptions | None = None
+    grid: Grid
+    basis: Basis = field(default_factory=Identity)
+    solver: Solver = field(default_factory=Nearest)
+
+    def record(self) -> dict[str, Any]:
+        """The stage as `hlwq.json` has it."""
+        return {"grid": recorded(self.grid), "basis": recorded(self.basis), "solver": recorded(self.solver)}
 
 
 @dataclass(frozen=True)
@@ -44,43 +43,23 @@ class Recipe:
     formats: tuple[str, ...]
 
     @property
-    def gptq(self) -> GptqOptions | None:
-        """How the last stage, the one that the file stores, is calibrated; None if it is not."""
-        return self.stages[-1].gptq if self.stages else None
+    def solver(self) -> Solver:
+        """The solver of the last stage, the one that the file stores."""
+        return self.stages[-1].solver if self.stages else Nearest()
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it needs calibration data."""
+        return bool(self.solver.needs)
 
 
-class Overrides(TypedDict, total=False):
-    """Parameters of a recipe's last stage, the one that the file stores, that a user may replace. None keeps them.
-
-    Attributes:
-        bits: of a code.
-        group_size: weights that share parameters.
-        symmetric: by default GPTQ is symmetric and MLX is not.
-        scale_method: `signed` or `absmax`, for symmetric uniform codes.
-        calibrate: quantize by GPTQ's loop with GPTAQ a recipe that rounds to nearest; with `hlwq`, calibrated HLWQ.
-        desc_act: form groups by the importance of columns, which GPTQModel reads and vLLM refuses.
-        foem_beta: β of FOEM; 0 is plain GPTQ.
-        gptaq_alpha: α of GPTAQ; 0 leaves it out.
-        damping: added to the Hessian's diagonal, as a fraction of its mean.
-    """
-
-    bits: int | None
-    group_size: int | None
-    symmetric: bool | None
-    scale_method: ScaleMethod | None
-    calibrate: bool | None
-    desc_act: bool | None
-    foem_beta: float | None
-    gptaq_alpha: float | None
-    damping: float | None
-
-
-_INT4 = Stage("uniform", "identity", bits=4, group_size=64)
-_FOEM = GptqOptions(foem_beta=0.2)
-CALIBRATED = GptqOptions(gptaq_alpha=0.25)
-"""What `--calibrate` does: of GPTQ, FOEM and GPTAQ, what left the least loss over three seeds (see the README)."""
+_INT4 = Stage(UniformGrid(4, 64))
+_INT4_128 = Stage(UniformGrid(4, 128))
+_FOEM = Gptq(foem_beta=0.2)
+_HLWQ5 = Stage(LloydGrid(5, 128), Hadamard())
 _UNIFORM_FORMATS = ("gptq", "compressed-tensors", "mlx", "dense")
-_HLWQ5 = Stage("lloyd", "hadamard", bits=5, group_size=128)
+CALIBRATED = Gptq(gptaq_alpha=0.25)
+"""What `calibrate` does: of GPTQ, FOEM and GPTAQ, what left the least loss over three seeds (see the README)."""
 
 RECIPES = {
     recipe.name: recipe
@@ -89,13 +68,11 @@ RECIPES = {
         Recipe(
             "gptq",
             "GPTQ on calibration data, 4 bits, group 128",
-            (replace(_INT4, group_size=128, gptq=GptqOptions()),),
+            (replace(_INT4_128, solver=Gptq()),),
             _UNIFORM_FORMATS,
         ),
-        Recipe(
-            "foem", "GPTQ with FOEM, 4 bits, group 128", (replace(_INT4, group_size=128, gptq=_FOEM),), _UNIFORM_FORMATS
-        ),
-        Recipe("hlwq-v7", "GPTQ with FOEM, 4 bits, group 64", (replace(_INT4, gptq=_FOEM),), _UNIFORM_FORMATS),
+        Recipe("foem", "GPTQ with FOEM, 4 bits, group 128", (replace(_INT4_128, solver=_FOEM),), _UNIFORM_FORMATS),
+        Recipe("hlwq-v7", "GPTQ with FOEM, 4 bits, group 64", (replace(_INT4, solver=_FOEM),), _UNIFORM_FORMATS),
         Recipe("hlwq", "HLWQ, 5 bits (2 to 8), group 128", (_HLWQ5,), ("hlwq", "dense")),
         Recipe("hlwq-mlx", "HLWQ 5 bits, decoded, then MLX 4 bits, group 64", (_HLWQ5, _INT4), ("mlx",)),
         Recipe(
@@ -113,52 +90,84 @@ def recipe_named(name: str) -> Recipe:
     """Look a recipe up.
 
     Raises:
-        HlwqError: there is none of that name.
+        RequestError: there is none of that name.
     """
     if name not in RECIPES:
-        raise HlwqError(f"There is no recipe {name}. Recipes are: {', '.join(RECIPES)}.")
+        raise RequestError(f"There is no recipe {name}. Recipes are: {', '.join(RECIPES)}.", argument="recipe")
     return RECIPES[name]
 
 
-def override(recipe: Recipe, **overrides: Unpack[Overrides]) -> Recipe:
-    """A recipe with parameters of its last stage replaced.
+PARTS: dict[str, Mapping[str, type[Any]]] = {"grid": GRIDS, "basis": BASES, "solver": SOLVERS}
+"""The parts of a stage, and what each can be."""
+
+
+def stage_options() -> dict[str, Field[Any]]:
+    """Every option of a grid, a basis or a solver, by name: what `changed` takes beside `basis` and `calibrate`."""
+    kinds = [kind for table in PARTS.values() for kind in table.values()]
+    return {name: each for kind in kinds for name, each in options_of(kind).items()}
+
+
+def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    """A recipe with options of its last stage, the one that the file stores, replaced.
+
+    Args:
+        recipe: what to change.
+        changes: values by name. `basis` names another basis; `calibrate=True` takes GPTQ's loop with GPTAQ for a recipe
+            that rounds to nearest; every other name is an option of a grid, a basis or a solver. None leaves it.
 
     Raises:
-        HlwqError: a parameter would change nothing, or is out of range.
+        TypeError: nothing has an option of that name.
+        RequestError: an option would change nothing, or is out of range.
     """
-    given = {name: value for name, value in overrides.items() if value is not None}
-    last = recipe.stages[-1]
-    if last.grid == "lloyd" and "symmetric" in given:
-        raise HlwqError(
-            f"--symmetric/--asymmetric changes nothing in recipe {recipe.name}: Lloyd–Max levels are symmetric."
-        )
-    if last.grid == "lloyd" and "scale_method" in given:
-        raise HlwqError(f"--scale changes nothing in recipe {recipe.name}: its groups have a norm, not a scale.")
-    own: dict[str, Any] = {
-        name: given[name] for name in ("bits", "group_size", "symmetric", "scale_method") if name in given
-    }
-    last = replace(last, **own, gptq=_gptq_options(recipe, given))
-    return replace(recipe, stages=(*recipe.stages[:-1], last))
+    given = {name: value for name, value in changes.items() if value is not None}
+    if unknown := given.keys() - stage_options().keys() - {"basis", "calibrate"}:
+        raise TypeError(f"unknown option {min(unknown)!r}; options are {', '.join(sorted(stage_options()))}")
+    if not given:
+        return recipe
+    stage = recipe.stages[-1]
+    if "basis" in given:
+        stage = replace(stage, basis=_basis_named(given.pop("basis"), stage.basis))
+    if "calibrate" in given:
+        stage = replace(stage, solver=_calibrated(recipe, given.pop("calibrate")))
+    for part_name in PARTS:
+        part = getattr(stage, part_name)
+        own = {name: given.pop(name) for name in options_of(part) if name in given}
+        if own:
+            stage = replace(stage, **{part_name: replace(part, **own)})
+    for name in given:
+        raise RequestError(f"`{name}` changes nothing in recipe {recipe.name}: {_why_idle(name, stage)}", argument=name)
+    return replace(recipe, stages=(*recipe.stages[:-1], stage))
 
 
-def _gptq_options(recipe: Recipe, given: dict[str, Any]) -> GptqOptions | None:
-    options = recipe.gptq
-    if options is not None and given.get("calibrate") is False:
-        raise HlwqError(f"Recipe {recipe.name} is calibrated. Use rtn or hlwq to round to nearest.")
-    if given.get("calibrate"):
-        if options is not None:
-            raise HlwqError(f"--calibrate changes nothing: recipe {recipe.name} is calibrated.")
-        if len(recipe.stages) > 1:
-            raise HlwqError(
-                f"--calibrate is for recipes that round once; {recipe.name} rounds twice. Use --recipe hlwq-v7 for "
-                "calibrated INT4, or --recipe hlwq --calibrate for calibrated HLWQ."
+def _basis_named(name: str, present: Basis) -> Basis:
+    if name not in BASES:
+        raise RequestError(f"There is no basis {name}. Bases are: {', '.join(BASES)}.", argument="basis")
+    return present if present.name == name else BASES[name]()
+
+
+def _calibrated(recipe: Recipe, calibrate: bool) -> Solver:
+    if recipe.calibrated:
+        if calibrate:
+            raise RequestError(
+                f"`calibrate=True` changes nothing: recipe {recipe.name} is calibrated.", argument="calibrate"
             )
-        options = CALIBRATED
-    names = ("desc_act", "foem_beta", "gptaq_alpha", "damping")
-    changed: dict[str, Any] = {name: given[name] for name in names if name in given}
-    if not changed:
-        return options
-    if options is None:
-        name = next(iter(changed)).replace("_", "-")
-        raise HlwqError(f"--{name} changes nothing in recipe {recipe.name}, which is not calibrated. Add --calibrate.")
-    return replace(options, **changed)
+        raise RequestError(
+            f"Recipe {recipe.name} is calibrated. Use rtn or hlwq to round to nearest.", argument="calibrate"
+        )
+    if calibrate and len(recipe.stages) > 1:
+        raise RequestError(
+            f"`calibrate=True` is for recipes that round once; {recipe.name} rounds twice. Use recipe hlwq-v7 for "
+            "calibrated INT4, or hlwq with `calibrate=True` for calibrated HLWQ.",
+            argument="calibrate",
+        )
+    return CALIBRATED if calibrate else recipe.solver
+
+
+def _why_idle(name: str, stage: Stage) -> str:
+    """Why a stage has no option of a name that others have, and what to do."""
+    owner = next(part for part, table in PARTS.items() if any(name in options_of(kind) for kind in table.values()))
+    if owner == "solver":
+        return "it is not calibrated. Add `calibrate=True`."
+    if owner == "basis":
+        return "its columns are not rotated. Add `basis='hadamard'`."
+    return f"{'Lloyd–Max' if stage.grid.name == 'lloyd' else stage.grid.name} levels have no such option."

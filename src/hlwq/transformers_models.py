@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from hlwq.errors import HlwqError
 
@@ -36,7 +37,7 @@ def load_tokenizer(path: Path) -> Any:
 
 
 def build_skeleton(config: dict[str, Any], *, tied: bool) -> Any:
-    """The causal language model of a `config.json`, on the meta device: all of its modules, none of its weights.
+    """The causal language model of a `config.json`: all of its modules and none of its weights, which are on `meta`.
 
     Raises:
         HlwqError: transformers is not installed, or does not know the model.
@@ -49,10 +50,26 @@ def build_skeleton(config: dict[str, Any], *, tied: bool) -> Any:
             f"config.json: transformers {transformers.__version__} does not know model_type "
             f"{config.get('model_type')}. Upgrade transformers, or correct the file."
         ) from None
-    with quiet_transformers(), torch.device("meta"):
+    with quiet_transformers(), _WithoutWeights():
         skeleton = transformers.AutoModelForCausalLM.from_config(parsed)
     skeleton.config.tie_word_embeddings = tied
     return skeleton.eval()
+
+
+class _WithoutWeights(TorchFunctionMode):
+    """Leaves out what modules would initialise as weights, which they allocate by `torch.empty`.
+
+    Other tensors are made: buffers that no file holds, such as the scale of an embedding or the rotary frequencies, are
+    then what the model's code says.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.empty and kwargs.get("device") is None:
+            kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
 
 
 @contextlib.contextmanager

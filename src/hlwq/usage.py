@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Collection
 from pathlib import Path
 
-from hlwq.checkpoint import read_json
+from hlwq.files import read_json
 from hlwq.formats import READABLE_FORMATS
 
 TORCHAO_RECIPE = "hlwq-torchao"
@@ -36,5 +36,5 @@ def commands(
     if recipe == TORCHAO_RECIPE and format_name == "dense":
         found = [("torchao", TORCHAO_COMMAND)]
     else:
-        found = [(engine.name, engine.command) for engine in READABLE_FORMATS[format_name].ENGINES if engine.command]
+        found = [(engine.name, engine.command) for engine in READABLE_FORMATS[format_name].engines if engine.command]
     return [(name, command.format(path=path, text_only=text_only)) for name, command in found if name not in without]

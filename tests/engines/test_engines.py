@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 import hlwq
 from hlwq.demo import bundled_model, held_out_text
-from hlwq.models import describe
-from hlwq.sources import DecodedCheckpoint
+from hlwq.families import describe
+from hlwq.decoded import DecodedCheckpoint
 
 PROMPT = (
     "The lighthouse stands at the northern end of the island. It was built in 1854, after a storm had driven three "

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import hlwq
 from hlwq.demo import bundled_model, held_out_text
-from hlwq.sources import DecodedCheckpoint
+from hlwq.decoded import DecodedCheckpoint
 
 BITS = {"q_proj": 2, "k_proj": 3, "v_proj": 4, "o_proj": 5, "mlp": 6, "embed": 5, "lm_head": 6}
 
@@ -33,7 +33,7 @@ def made(run_engine: RunEngine, model: Path, to: Path, **options: Any) -> dict[s
 
 def assert_decoded_alike(directory: Path, theirs: dict[str, torch.Tensor]) -> DecodedCheckpoint:
     ours = DecodedCheckpoint(directory)
-    assert ours.format.NAME == "polar"
+    assert ours.format.name == "polar"
     assert {f"{module}.weight" for module in ours.quantized_modules()} == set(theirs)
     for name, weight in theirs.items():
         assert ours.read(name).shape == weight.shape, name

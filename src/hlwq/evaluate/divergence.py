@@ -14,14 +14,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hlwq.decoded import DecodedCheckpoint
 from hlwq.devices import compute_dtype, torch_device
 from hlwq.errors import HlwqError
 from hlwq.evaluate.generation import Endpoint
 from hlwq.evaluate.model import load_for_evaluation
 from hlwq.evaluate.perplexity import Perplexity, perplexity_of_losses, read_text, windows_of
 from hlwq.evaluate.statistics import Estimate, mean_estimate, share_estimate
-from hlwq.models import describe
-from hlwq.sources import DecodedCheckpoint, locate
+from hlwq.families import describe
+from hlwq.sources import locate
 from hlwq.transformers_models import load_tokenizer, quiet_transformers
 
 ROWS = 256

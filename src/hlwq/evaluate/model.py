@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from hlwq.checkpoint import Reader
+from hlwq.containers import Reader
+from hlwq.decoded import DecodedCheckpoint
 from hlwq.devices import compute_dtype, torch_device
 from hlwq.errors import HlwqError
+from hlwq.families import describe
 from hlwq.formats import detect_format
-from hlwq.models import describe
-from hlwq.sources import DecodedCheckpoint
 from hlwq.transformers_models import build_skeleton, load_tokenizer, quiet_transformers, require_transformers
 
 
@@ -70,7 +70,7 @@ def load_packed(path: Path, device: str = "cpu") -> tuple[Any, Any]:
     """
     transformers = require_transformers()
     target = torch_device(device)
-    found = detect_format(Reader(path)).NAME
+    found = detect_format(Reader(path)).name
     if found != "hlwq":
         raise HlwqError(f"{path} is in format {found}: only format hlwq runs packed. Leave --packed out.")
     with quiet_transformers():

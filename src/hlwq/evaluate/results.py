@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from hlwq.checkpoint import hash_file, read_json, write_json
 from hlwq.devices import compute_dtype
 from hlwq.evaluate.generation import PACKED, TRANSFORMERS, Endpoint
+from hlwq.files import hash_file, read_json, write_json
 from hlwq.version import __version__
 
 SAMPLE_BYTES = 1 << 16

@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
-from hlwq.checkpoint import Reader
-from hlwq.errors import HlwqError
+from hlwq.containers import Reader
+from hlwq.errors import RequestError, UnsupportedError
 from hlwq.formats import compressed_tensors, dense, gptq, hlwq, mlx, polar
-from hlwq.formats.base import Contents, Engine, Format, ReadableFormat, Scheme, StoredModule, section_of
+from hlwq.formats.base import (
+    ENGINE_SECTIONS,
+    Contents,
+    Demand,
+    Engine,
+    Format,
+    ReadableFormat,
+    Scheme,
+    StoredModule,
+    demand,
+    section_of,
+)
 
 __all__ = [
+    "ENGINE_SECTIONS",
     "FORMATS",
     "READABLE_FORMATS",
     "Contents",
+    "Demand",
     "Engine",
     "Format",
     "ReadableFormat",
     "Scheme",
     "StoredModule",
+    "demand",
     "detect_format",
     "format_named",
 ]
 
-FORMATS: dict[str, Format] = {each.NAME: each for each in (gptq, compressed_tensors, mlx, hlwq, dense)}
+FORMATS: dict[str, Format] = {each.FORMAT.name: each.FORMAT for each in (gptq, compressed_tensors, mlx, hlwq, dense)}
 """What is written, and read."""
-READABLE_FORMATS: dict[str, ReadableFormat] = {**FORMATS, polar.NAME: polar}
+READABLE_FORMATS: dict[str, ReadableFormat] = {**FORMATS, polar.FORMAT.name: polar.FORMAT}
 """What is read."""
 
 
@@ -30,13 +44,13 @@ def format_named(name: str) -> Format:
     """Look up a format to write.
 
     Raises:
-        HlwqError: there is none of that name.
+        RequestError: there is none of that name.
     """
     if name not in FORMATS:
         lack = (
             f"Format {name} can be read, but not written" if name in READABLE_FORMATS else f"There is no format {name}"
         )
-        raise HlwqError(f"{lack}. Formats are: {', '.join(FORMATS)}.")
+        raise RequestError(f"{lack}. Formats are: {', '.join(FORMATS)}.", argument="format")
     return FORMATS[name]
 
 
@@ -44,18 +58,18 @@ def detect_format(reader: Reader) -> ReadableFormat:
     """The format of a directory.
 
     Raises:
-        HlwqError: it is quantized in a way that cannot be read here.
+        UnsupportedError: it is quantized in a way that cannot be read here.
     """
     if polar.is_polar(reader):
-        return polar
-    key = next((key for key in ("quantization_config", "quantization") if reader.config.get(key)), None)
+        return polar.FORMAT
+    key = next((key for key in ENGINE_SECTIONS if reader.config.get(key)), None)
     if key is None:
-        return dense
+        return dense.FORMAT
     section, _ = section_of(reader, key)
     # mlx-lm writes no method, but its section under two keys.
     method = section.get("quant_method", "mlx" if reader.config.get("quantization") else None)
     if isinstance(method, str) and method in FORMATS:
         return FORMATS[method]
-    raise HlwqError(
+    raise UnsupportedError(
         f"config.json: weights quantized by {method or 'an unnamed method'} cannot be read. Use the original model."
     )

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from hlwq.checkpoint import Reader, TensorSpec
-from hlwq.errors import HlwqError
-from hlwq.grids import Grid, QuantizedMatrix, ScaleMethod
-from hlwq.models import ModelLayout
+from hlwq.bases import Basis
+from hlwq.containers import Reader, TensorSpec
+from hlwq.errors import CheckpointError, UnsupportedError
+from hlwq.families import ModelLayout, Restoration
+from hlwq.grids import Grid
+from hlwq.matrix import QuantizedMatrix
 
 T = TypeVar("T")
 
@@ -22,6 +24,9 @@ AGAIN = "The directory is damaged; make or download it again."
 """What to do about a damaged directory."""
 FLOATS = ("F16", "BF16", "F32")
 """The dtypes in which tools write the parameters of groups."""
+
+ENGINE_SECTIONS = ("quantization_config", "quantization")
+"""The keys of `config.json` that say how weights are stored."""
 
 _JSON_TYPES: dict[type, str] = {int: "an integer", bool: "true or false", dict: "an object", list: "a list"}
 
@@ -31,7 +36,7 @@ class Scheme:
     """How one module is stored.
 
     Attributes:
-        bits: of a code.
+        bits: width of a code.
         group_size: weights that share parameters.
         symmetric: for uniform grids; None where the word has no meaning.
         desc_act: groups are formed of columns anywhere in the matrix.
@@ -93,55 +98,96 @@ class Engine:
     command: str = ""
 
 
-class ReadableFormat(Protocol):
-    """A way in which quantized matrices are found stored. Each module of this package is one."""
+@dataclass(frozen=True)
+class Demand:
+    """One demand of one engine on a directory, and whether it is met.
 
-    NAME: str
-    ENGINES: tuple[Engine, ...]
+    Attributes:
+        engine: who demands it.
+        requirement: what is demanded.
+        passed: whether the directory meets it.
+        detail: what is there instead, where it does not.
+        remedy: what to do about it.
+    """
 
-    def stored_modules(self, reader: Reader) -> dict[str, StoredModule]:
-        """The modules that a directory of this format stores as codes. Raises HlwqError if it is inconsistent."""
+    engine: str
+    requirement: str
+    passed: bool
+    detail: str = ""
+    remedy: str = ""
 
-    def dequantize(self, reader: Reader, module: str, scheme: Scheme) -> Tensor:
-        """Decode one module: float32 (out, in)."""
+
+def demand(engine: str, requirement: str, offenders: Iterable[str], remedy: str) -> Demand:
+    """A demand that is met unless something offends it; of the offenders the first three are named."""
+    offending = list(offenders)
+    shown = ", ".join(offending[:3]) + (f" and {len(offending) - 3} more" if len(offending) > 3 else "")
+    return Demand(engine, requirement, not offending, f"{shown}." if offending else "", remedy if offending else "")
 
 
-class Format(ReadableFormat, Protocol):
-    """A way to store quantized matrices that some engine loads: what is written as well as read."""
+@dataclass(frozen=True)
+class ReadableFormat:
+    """A way in which quantized matrices are stored. Each module of this package describes one.
 
-    BITS: tuple[int, ...]
-    DEFAULT_SYMMETRIC: bool  # of uniform codes, where the user does not say
-    FUSED_ALIKE: bool  # engines run some matrices as one, whose members must have one scheme
-    HOLDS_EMBEDDINGS: bool  # the embedding and the output head can be stored as codes
-    HOLDS_DESC_ACT: bool  # groups can be formed of columns anywhere in the matrix
-    STORES_DECODED: bool  # the file holds decoded weights, in the model's dtype
+    Attributes:
+        name: as users write it; its `quant_method` in `config.json`.
+        engines: the programs that load it.
+        stored_modules: the modules that a directory stores as codes. Raises CheckpointError if it is inconsistent.
+        dequantize: decodes one module: float32 (out, in).
+        demands: what the engines want of a directory, and whether it is met.
+        restoration: what undoes the changes that a directory's maker made beside storing codes.
+    """
 
-    def lloyd_grid(self, bits: int, group_size: int) -> Grid:
-        """The grid of Lloyd–Max codes as this format stores them. Raises HlwqError if it cannot."""
+    name: str
+    engines: tuple[Engine, ...]
+    stored_modules: Callable[[Reader], dict[str, StoredModule]]
+    dequantize: Callable[[Reader, str, Scheme], Tensor]
+    demands: Callable[[Reader, ModelLayout, dict[str, StoredModule]], list[Demand]]
+    restoration: Callable[[Reader], Restoration] = lambda reader: Restoration()
 
-    def uniform_grid(self, bits: int, group_size: int, symmetric: bool, scale_method: ScaleMethod, dtype: str) -> Grid:
-        """The grid of uniform codes as this format stores them. Raises HlwqError if it cannot."""
 
-    def outputs(self, module: str, shape: tuple[int, int], grid: Grid, dtype: str) -> list[TensorSpec]:
-        """The tensors that `encode` will return for a matrix of this shape (out, in)."""
+@dataclass(frozen=True, kw_only=True)
+class Format(ReadableFormat):
+    """A way to store quantized matrices that some engine loads: what is written as well as read.
 
-    def encode(self, module: str, matrix: QuantizedMatrix, dtype: str) -> dict[str, Tensor]:
-        """A quantized matrix as the tensors of the file, by name. `dtype` is the model's own."""
+    Attributes:
+        bits: widths of codes.
+        hold: for a module of some shape (out, in), the grid with its parameters as the file stores them, given the
+            model's dtype. Raises UnsupportedError unless the format can hold these codes in this basis.
+        outputs: the tensors that `encode` will return for a module on a grid that `hold` gave.
+        encode: a quantized matrix as the tensors of the file, by name, given the model's dtype.
+        json_files: `config.json`, and whatever else engines read beside it.
+        cautions: what users should know before the work, one line each.
+        default_symmetric: whether uniform codes are symmetric where the user does not say.
+        fused_alike: engines run some matrices as one, whose members must have one scheme.
+        holds_embeddings: the embedding and the output head can be stored as codes.
+        holds_scattered_groups: groups can be formed of columns anywhere in the matrix.
+        stores_decoded: the file holds decoded weights, in the model's dtype.
+    """
 
-    def json_files(self, config: dict[str, Any], contents: Contents) -> dict[str, dict[str, Any]]:
-        """`config.json`, and whatever else engines read beside it."""
+    bits: tuple[int, ...]
+    hold: Callable[[str, tuple[int, int], Grid, Basis, str], Grid]
+    outputs: Callable[[str, tuple[int, int], Grid, str], list[TensorSpec]]
+    encode: Callable[[str, QuantizedMatrix, str], dict[str, Tensor]]
+    json_files: Callable[[dict[str, Any], Contents], dict[str, dict[str, Any]]]
+    cautions: Callable[[Contents], list[str]] = lambda contents: []
+    default_symmetric: bool = True
+    fused_alike: bool = True
+    holds_embeddings: bool = False
+    holds_scattered_groups: bool = False
+    stores_decoded: bool = False
 
 
 def engine_storage(dtype: str) -> tuple[torch.dtype, ...]:
-    """Where the scales of a GPTQ file end up: float16 in the file, and the model's bfloat16 in the engine."""
+    """The dtypes that scales of a GPTQ file end up in: float16 in the file, the model's bfloat16 in the engine."""
     return (torch.bfloat16, torch.float16) if dtype == "BF16" else (torch.float16,)
 
 
 def check_bits(format_name: str, bits: int, allowed: tuple[int, ...]) -> None:
-    """Raise HlwqError unless a format has codes of this many bits."""
+    """Raise UnsupportedError unless a format has codes of this width."""
     if bits not in allowed:
-        raise HlwqError(
-            f"format {format_name} has {', '.join(map(str, allowed))} bits, not {bits}. See `hlwq formats`."
+        raise UnsupportedError(
+            f"format {format_name} has {', '.join(map(str, allowed))} bits, not {bits}. See `hlwq formats`.",
+            argument="bits",
         )
 
 
@@ -154,20 +200,20 @@ def require_parts(reader: Reader, module: str, *parts: str) -> tuple[str, ...]:
     """The names of a module's parts, all of which must be there.
 
     Raises:
-        HlwqError: one is missing.
+        CheckpointError: one is missing.
     """
     names = tuple(f"{module}.{part}" for part in parts)
     for name in names:
         if name not in reader.tensors:
-            raise HlwqError(f"{reader.path}: tensor {name} is missing. {AGAIN}")
+            raise CheckpointError(f"{reader.path}: tensor {name} is missing. {AGAIN}")
     return names
 
 
 def matrix_shape(reader: Reader, name: str) -> tuple[int, int]:
-    """The two sizes of a tensor. Raises HlwqError if it has more or fewer axes, or no elements."""
+    """The two sizes of a tensor. Raises CheckpointError if it has more or fewer axes, or no elements."""
     shape = reader.tensors[name].shape
     if len(shape) != 2 or 0 in shape:
-        raise HlwqError(f"{reader.path}: tensor {name} has shape {shape}, which is no matrix. {AGAIN}")
+        raise CheckpointError(f"{reader.path}: tensor {name} has shape {shape}, which is no matrix. {AGAIN}")
     return shape[0], shape[1]
 
 
@@ -175,14 +221,14 @@ def check_parts(reader: Reader, expected: Iterable[TensorSpec]) -> None:
     """Compare the headers of a module's parts with what its format writes for its scheme.
 
     Raises:
-        HlwqError: a dtype or a shape is another. Floating dtypes may stand for each other.
+        CheckpointError: a dtype or a shape is another. Floating dtypes may stand for each other.
     """
     for spec in expected:
-        found = reader.tensors[spec.name]
-        alike = found.dtype == spec.dtype or (found.dtype in FLOATS and spec.dtype in FLOATS)
-        if not alike or found.shape != spec.shape:
-            raise HlwqError(
-                f"{reader.path}: tensor {spec.name} is {found.dtype} {found.shape}, where {spec.dtype} {spec.shape} "
+        stored = reader.tensors[spec.name]
+        alike = stored.dtype == spec.dtype or (stored.dtype in FLOATS and spec.dtype in FLOATS)
+        if not alike or stored.shape != spec.shape:
+            raise CheckpointError(
+                f"{reader.path}: tensor {spec.name} is {stored.dtype} {stored.shape}, where {spec.dtype} {spec.shape} "
                 f"belongs beside the other tensors of its module. {AGAIN}"
             )
 
@@ -198,15 +244,15 @@ def entry(values: dict[str, Any], key: str, kind: type[T], where: str, default: 
         default: what a missing entry, or null, stands for. Without one it must be there.
 
     Raises:
-        HlwqError: it is missing, or of another type. JSON's 4.0 and true are no integers here.
+        CheckpointError: it is missing, or of another type. JSON's 4.0 and true are no integers here.
     """
     if values.get(key) is None and default is not None:
         return default
     if key not in values:
-        raise HlwqError(f"{where} lacks {key}. {AGAIN}")
+        raise CheckpointError(f"{where} lacks {key}. {AGAIN}")
     value: T = values[key]
     if type(value) is not kind:
-        raise HlwqError(f"{where}: {key} is {json.dumps(value)}, not {_JSON_TYPES[kind]}. {AGAIN}")
+        raise CheckpointError(f"{where}: {key} is {json.dumps(value)}, not {_JSON_TYPES[kind]}. {AGAIN}")
     return value
 
 
@@ -214,7 +260,7 @@ def section_of(reader: Reader, key: str = "quantization_config") -> tuple[dict[s
     """The section of `config.json` that says how weights are stored, and what errors call it.
 
     Raises:
-        HlwqError: there is none, or it is not a JSON object.
+        CheckpointError: there is none, or it is not a JSON object.
     """
     file = str(reader.path / "config.json")
     return entry(reader.config, key, dict, file), f"{file}: {key}"

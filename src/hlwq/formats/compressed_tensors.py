@@ -15,16 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hlwq.checkpoint import DTYPES, Reader, TensorSpec
-from hlwq.errors import HlwqError
+from hlwq.bases import Basis
+from hlwq.containers import DTYPES, Reader, TensorSpec
+from hlwq.errors import CheckpointError, UnsupportedError
+from hlwq.families import ModelLayout
 from hlwq.formats.base import (
     AGAIN,
     Contents,
+    Demand,
     Engine,
+    Format,
     Scheme,
     StoredModule,
     check_parts,
     common_scheme,
+    demand,
     entry,
     matrix_shape,
     require_parts,
@@ -34,58 +39,36 @@ from hlwq.formats.patterns import check_pattern, kept_patterns, patterns_by_sche
 from hlwq.formats.uniform import (
     READABLE_BITS,
     WORD_BITS,
-    check_codes,
     check_multiples_of_32,
     decode,
     integer_zeros,
-    no_lloyd_grid,
     symmetric_zero,
+    uniform_grid,
 )
-from hlwq.grids import Grid, QuantizedMatrix, ScaleMethod, UniformGrid
+from hlwq.formats.vllm import VLLM, decoder_matrices, uniform_demands
+from hlwq.grids import Grid, UniformGrid
+from hlwq.matrix import QuantizedMatrix
 from hlwq.packing import pack, unpack
 
 NAME = "compressed-tensors"
-BITS: tuple[int, ...] = WORD_BITS
-ENGINES: tuple[Engine, ...] = (
-    Engine("vLLM", BITS, "symmetric or asymmetric", "vllm serve {path}{text_only}"),
-    Engine(
-        "transformers",
-        BITS,
-        "symmetric or asymmetric",
-        """python -c "from transformers import pipeline; print(pipeline('text-generation', '{path}')('Hello'))\"""",
-    ),
-)
-DEFAULT_SYMMETRIC = True
-FUSED_ALIKE = True
-HOLDS_EMBEDDINGS = False
-HOLDS_DESC_ACT = False
-STORES_DECODED = False
-FORMAT = "pack-quantized"
+PACKING = "pack-quantized"
 
 
-def lloyd_grid(bits: int, group_size: int) -> Grid:
-    """compressed-tensors files hold uniform codes only: always raises HlwqError."""
-    raise no_lloyd_grid(NAME, "hlwq-int4 for HLWQ followed by INT4")
-
-
-def uniform_grid(bits: int, group_size: int, symmetric: bool, scale_method: ScaleMethod, dtype: str) -> Grid:
+def hold(module: str, shape: tuple[int, int], grid: Grid, basis: Basis, dtype: str) -> Grid:
     """Integer zeros; scales in the model's dtype.
 
     Raises:
-        HlwqError: bits other than 4 or 8, or a group size that Marlin does not have.
+        UnsupportedError: other than uniform codes of 4 or 8 bits in columns as they are, a group size that Marlin does
+            not have, or a side of the matrix that is no multiple of 32.
     """
-    check_codes(NAME, bits, BITS, group_size)
-    return UniformGrid(bits, group_size, symmetric, True, scale_method, (DTYPES[dtype],))
+    held = uniform_grid(NAME, WORD_BITS, "hlwq-int4", grid, basis, integer_zero=True, storage=(DTYPES[dtype],))
+    check_multiples_of_32(NAME, module, shape)
+    return held
 
 
 def outputs(module: str, shape: tuple[int, int], grid: Grid, dtype: str) -> list[TensorSpec]:
-    """The three or four tensors of a module.
-
-    Raises:
-        HlwqError: `out` or `in` is not a multiple of 32, which packing and engines need.
-    """
-    check_multiples_of_32(NAME, module, shape)
-    symmetric = not isinstance(grid, UniformGrid) or grid.symmetric
+    """The three or four tensors of a module."""
+    symmetric = not isinstance(grid, UniformGrid) or grid.symmetry
     return _parts(module, shape, Scheme(grid.bits, grid.group_size, symmetric), dtype)
 
 
@@ -110,7 +93,7 @@ def encode(module: str, matrix: QuantizedMatrix, dtype: str) -> dict[str, Tensor
         f"{module}.weight_scale": matrix.parameters.scale.to(DTYPES[dtype]),
         f"{module}.weight_shape": torch.tensor(matrix.codes.shape),
     }
-    if isinstance(matrix.grid, UniformGrid) and not matrix.grid.symmetric:
+    if isinstance(matrix.grid, UniformGrid) and not matrix.grid.symmetry:
         zeros = pack(integer_zeros(matrix).T.contiguous(), bits).view(torch.int32)
         parts[f"{module}.weight_zero_point"] = zeros.T.contiguous()
     return parts
@@ -126,7 +109,7 @@ def json_files(config: dict[str, Any], contents: Contents) -> dict[str, dict[str
     groups = {**targets, common: ["Linear"]}
     section = {
         "quant_method": NAME,
-        "format": FORMAT,
+        "format": PACKING,
         "quantization_status": "compressed",
         "config_groups": {
             f"group_{index}": {
@@ -165,8 +148,8 @@ def configured_weights(section: dict[str, Any], name: str) -> dict[str, Any] | N
     groups = section["config_groups"].values()
     named = (group for group in groups if any(map(matches, group["targets"])))
     others = (group for group in groups if "Linear" in group["targets"])
-    found: dict[str, Any] | None = next((group.get("weights") for group in chain(named, others)), None)
-    return found
+    weights: dict[str, Any] | None = next((group.get("weights") for group in chain(named, others)), None)
+    return weights
 
 
 def scheme_in(weights: dict[str, Any], columns: int) -> Scheme:
@@ -179,13 +162,14 @@ def stored_modules(reader: Reader) -> dict[str, StoredModule]:
     """Modules that have `weight_packed`.
 
     Raises:
-        HlwqError: it is another format of compressed-tensors, `config.json` is damaged, tensors of a module are missing
-            or do not have the scheme that it gives the module, or their width cannot be read.
+        CheckpointError: `config.json` is damaged, or tensors of a module are missing or do not have the scheme that it
+            gives the module.
+        UnsupportedError: it is another format of compressed-tensors, or a width that cannot be read.
     """
     section, where = section_of(reader)
-    if section.get("format") != FORMAT:
-        raise HlwqError(
-            f"{reader.path}: compressed-tensors format {section.get('format')} cannot be read, only {FORMAT}."
+    if section.get("format") != PACKING:
+        raise UnsupportedError(
+            f"{reader.path}: compressed-tensors format {section.get('format')} cannot be read, only {PACKING}."
         )
     _check_section(section, where)
     modules = {}
@@ -195,10 +179,10 @@ def stored_modules(reader: Reader) -> dict[str, StoredModule]:
         module = name.removesuffix(".weight_packed")
         weights = configured_weights(section, module)
         if weights is None:
-            raise HlwqError(f"{reader.path}: {module} is stored as codes, but config.json has no scheme for it.")
+            raise CheckpointError(f"{reader.path}: {module} is stored as codes, but config.json has no scheme for it.")
         bits = weights["num_bits"]
         if bits not in READABLE_BITS or f"{module}.weight_g_idx" in reader.tensors:
-            raise HlwqError(
+            raise UnsupportedError(
                 f"{reader.path}: {module} has {bits}-bit codes or scattered groups; files of 2, 4 and 8 bits with "
                 "groups of neighbouring columns can be read."
             )
@@ -208,14 +192,16 @@ def stored_modules(reader: Reader) -> dict[str, StoredModule]:
         zeros = () if scheme.symmetric else ("weight_zero_point",)
         parts = require_parts(reader, module, "weight_packed", "weight_scale", "weight_shape", *zeros)
         if columns != matrix_shape(reader, f"{module}.weight_scale")[1] * scheme.group_size:
-            raise HlwqError(f"{reader.path}: {module} does not have the bits and group size that config.json gives it.")
+            raise CheckpointError(
+                f"{reader.path}: {module} does not have the bits and group size that config.json gives it."
+            )
         check_parts(reader, _parts(module, (rows, columns), scheme, "BF16"))
         modules[module] = StoredModule(scheme, (rows, columns), parts)
     return modules
 
 
 def _check_section(section: dict[str, Any], where: str) -> None:
-    """Raise HlwqError unless the `quantization_config` can be understood."""
+    """Raise CheckpointError unless the `quantization_config` can be understood."""
     targets = list(entry(section, "ignore", list, where, default=[]))
     groups = entry(section, "config_groups", dict, where)
     for name in groups:
@@ -228,7 +214,7 @@ def _check_section(section: dict[str, Any], where: str) -> None:
         entry(weights, "group_size", int, here, default=-1)
         entry(weights, "symmetric", bool, here, default=True)
         if weights.get("type", "int") != "int":
-            raise HlwqError(f"{here}: codes of type {weights['type']} cannot be read, only int.")
+            raise UnsupportedError(f"{here}: codes of type {weights['type']} cannot be read, only int.")
     for target in targets:
         check_pattern(target.removeprefix("re:") if isinstance(target, str) else target, f"{where}, ignore or targets")
 
@@ -237,15 +223,71 @@ def dequantize(reader: Reader, module: str, scheme: Scheme) -> Tensor:
     """scale · (code − zero).
 
     Raises:
-        HlwqError: `weight_shape` is not the shape of the codes.
+        CheckpointError: `weight_shape` is not the shape of the codes.
     """
     bits = scheme.bits
     codes = unpack(reader.read(f"{module}.weight_packed").view(torch.uint8), bits)
     stated = reader.read(f"{module}.weight_shape").tolist()
     if stated != list(codes.shape):
-        raise HlwqError(f"{reader.path}: tensor {module}.weight_shape says {stated} of {list(codes.shape)}. {AGAIN}")
+        raise CheckpointError(
+            f"{reader.path}: tensor {module}.weight_shape says {stated} of {list(codes.shape)}. {AGAIN}"
+        )
     zeros: Tensor | int = symmetric_zero(bits)
     if not scheme.symmetric:
         packed = reader.read(f"{module}.weight_zero_point").T.contiguous()
         zeros = unpack(packed.view(torch.uint8), bits).T
     return decode(codes, reader.read(f"{module}.weight_scale"), zeros, scheme)
+
+
+def demands(reader: Reader, layout: ModelLayout, modules: dict[str, StoredModule]) -> list[Demand]:
+    """What vLLM and transformers want."""
+    section = reader.config["quantization_config"]
+    again = "Quantize again with the defaults of format compressed-tensors."
+    rule = "config_groups and ignore agree with the tensors"
+    return [
+        *uniform_demands(layout, modules, again),
+        demand(VLLM, f"{rule}, by its names", _wrong_groups(section, layout, modules, True), again),
+        demand("transformers", f"{rule}, by own names", _wrong_groups(section, layout, modules, False), again),
+    ]
+
+
+def _wrong_groups(
+    section: dict[str, Any], layout: ModelLayout, modules: dict[str, StoredModule], vllm: bool
+) -> list[str]:
+    """Modules for which `config_groups` and `ignore` say something else than the tensors do."""
+    wrong = []
+    for prefix, matrix in decoder_matrices(layout):
+        module = prefix + matrix.name
+        name = layout.family.vllm_name(module) if vllm else module  # vLLM asks for the members of a fused matrix
+        stored, weights = modules.get(module), configured_weights(section, name)
+        if weights and stored:
+            agrees = scheme_in(weights, stored.shape[1]) == stored.scheme
+        else:
+            agrees = weights is None and stored is None
+        if not agrees:
+            wrong.append(name)
+    kept = [f"{prefix}blocks.0.mlp.linear_fc1" for prefix in layout.family.kept]
+    outside = ["lm_head", *map(layout.family.vllm_name, kept)] if vllm else ["lm_head", *kept]
+    return wrong + [name for name in outside if configured_weights(section, name) is not None]
+
+
+FORMAT = Format(
+    name=NAME,
+    engines=(
+        Engine("vLLM", WORD_BITS, "symmetric or asymmetric", "vllm serve {path}{text_only}"),
+        Engine(
+            "transformers",
+            WORD_BITS,
+            "symmetric or asymmetric",
+            """python -c "from transformers import pipeline; print(pipeline('text-generation', '{path}')('Hello'))\"""",
+        ),
+    ),
+    bits=WORD_BITS,
+    hold=hold,
+    outputs=outputs,
+    encode=encode,
+    json_files=json_files,
+    stored_modules=stored_modules,
+    dequantize=dequantize,
+    demands=demands,
+)

@@ -2,43 +2,41 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from hlwq.checkpoint import DTYPES, Reader, TensorSpec
-from hlwq.errors import HlwqError
-from hlwq.formats.base import Contents, Engine, Scheme, StoredModule, check_bits, engine_storage
-from hlwq.grids import Grid, LloydGrid, QuantizedMatrix, ScaleMethod, UniformGrid
+from hlwq.bases import Basis
+from hlwq.containers import DTYPES, Reader, TensorSpec
+from hlwq.families import ModelLayout
+from hlwq.formats.base import (
+    ENGINE_SECTIONS,
+    Contents,
+    Demand,
+    Engine,
+    Format,
+    Scheme,
+    StoredModule,
+    check_bits,
+    demand,
+    engine_storage,
+)
+from hlwq.grids import Grid, UniformGrid
+from hlwq.matrix import QuantizedMatrix
 
 NAME = "dense"
-BITS: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
-ENGINES: tuple[Engine, ...] = (
-    Engine(
-        "transformers",
-        BITS,
-        "any",
-        """python -c "from transformers import pipeline; print(pipeline('text-generation', '{path}')('Hello'))\"""",
-    ),
-    Engine("vLLM", BITS, "any", "vllm serve {path}{text_only}"),
-)
-DEFAULT_SYMMETRIC = True
-FUSED_ALIKE = False
-HOLDS_EMBEDDINGS = True
-HOLDS_DESC_ACT = True
-STORES_DECODED = True
+BITS = (2, 3, 4, 5, 6, 7, 8)
 
 
-def lloyd_grid(bits: int, group_size: int) -> Grid:
-    """As format hlwq would store it. Raises HlwqError for bits outside 2 to 8."""
-    check_bits(NAME, bits, BITS)
-    return LloydGrid(bits, group_size)
+def hold(module: str, shape: tuple[int, int], grid: Grid, basis: Basis, dtype: str) -> Grid:
+    """Any grid in any basis; uniform ones with the parameters that format gptq would store.
 
-
-def uniform_grid(bits: int, group_size: int, symmetric: bool, scale_method: ScaleMethod, dtype: str) -> Grid:
-    """As format gptq would store it, at more widths. Raises HlwqError for bits outside 2 to 8."""
-    check_bits(NAME, bits, BITS)
-    return UniformGrid(bits, group_size, symmetric, True, scale_method, engine_storage(dtype))
+    Raises:
+        UnsupportedError: bits outside 2 to 8.
+    """
+    check_bits(NAME, grid.bits, BITS)
+    return replace(grid, storage=engine_storage(dtype)) if isinstance(grid, UniformGrid) else grid
 
 
 def outputs(module: str, shape: tuple[int, int], grid: Grid, dtype: str) -> list[TensorSpec]:
@@ -63,4 +61,36 @@ def stored_modules(reader: Reader) -> dict[str, StoredModule]:
 
 def dequantize(reader: Reader, module: str, scheme: Scheme) -> Tensor:
     """Never called, since no module is stored as codes."""
-    raise HlwqError(f"{module} is not stored as codes.")
+    raise ValueError(f"{module} is not stored as codes.")
+
+
+def demands(reader: Reader, layout: ModelLayout, modules: dict[str, StoredModule]) -> list[Demand]:
+    """An ordinary checkpoint says nothing of quantization."""
+    sections = [key for key in ENGINE_SECTIONS if reader.config.get(key)]
+    return [demand("transformers", "config.json names no quantization", sections, "Remove that section.")]
+
+
+FORMAT = Format(
+    name=NAME,
+    engines=(
+        Engine(
+            "transformers",
+            BITS,
+            "any",
+            """python -c "from transformers import pipeline; print(pipeline('text-generation', '{path}')('Hello'))\"""",
+        ),
+        Engine("vLLM", BITS, "any", "vllm serve {path}{text_only}"),
+    ),
+    bits=BITS,
+    hold=hold,
+    outputs=outputs,
+    encode=encode,
+    json_files=json_files,
+    stored_modules=stored_modules,
+    dequantize=dequantize,
+    demands=demands,
+    fused_alike=False,
+    holds_embeddings=True,
+    holds_scattered_groups=True,
+    stores_decoded=True,
+)

@@ -9,21 +9,27 @@ becomes there.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hlwq.checkpoint import Reader, TensorSpec
-from hlwq.errors import HlwqError
+from hlwq.bases import Basis
+from hlwq.containers import Reader, TensorSpec
+from hlwq.errors import CheckpointError, UnsupportedError
+from hlwq.families import ModelLayout
 from hlwq.formats.base import (
     AGAIN,
     Contents,
+    Demand,
     Engine,
+    Format,
     Scheme,
     StoredModule,
     check_parts,
     common_scheme,
+    demand,
     engine_storage,
     entry,
     matrix_shape,
@@ -34,51 +40,35 @@ from hlwq.formats.patterns import check_pattern, kept_patterns, patterns_by_sche
 from hlwq.formats.uniform import (
     READABLE_BITS,
     WORD_BITS,
-    check_codes,
     check_multiples_of_32,
     decode,
     integer_zeros,
-    no_lloyd_grid,
+    uniform_grid,
 )
-from hlwq.grids import Grid, QuantizedMatrix, ScaleMethod, UniformGrid
+from hlwq.formats.vllm import VLLM, decoder_matrices, uniform_demands
+from hlwq.grids import Grid, UniformGrid
+from hlwq.matrix import QuantizedMatrix
 from hlwq.packing import pack, unpack
 from hlwq.version import __version__
 
 NAME = "gptq"
-BITS: tuple[int, ...] = WORD_BITS
-ENGINES: tuple[Engine, ...] = (
-    Engine("vLLM", BITS, "symmetric", "vllm serve {path}{text_only}"),
-    Engine("GPTQModel", BITS, "symmetric or asymmetric"),
-)
-DEFAULT_SYMMETRIC = True
-FUSED_ALIKE = True
-HOLDS_EMBEDDINGS = False
-HOLDS_DESC_ACT = True
-STORES_DECODED = False
+GPTQMODEL = "GPTQModel"
 
 
-def lloyd_grid(bits: int, group_size: int) -> Grid:
-    """GPTQ files hold uniform codes only: always raises HlwqError."""
-    raise no_lloyd_grid(NAME, "hlwq-int4 for HLWQ followed by INT4")
-
-
-def uniform_grid(bits: int, group_size: int, symmetric: bool, scale_method: ScaleMethod, dtype: str) -> Grid:
+def hold(module: str, shape: tuple[int, int], grid: Grid, basis: Basis, dtype: str) -> Grid:
     """Integer zeros; scales that float16 (the file) and bfloat16 (the engines) both represent.
 
     Raises:
-        HlwqError: bits other than 4 or 8, or a group size that Marlin does not have.
+        UnsupportedError: other than uniform codes of 4 or 8 bits in columns as they are, a group size that Marlin does
+            not have, or a side of the matrix that is no multiple of 32.
     """
-    check_codes(NAME, bits, BITS, group_size)
-    return UniformGrid(bits, group_size, symmetric, True, scale_method, engine_storage(dtype))
+    held = uniform_grid(NAME, WORD_BITS, "hlwq-int4", grid, basis, integer_zero=True, storage=engine_storage(dtype))
+    check_multiples_of_32(NAME, module, shape)
+    return held
 
 
 def outputs(module: str, shape: tuple[int, int], grid: Grid, dtype: str) -> list[TensorSpec]:
-    """The four tensors of a module.
-
-    Raises:
-        HlwqError: `out` or `in` is not a multiple of 32, which packing and engines need.
-    """
-    check_multiples_of_32(NAME, module, shape)
+    """The four tensors of a module."""
     return _parts(module, shape, grid.bits, shape[1] // grid.group_size)
 
 
@@ -95,7 +85,7 @@ def _parts(module: str, shape: tuple[int, int], bits: int, groups: int) -> list[
 def encode(module: str, matrix: QuantizedMatrix, dtype: str) -> dict[str, Tensor]:
     """Pack codes, zeros and scales as the module's docstring says."""
     bits = matrix.grid.bits
-    symmetric = isinstance(matrix.grid, UniformGrid) and matrix.grid.symmetric
+    symmetric = isinstance(matrix.grid, UniformGrid) and matrix.grid.symmetry
     stored = integer_zeros(matrix) - (1 if symmetric else 0)
     group_of_column = matrix.group_of_column
     if group_of_column is None:
@@ -142,8 +132,8 @@ def stored_modules(reader: Reader) -> dict[str, StoredModule]:
     """Modules that have a `qweight`.
 
     Raises:
-        HlwqError: `config.json` is damaged, or tensors of a module are missing, disagree, or are of a width that cannot
-            be read.
+        CheckpointError: `config.json` is damaged, or tensors of a module are missing or disagree.
+        UnsupportedError: codes have a width that cannot be read.
     """
     section, where = section_of(reader)
     _check_section(section, where)
@@ -157,7 +147,7 @@ def stored_modules(reader: Reader) -> dict[str, StoredModule]:
         groups, zero_words = matrix_shape(reader, f"{module}.qzeros")
         width = 32 * zero_words / rows
         if width not in READABLE_BITS:
-            raise HlwqError(
+            raise UnsupportedError(
                 f"{reader.path}: {module} has {width:g}-bit codes; GPTQ files of 2, 4 and 8 bits can be read."
             )
         bits = int(width)
@@ -165,7 +155,9 @@ def stored_modules(reader: Reader) -> dict[str, StoredModule]:
         if f"{module}.g_idx" in reader.tensors:
             parts += (f"{module}.g_idx",)
         elif columns % groups:
-            raise HlwqError(f"{reader.path}: {module} has {groups} groups for {columns} columns, and no g_idx. {AGAIN}")
+            raise CheckpointError(
+                f"{reader.path}: {module} has {groups} groups for {columns} columns, and no g_idx. {AGAIN}"
+            )
         check_parts(reader, (spec for spec in _parts(module, (rows, columns), bits, groups) if spec.name in parts))
         scheme = Scheme(bits, columns // groups, bool(section.get("sym", True)))
         modules[module] = StoredModule(scheme, (rows, columns), parts)
@@ -173,7 +165,7 @@ def stored_modules(reader: Reader) -> dict[str, StoredModule]:
 
 
 def _check_section(section: dict[str, Any], where: str) -> None:
-    """Raise HlwqError unless engines can make something of the `quantization_config`."""
+    """Raise CheckpointError unless engines can make something of the `quantization_config`."""
     for key in ("bits", "group_size"):
         entry(section, key, int, where)
     rules = entry(section, "dynamic", dict, where, default={})
@@ -186,7 +178,7 @@ def dequantize(reader: Reader, module: str, scheme: Scheme) -> Tensor:
     """scales · (code − zero), with `qzeros` and `g_idx` honoured, and both spellings of the zero (v1 and v2).
 
     Raises:
-        HlwqError: a column is in a group that is not there.
+        CheckpointError: a column is in a group that is not there.
     """
     bits = scheme.bits
     codes = unpack(reader.read(f"{module}.qweight").T.contiguous().view(torch.uint8), bits)
@@ -198,10 +190,85 @@ def dequantize(reader: Reader, module: str, scheme: Scheme) -> Tensor:
         stored = reader.read(f"{module}.g_idx").long()
         least, most = int(stored.min()), int(stored.max())
         if least < 0 or most >= len(zeros):
-            raise HlwqError(
+            raise CheckpointError(
                 f"{reader.path}: tensor {module}.g_idx holds groups from {least} to {most}, but those that are there "
                 f"are 0 to {len(zeros) - 1}. {AGAIN}"
             )
         if not torch.equal(stored, torch.arange(codes.shape[1]) // scheme.group_size):
             group_of_column = stored
     return decode(codes, reader.read(f"{module}.scales").T, zeros.T, scheme, group_of_column)
+
+
+def cautions(contents: Contents) -> list[str]:
+    """Scattered groups are not for every engine."""
+    if not any(scheme.desc_act for scheme in contents.quantized.values()):
+        return []
+    return ["vLLM 0.32 and later refuse `desc_act`: run the result in GPTQModel, or leave it out"]
+
+
+def demands(reader: Reader, layout: ModelLayout, modules: dict[str, StoredModule]) -> list[Demand]:
+    """What vLLM and GPTQModel want."""
+    section = reader.config["quantization_config"]
+    again = "Quantize again with the defaults of format gptq."
+    asymmetric = [] if section.get("sym") else ["sym is false"]
+    ordered = ["desc_act is true"] if section.get("desc_act") else []
+    unindexed = [module for module in modules if f"{module}.g_idx" not in reader.tensors]
+    wrong = {engine: _wrong_rules(section, layout, modules, engine) for engine in (VLLM, GPTQMODEL)}
+    remedy = "Quantize again with `symmetric=True`, or serve it with GPTQModel."
+    return [
+        demand(VLLM, "symmetric", asymmetric, remedy),
+        demand(VLLM, "desc_act is false", ordered, again),
+        *uniform_demands(layout, modules, again),
+        demand(VLLM, "dynamic rules agree with the tensors, by fused names", wrong[VLLM], again),
+        demand(GPTQMODEL, "dynamic rules agree with the tensors, by own names", wrong[GPTQMODEL], again),
+        demand(GPTQMODEL, "zeros, scales and group indices for every module", unindexed, again),
+    ]
+
+
+def _wrong_rules(
+    section: dict[str, Any], layout: ModelLayout, modules: dict[str, StoredModule], engine: str
+) -> list[str]:
+    """Modules, as an engine names them, for which the `dynamic` rules say something else than the tensors do."""
+    rules, vllm = section.get("dynamic") or {}, engine == VLLM
+    wrong = []
+    for prefix, matrix in decoder_matrices(layout):
+        name = layout.family.vllm_name(prefix + (matrix.fused or matrix.name)) if vllm else prefix + matrix.name
+        stored, rule = modules.get(prefix + matrix.name), _first_rule(rules, name)
+        if stored is None:
+            agrees = rule is False
+        else:
+            chosen = {**section, **rule} if isinstance(rule, dict) else section
+            size = chosen["group_size"] if chosen["group_size"] != -1 else stored.shape[1]
+            agrees = rule is not False and (chosen["bits"], size) == (stored.scheme.bits, stored.scheme.group_size)
+        if not agrees:
+            wrong.append(name)
+    kept = [f"{prefix}blocks.0.mlp.linear_fc1" for prefix in layout.family.kept]
+    outside = ["lm_head", *map(layout.family.vllm_name, kept)] if vllm else ["lm_head", *kept]
+    return wrong + [name for name in outside if name not in modules and _first_rule(rules, name) is not False]
+
+
+def _first_rule(dynamic: dict[str, Any], name: str) -> dict[str, Any] | bool | None:
+    """The first rule that matches, False for an exclusion: as vLLM and GPTQModel read them."""
+    for pattern, rule in dynamic.items():
+        if re.match(re.sub(r"^[-+]:", "", pattern), name):
+            return False if pattern.startswith("-:") else dict(rule)
+    return None
+
+
+FORMAT = Format(
+    name=NAME,
+    engines=(
+        Engine("vLLM", WORD_BITS, "symmetric", "vllm serve {path}{text_only}"),
+        Engine("GPTQModel", WORD_BITS, "symmetric or asymmetric"),
+    ),
+    bits=WORD_BITS,
+    hold=hold,
+    outputs=outputs,
+    encode=encode,
+    json_files=json_files,
+    cautions=cautions,
+    stored_modules=stored_modules,
+    dequantize=dequantize,
+    demands=demands,
+    holds_scattered_groups=True,
+)

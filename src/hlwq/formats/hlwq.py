@@ -7,67 +7,66 @@ Walsh–Hadamard matrix of that order and the centroids those of Lloyd and Max f
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hlwq.checkpoint import DTYPES, Reader, TensorSpec
-from hlwq.errors import HlwqError
+from hlwq.bases import Basis, Hadamard
+from hlwq.containers import DTYPES, Reader, TensorSpec
+from hlwq.errors import CheckpointError, UnsupportedError
+from hlwq.families import ModelLayout
 from hlwq.formats.base import (
     AGAIN,
     Contents,
+    Demand,
     Engine,
+    Format,
     Scheme,
     StoredModule,
     check_bits,
     common_scheme,
+    demand,
     entry,
     matrix_shape,
     require_parts,
     section_of,
 )
-from hlwq.grids import Grid, LloydGrid, Parameters, QuantizedMatrix, ScaleMethod
+from hlwq.formats.vllm import mixed_fusions
+from hlwq.grids import Grid, LloydGrid, Parameters
+from hlwq.matrix import QuantizedMatrix
 from hlwq.packing import pack, unpack
 
 NAME = "hlwq"
-BITS: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
-ENGINES: tuple[Engine, ...] = (
-    Engine(
-        "transformers",
-        BITS,
-        "Lloyd–Max codes",
-        "python -c 'import sys, hlwq; from transformers import pipeline; "
-        'print(pipeline("text-generation", sys.argv[1])("Hello")[0]["generated_text"])\' {path}',
-    ),
-    Engine("vLLM with hlwq", BITS, "Lloyd–Max codes", "vllm serve {path}{text_only}"),
-    Engine("hlwq", BITS, "Lloyd–Max codes", "hlwq convert {path} {path}-dense --format dense"),
-)
-DEFAULT_SYMMETRIC = True
-FUSED_ALIKE = True
-HOLDS_EMBEDDINGS = True
-HOLDS_DESC_ACT = False
-STORES_DECODED = False
+BITS = (2, 3, 4, 5, 6, 7, 8)
 VERSION = 1
 
 
-def lloyd_grid(bits: int, group_size: int) -> Grid:
-    """Norms in float16.
+def hold(module: str, shape: tuple[int, int], grid: Grid, basis: Basis, dtype: str) -> Grid:
+    """Lloyd–Max codes of groups that are rotated each by itself; norms in float16.
 
     Raises:
-        HlwqError: bits outside 2 to 8, or groups too small to pack.
+        UnsupportedError: other codes, another rotation, bits outside 2 to 8, or groups too small to pack.
     """
-    if group_size < 8:
-        raise HlwqError(f"format hlwq has groups of at least 8, not {group_size}. Set --group-size.")
-    check_bits(NAME, bits, BITS)
-    return LloydGrid(bits, group_size)
-
-
-def uniform_grid(bits: int, group_size: int, symmetric: bool, scale_method: ScaleMethod, dtype: str) -> Grid:
-    """HLWQ files hold Lloyd–Max codes only: always raises HlwqError."""
-    raise HlwqError(
-        "format hlwq stores Lloyd–Max codes, not uniform ones. Use --recipe hlwq, or --format gptq, mlx or dense."
-    )
+    if not isinstance(grid, LloydGrid):
+        raise UnsupportedError(
+            f"format {NAME} stores Lloyd–Max codes, not uniform ones. Use `recipe='hlwq'`, or format gptq, mlx or "
+            "dense.",
+            argument="format",
+        )
+    if basis != Hadamard(grid.group_size):
+        raise UnsupportedError(
+            f"format {NAME} stores groups that are Hadamard-rotated each by itself. Use `basis='hadamard'` without "
+            "`block_size`, or format dense.",
+            argument="basis",
+        )
+    if grid.group_size < 8:
+        raise UnsupportedError(
+            f"format {NAME} has groups of at least 8, not {grid.group_size}. Set `group_size`.", argument="group_size"
+        )
+    check_bits(NAME, grid.bits, BITS)
+    return replace(grid, storage=(torch.float16,))
 
 
 def outputs(module: str, shape: tuple[int, int], grid: Grid, dtype: str) -> list[TensorSpec]:
@@ -121,9 +120,9 @@ def section_for(quantized: dict[str, Scheme]) -> dict[str, Any]:
 
 
 def check_version(section: dict[str, Any], where: str) -> None:
-    """Raise HlwqError, which names the place, unless this is the version that is read here."""
+    """Raise UnsupportedError, which names the place, unless this is the version that is read here."""
     if section.get("version") != VERSION:
-        raise HlwqError(f"{where}: HLWQ format version {section.get('version')} is unknown. Upgrade hlwq.")
+        raise UnsupportedError(f"{where}: HLWQ format version {section.get('version')} is unknown. Upgrade hlwq.")
 
 
 def scheme_for(section: dict[str, Any], module: str, where: str) -> Scheme:
@@ -135,14 +134,14 @@ def scheme_for(section: dict[str, Any], module: str, where: str) -> Scheme:
         where: what an error calls the section.
 
     Raises:
-        HlwqError: an entry is missing, or is none that a file of this format has.
+        CheckpointError: an entry is missing, or is none that a file of this format has.
     """
     modules = entry(section, "modules", dict, where)
     if module in modules:
         section, where = entry(modules, module, dict, f"{where}.modules"), f"{where}.modules.{module}"
     bits, group_size = entry(section, "bits", int, where), entry(section, "group_size", int, where)
     if bits not in BITS or group_size < 8 or group_size & (group_size - 1):
-        raise HlwqError(
+        raise CheckpointError(
             f"{where} does not have the bits and group size of any HLWQ file: bits is {bits}, of {min(BITS)} to "
             f"{max(BITS)}; group_size is {group_size}, of powers of two from 8. {AGAIN}"
         )
@@ -153,8 +152,8 @@ def stored_modules(reader: Reader) -> dict[str, StoredModule]:
     """Modules that have `weight_packed`.
 
     Raises:
-        HlwqError: a later version wrote the directory, `config.json` is damaged, or the tensors of a module are missing
-            or disagree.
+        CheckpointError: `config.json` is damaged, or the tensors of a module are missing or disagree.
+        UnsupportedError: a later version wrote the directory.
     """
     section, where = section_of(reader)
     check_version(section, str(reader.path))
@@ -169,7 +168,9 @@ def stored_modules(reader: Reader) -> dict[str, StoredModule]:
         columns = groups * scheme.group_size
         expected = outputs(module, (rows, columns), LloydGrid(scheme.bits, scheme.group_size), "")
         if [reader.tensors[part] for part in parts] != expected or columns * scheme.bits % 8:
-            raise HlwqError(f"{reader.path}: {module} does not have the bits and group size that config.json gives it.")
+            raise CheckpointError(
+                f"{reader.path}: {module} does not have the bits and group size that config.json gives it."
+            )
         modules[module] = StoredModule(scheme, (rows, columns), parts)
     return modules
 
@@ -192,4 +193,49 @@ def decode(packed: Tensor, norms: Tensor, bits: int) -> Tensor:
     """
     codes = unpack(packed, bits)
     grid = LloydGrid(bits, codes.shape[1] // norms.shape[1])
-    return QuantizedMatrix(codes, Parameters(norms.to(torch.float32)), grid, "hadamard").dequantize()
+    return QuantizedMatrix(codes, Parameters(norms.to(torch.float32)), grid, Hadamard(grid.group_size)).dequantize()
+
+
+def demands(reader: Reader, layout: ModelLayout, modules: dict[str, StoredModule]) -> list[Demand]:
+    """What transformers and vLLM want, each with hlwq beside it."""
+    again = "Quantize again with `recipe='hlwq'`."
+    transformers, vllm = "transformers", "vLLM with hlwq"
+    whole, index = "model.safetensors", "model.safetensors.index.json"
+    unnamed = [] if any((reader.path / name).is_file() for name in (whole, index)) else [f"neither {whole} nor {index}"]
+    untyped = [] if reader.config.get("model_type") else ["model_type"]
+    family = layout.family
+    packed = [layout.embedding] if layout.embedding in modules and not family.vllm_packs_embedding else []
+    unpacked = f"the embedding of {family.name.partition(' (')[0]} is as it was"
+    lines = [
+        demand(transformers, f"weights are in {whole}, or named by {index}", unnamed, again),
+        demand(transformers, "config.json says the model's type", untyped, "Copy it from the original's config.json."),
+        demand(vllm, "fused matrices have one scheme", mixed_fusions(layout, modules), again),
+    ]
+    if not family.vllm_packs_embedding:
+        lines.append(demand(vllm, unpacked, packed, "Quantize again without `include_embeddings`."))
+    return lines
+
+
+FORMAT = Format(
+    name=NAME,
+    engines=(
+        Engine(
+            "transformers",
+            BITS,
+            "Lloyd–Max codes",
+            "python -c 'import sys, hlwq; from transformers import pipeline; "
+            'print(pipeline("text-generation", sys.argv[1])("Hello")[0]["generated_text"])\' {path}',
+        ),
+        Engine("vLLM with hlwq", BITS, "Lloyd–Max codes", "vllm serve {path}{text_only}"),
+        Engine("hlwq", BITS, "Lloyd–Max codes", "hlwq convert {path} {path}-dense --format dense"),
+    ),
+    bits=BITS,
+    hold=hold,
+    outputs=outputs,
+    encode=encode,
+    json_files=json_files,
+    stored_modules=stored_modules,
+    dequantize=dequantize,
+    demands=demands,
+    holds_embeddings=True,
+)

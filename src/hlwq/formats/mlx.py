@@ -14,52 +14,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hlwq.checkpoint import DTYPES, Reader, TensorSpec
-from hlwq.errors import HlwqError
+from hlwq.bases import Basis
+from hlwq.containers import DTYPES, Reader, TensorSpec
+from hlwq.errors import CheckpointError, UnsupportedError
+from hlwq.families import FAMILIES, ModelLayout, Restoration, family_of
 from hlwq.formats.base import (
     AGAIN,
     Contents,
+    Demand,
     Engine,
+    Format,
     Scheme,
     StoredModule,
     check_parts,
     common_scheme,
+    demand,
     entry,
     matrix_shape,
     require_parts,
     section_of,
 )
-from hlwq.formats.uniform import check_codes, no_lloyd_grid
-from hlwq.grids import Grid, Parameters, QuantizedMatrix, ScaleMethod, UniformGrid
-from hlwq.models import ModelLayout
-from hlwq.models.qwen3_5 import QWEN3_5
+from hlwq.formats.uniform import GROUP_SIZES, uniform_grid
+from hlwq.grids import Grid, Parameters, UniformGrid
+from hlwq.matrix import QuantizedMatrix
 from hlwq.packing import pack, unpack
 
 NAME = "mlx"
-BITS: tuple[int, ...] = (2, 3, 4, 5, 6, 8)
-ENGINES: tuple[Engine, ...] = (
-    Engine("mlx-lm", BITS, "asymmetric or symmetric", "mlx_lm.generate --model {path} --prompt Hello"),
-)
-DEFAULT_SYMMETRIC = False
-FUSED_ALIKE = False
-HOLDS_EMBEDDINGS = True
-HOLDS_DESC_ACT = False
-STORES_DECODED = False
+BITS = (2, 3, 4, 5, 6, 8)
 
 
-def lloyd_grid(bits: int, group_size: int) -> Grid:
-    """MLX files hold uniform codes only: always raises HlwqError."""
-    raise no_lloyd_grid(NAME, "hlwq-mlx for HLWQ followed by MLX 4-bit")
-
-
-def uniform_grid(bits: int, group_size: int, symmetric: bool, scale_method: ScaleMethod, dtype: str) -> Grid:
+def hold(module: str, shape: tuple[int, int], grid: Grid, basis: Basis, dtype: str) -> Grid:
     """Any bias; parameters in the model's dtype.
 
     Raises:
-        HlwqError: bits or a group size that MLX does not have.
+        UnsupportedError: codes, bits or a group size that MLX does not have.
     """
-    check_codes(NAME, bits, BITS, group_size)
-    return UniformGrid(bits, group_size, symmetric, False, scale_method, (DTYPES[dtype],))
+    return uniform_grid(NAME, BITS, "hlwq-mlx", grid, basis, integer_zero=False, storage=(DTYPES[dtype],))
 
 
 def outputs(module: str, shape: tuple[int, int], grid: Grid, dtype: str) -> list[TensorSpec]:
@@ -75,29 +65,31 @@ def outputs(module: str, shape: tuple[int, int], grid: Grid, dtype: str) -> list
 
 def encode(module: str, matrix: QuantizedMatrix, dtype: str) -> dict[str, Tensor]:
     """Pack codes, scales and biases as the module's docstring says."""
-    assert matrix.parameters.bias is not None
+    stored = matrix.parameters.apply(lambda values: values.to(DTYPES[dtype]))
+    if stored.bias is None:
+        raise ValueError("MLX stores grids with biases.")
     return {
         f"{module}.weight": pack(matrix.codes, matrix.grid.bits).view(torch.uint32),
-        f"{module}.scales": matrix.parameters.scale.to(DTYPES[dtype]),
-        f"{module}.biases": matrix.parameters.bias.to(DTYPES[dtype]),
+        f"{module}.scales": stored.scale,
+        f"{module}.biases": stored.bias,
     }
 
 
 def json_files(config: dict[str, Any], contents: Contents) -> dict[str, dict[str, Any]]:
     """`config.json` with `quantization`, under both of the keys that mlx-lm writes, and what mlx-lm asks of a model."""
-    common = common_scheme(contents.quantized)
+    common, mlx = common_scheme(contents.quantized), contents.layout.family.mlx
     section: dict[str, Any] = {"group_size": common.group_size, "bits": common.bits, "mode": "affine"}
     for module, scheme in contents.quantized.items():
         if scheme != common:
-            section[module_path(module, contents.layout)] = {"group_size": scheme.group_size, "bits": scheme.bits}
+            section[mlx.path(module)] = {"group_size": scheme.group_size, "bits": scheme.bits}
     config = {**config, "quantization": section, "quantization_config": section}
     # mlx-lm has defaults of its own for the tying, and looks for it where the decoder is described.
     config["tie_word_embeddings"] = contents.layout.tied
     if "text_config" in config:
         config["text_config"] = {**config["text_config"], "tie_word_embeddings": contents.layout.tied}
-    if contents.layout.family is QWEN3_5:
-        config["model_type"] = "qwen3_5"  # of the text-only checkpoints too
-    else:
+    if mlx.model_type:
+        config["model_type"] = mlx.model_type
+    if mlx.reads_top_level_rope:
         config |= rope_as_before(config)
     return {"config.json": config}
 
@@ -109,31 +101,22 @@ def rope_as_before(config: dict[str, Any]) -> dict[str, Any]:
     """
     parameters = dict(config.get("rope_parameters") or {})
     theta = parameters.pop("rope_theta", None)
-    found = {} if theta is None else {"rope_theta": theta}
+    top_level = {} if theta is None else {"rope_theta": theta}
     if parameters.get("rope_type", "default") != "default":
-        found["rope_scaling"] = parameters
-    return {key: value for key, value in found.items() if key not in config}
-
-
-def module_path(module: str, layout: ModelLayout) -> str:
-    """A checkpoint's module as mlx-lm names it after `sanitize`."""
-    if layout.family is not QWEN3_5:
-        return module
-    if module.startswith("model.language_model."):
-        return "language_model.model." + module.removeprefix("model.language_model.")
-    return "language_model." + module
+        top_level["rope_scaling"] = parameters
+    return {key: value for key, value in top_level.items() if key not in config}
 
 
 def stored_modules(reader: Reader) -> dict[str, StoredModule]:
     """Modules that have `scales`.
 
     Raises:
-        HlwqError: `config.json` is damaged, tensors of a module are missing or disagree with it, or the mode is not
-            affine.
+        CheckpointError: `config.json` is damaged, or tensors of a module are missing or disagree with it.
+        UnsupportedError: the mode is not affine.
     """
     section, where = section_of(reader, "quantization")
     if section.get("mode", "affine") != "affine":
-        raise HlwqError(f"{reader.path}: MLX mode {section['mode']} cannot be read; only affine can.")
+        raise UnsupportedError(f"{reader.path}: MLX mode {section['mode']} cannot be read; only affine can.")
     modules = {}
     for name in reader.tensors:
         if not name.endswith(".scales"):
@@ -142,15 +125,16 @@ def stored_modules(reader: Reader) -> dict[str, StoredModule]:
         parts = require_parts(reader, module, "weight", "scales", "biases")
         (rows, words), (_, groups), _ = (matrix_shape(reader, part) for part in parts)
         # An override goes by MLX's path, which is the file's own name or what `sanitize` makes of it.
-        inner = module.replace("model.language_model.", "language_model.model.")
-        paths = (module, inner, f"language_model.{module}")
+        paths = (module, *(each.mlx.path(module) for each in FAMILIES))
         path = next((path for path in paths if isinstance(section.get(path), dict)), None)
         chosen, here = (section[path], f"{where}.{path}") if path else (section, where)
         scheme = Scheme(entry(chosen, "bits", int, here), entry(chosen, "group_size", int, here), symmetric=False)
         if scheme.bits not in BITS:
-            raise HlwqError(f"{here}: bits is {scheme.bits}; MLX files have {', '.join(map(str, BITS))}. {AGAIN}")
+            raise CheckpointError(f"{here}: bits is {scheme.bits}; MLX files have {', '.join(map(str, BITS))}. {AGAIN}")
         if scheme.bits * scheme.group_size * groups != words * 32:
-            raise HlwqError(f"{reader.path}: {module} does not have the bits and group size that config.json gives it.")
+            raise CheckpointError(
+                f"{reader.path}: {module} does not have the bits and group size that config.json gives it."
+            )
         shape = (rows, words * 32 // scheme.bits)
         check_parts(reader, outputs(module, shape, UniformGrid(scheme.bits, scheme.group_size), "BF16"))
         modules[module] = StoredModule(scheme, shape, parts)
@@ -161,41 +145,61 @@ def dequantize(reader: Reader, module: str, scheme: Scheme) -> Tensor:
     """scale · code + bias."""
     codes = unpack(reader.read(f"{module}.weight").view(torch.uint8), scheme.bits)
     scale, bias = (reader.read(f"{module}.{part}").to(torch.float32) for part in ("scales", "biases"))
-    grid = UniformGrid(scheme.bits, scheme.group_size, False, False)
+    grid = UniformGrid(scheme.bits, scheme.group_size, symmetric=False, integer_zero=False)
     return QuantizedMatrix(codes, Parameters(scale, bias), grid).dequantize()
 
 
-def is_converted(reader: Reader) -> bool:
-    """Whether a Qwen3.5 directory went through mlx-lm's own conversion, which renames tensors and changes some."""
-    return any(name.startswith("language_model.model.") for name in reader.tensors)
+def restoration(reader: Reader) -> Restoration:
+    """What undoes mlx-lm's own conversion, where the family has one and the directory went through it."""
+    family = next((each for each in FAMILIES if each.mlx.converted(reader.tensors)), None)
+    if family is not None:
+        return family.mlx.restoration
+    family = family_of(reader.config)
+    return Restoration(family.mlx.restoration.config) if family else Restoration()
 
 
-def hugging_face_name(name: str) -> str:
-    """The Hugging Face name of a tensor of a converted Qwen3.5 directory."""
-    if name.startswith("language_model.model."):
-        return "model.language_model." + name.removeprefix("language_model.model.")
-    return name.removeprefix("language_model.")
+def demands(reader: Reader, layout: ModelLayout, modules: dict[str, StoredModule]) -> list[Demand]:
+    """What mlx-lm wants."""
+    engine, again, config, mlx = "mlx-lm", "Quantize again with `format='mlx'`.", reader.config, layout.family.mlx
+    names = [file.name for file in reader.path.glob("*.safetensors") if not file.name.startswith("model")]
+    bits = [f"{name} ({stored.scheme.bits} bits)" for name, stored in modules.items() if stored.scheme.bits not in BITS]
+    groups = [
+        f"{name} (group {stored.scheme.group_size})"
+        for name, stored in modules.items()
+        if stored.scheme.group_size not in GROUP_SIZES
+    ]
+    text = config.get("text_config") or config
+    # mlx-lm's own default differs from family to family.
+    untold = [] if text.get("tie_word_embeddings") is layout.tied else ["tie_word_embeddings"]
+    lines = [
+        demand(engine, "weight files are called model*.safetensors", names, "Rename them."),
+        demand(engine, "2, 3, 4, 5, 6 or 8 bits", bits, again),
+        demand(engine, "groups of 32, 64 or 128", groups, again),
+        demand(engine, "config.json says whether embeddings are tied", untold, again),
+    ]
+    if mlx.reads_top_level_rope:
+        unread = list(rope_as_before(config))
+        lines.append(demand(engine, "rope_theta and rope_scaling stand at the top level", unread, again))
+    lines += [demand(engine, *each) for each in mlx.demands(text)]
+    if mlx.model_type:
+        other = [] if config.get("model_type") == mlx.model_type else [str(config.get("model_type"))]
+        lines.append(demand(engine, f"model_type is {mlx.model_type}", other, again))
+    return lines
 
 
-def restored(name: str, tensor: Tensor) -> Tensor:
-    """Undo what mlx-lm's conversion does to a Qwen3.5 tensor: a transposed convolution, and 1 added to the norms.
-
-    The norms come back rounded, since the sum was stored in the model's dtype.
-    """
-    if name.endswith("conv1d.weight"):
-        return tensor.movedim(1, 2)
-    if name.endswith("norm.weight") and not name.endswith("linear_attn.norm.weight"):
-        return tensor - 1
-    return tensor
-
-
-def restored_shape(spec: TensorSpec) -> tuple[int, ...]:
-    """The shape of `restored(spec.name, …)`."""
-    return (spec.shape[0], spec.shape[2], spec.shape[1]) if spec.name.endswith("conv1d.weight") else spec.shape
-
-
-def restored_config(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration as it was before `json_files` called a text-only Qwen3.5 by the name mlx-lm knows."""
-    if config.get("model_type") == "qwen3_5" and "text_config" not in config:
-        return {**config, "model_type": "qwen3_5_text"}
-    return config
+FORMAT = Format(
+    name=NAME,
+    engines=(Engine("mlx-lm", BITS, "asymmetric or symmetric", "mlx_lm.generate --model {path} --prompt Hello"),),
+    bits=BITS,
+    hold=hold,
+    outputs=outputs,
+    encode=encode,
+    json_files=json_files,
+    stored_modules=stored_modules,
+    dequantize=dequantize,
+    demands=demands,
+    restoration=restoration,
+    default_symmetric=False,
+    fused_alike=False,
+    holds_embeddings=True,
+)

@@ -7,9 +7,9 @@ import re
 from collections import defaultdict
 from typing import Any
 
-from hlwq.errors import HlwqError
+from hlwq.errors import CheckpointError
+from hlwq.families import ModelLayout
 from hlwq.formats.base import AGAIN, Contents, Scheme
-from hlwq.models import ModelLayout
 
 
 def kept_patterns(contents: Contents) -> list[str]:
@@ -27,11 +27,11 @@ def patterns_by_scheme(contents: Contents, common: Scheme) -> dict[Scheme, list[
 
 
 def check_pattern(pattern: Any, where: str) -> None:
-    """Raise HlwqError, which names the place, unless this is a regular expression."""
+    """Raise CheckpointError, which names the place, unless this is a regular expression."""
     try:
         re.compile(pattern)
     except (re.error, TypeError, OverflowError, RecursionError):
-        raise HlwqError(f"{where}: {json.dumps(pattern)} is not a regular expression. {AGAIN}") from None
+        raise CheckpointError(f"{where}: {json.dumps(pattern)} is not a regular expression. {AGAIN}") from None
 
 
 def outside_the_decoder(layout: ModelLayout) -> list[str]:

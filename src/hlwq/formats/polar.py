@@ -24,18 +24,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hlwq.checkpoint import Reader, read_json
-from hlwq.errors import HlwqError
-from hlwq.formats.base import FLOATS, Engine, Scheme, StoredModule, entry, matrix_shape
-from hlwq.grids import CHUNK_WEIGHTS
+from hlwq.containers import Reader
+from hlwq.errors import CheckpointError, UnsupportedError
+from hlwq.families import ModelLayout, Restoration, describe
+from hlwq.files import read_json
+from hlwq.formats.base import (
+    FLOATS,
+    Demand,
+    Engine,
+    ReadableFormat,
+    Scheme,
+    StoredModule,
+    demand,
+    entry,
+    matrix_shape,
+)
 from hlwq.hadamard import rotate_blocks
-from hlwq.models import describe
+from hlwq.matrix import CHUNK_WEIGHTS
 from hlwq.packing import unpack, unpack_big_endian
 
 NAME = "polar"
-ENGINES: tuple[Engine, ...] = (
-    Engine("hlwq", tuple(range(1, 9)), "Lloyd–Max codes, read only", "hlwq convert {path} {path}-dense --format dense"),
-)
 CODES = (".codes", "__codes", "__packed")
 """What the names of codes end in."""
 INTEGERS = ("I64", "I32", "I16", "I8", "U8", "U32")
@@ -90,16 +98,17 @@ def stored_modules(reader: Reader) -> dict[str, StoredModule]:
     """Modules that have codes.
 
     Raises:
-        HlwqError: an unknown version wrote the directory, or the tensors of a module are missing or disagree.
+        CheckpointError: the tensors of a module are missing or disagree.
+        UnsupportedError: an unknown version wrote the directory.
     """
     config = _polar_config(reader)
     modules = {}
     for name in reader.tensors:
         module = _module_of(name)
         if module is not None:
-            found = _describe_module(reader, config, module, name)
-            parts = tuple(filter(None, (found.codes, found.norms, found.levels, found.meta)))
-            modules[module] = StoredModule(Scheme(found.bits, found.block), found.shape, parts)
+            stored = _describe_module(reader, config, module, name)
+            parts = tuple(filter(None, (stored.codes, stored.norms, stored.levels, stored.meta)))
+            modules[module] = StoredModule(Scheme(stored.bits, stored.block), stored.shape, parts)
     return modules
 
 
@@ -107,20 +116,20 @@ def dequantize(reader: Reader, module: str, scheme: Scheme) -> Tensor:
     """norm/√block · H · centroid[code], without the padding.
 
     Raises:
-        HlwqError: a code has no centroid.
+        CheckpointError: a code has no centroid.
     """
     name = next(name for name in reader.tensors if _module_of(name) == module)
-    found = _describe_module(reader, _polar_config(reader), module, name)
-    codes, levels = _codes(reader, found), _levels(reader, found)
+    stored = _describe_module(reader, _polar_config(reader), module, name)
+    codes, levels = _codes(reader, stored), _levels(reader, stored)
     if int(codes.max()) >= len(levels):
         raise _damaged(reader, module, f"has the code {int(codes.max())}, but {len(levels)} centroids")
-    norms = reader.read(found.norms).to(torch.float32)
-    decoded = torch.empty(found.shape)
+    norms = reader.read(stored.norms).to(torch.float32)
+    decoded = torch.empty(stored.shape)
     count = max(1, CHUNK_WEIGHTS // codes.shape[1])
     for start in range(0, len(codes), count):
         rows = slice(start, start + count)
-        blocks = rotate_blocks(levels[codes[rows].int()], found.block).unflatten(-1, (-1, found.block))
-        decoded[rows] = (blocks * norms[rows].unsqueeze(-1)).flatten(-2)[:, : found.shape[1]]
+        blocks = rotate_blocks(levels[codes[rows].int()], stored.block).unflatten(-1, (-1, stored.block))
+        decoded[rows] = (blocks * norms[rows].unsqueeze(-1)).flatten(-2)[:, : stored.shape[1]]
     return decoded
 
 
@@ -139,7 +148,7 @@ def _polar_config(reader: Reader) -> dict[str, Any]:
     config = read_json(file) if file.is_file() else {}
     version = config.get("format", VERSIONS[0])
     if version not in VERSIONS:
-        raise HlwqError(f"{file}: format {version} is unknown; {' and '.join(VERSIONS)} can be read.")
+        raise UnsupportedError(f"{file}: format {version} is unknown; {' and '.join(VERSIONS)} can be read.")
     return config
 
 
@@ -147,7 +156,7 @@ def _describe_module(reader: Reader, config: dict[str, Any], module: str, codes:
     """Bring together what the headers, `polar_config.json` and `meta` say of a module.
 
     Raises:
-        HlwqError: they disagree, or a tensor is missing.
+        CheckpointError: they disagree, or a tensor is missing.
     """
     dotted, packed = codes.endswith(".codes"), codes.endswith("__packed")
     prefix = codes.removesuffix("packed" if packed else "codes")
@@ -173,7 +182,9 @@ def _describe_module(reader: Reader, config: dict[str, Any], module: str, codes:
     bits = entry(stated, "bits", int, file, default=0)
     if packed:
         if reader.tensors[meta].shape not in ((2,), (4,)):
-            raise HlwqError(f"{reader.path}: {meta} has shape {reader.tensors[meta].shape}; (2,) and (4,) can be read.")
+            raise CheckpointError(
+                f"{reader.path}: {meta} has shape {reader.tensors[meta].shape}; (2,) and (4,) can be read."
+            )
         numbers = reader.read(meta).tolist()
         if len(numbers) == 4:
             block, cut = numbers[2], 4.0
@@ -209,26 +220,26 @@ def _true_width(reader: Reader, module: str) -> int | None:
     return shape[1] if shape else None
 
 
-def _codes(reader: Reader, found: _Module) -> Tensor:
+def _codes(reader: Reader, stored: _Module) -> Tensor:
     """The codes of a module, with the padding: uint8 (out, padded)."""
-    rows = found.shape[0]
-    stored = reader.read(found.codes).view(torch.uint8).reshape(rows, -1)
-    if found.width == 8:
-        return stored
-    if found.meta is not None:
-        return unpack_big_endian(stored, found.width)
-    if found.width == 5:
-        return unpack(stored, 5)
-    halves = stored.unflatten(-1, (-1, found.block // 2))
+    rows = stored.shape[0]
+    packed = reader.read(stored.codes).view(torch.uint8).reshape(rows, -1)
+    if stored.width == 8:
+        return packed
+    if stored.meta is not None:
+        return unpack_big_endian(packed, stored.width)
+    if stored.width == 5:
+        return unpack(packed, 5)
+    halves = packed.unflatten(-1, (-1, stored.block // 2))
     return torch.cat([halves & 15, halves >> 4], -1).flatten(-2)
 
 
-def _levels(reader: Reader, found: _Module) -> Tensor:
+def _levels(reader: Reader, stored: _Module) -> Tensor:
     """The centroids of a module over √block: float32 (2^bits,)."""
-    if found.levels is None:
-        return _centroids(found.bits, found.cut) / sqrt(found.block)
-    levels = reader.read(found.levels).to(torch.float32)
-    return levels / sqrt(found.block) if found.levels.endswith(".ct") else levels
+    if stored.levels is None:
+        return _centroids(stored.bits, stored.cut) / sqrt(stored.block)
+    levels = reader.read(stored.levels).to(torch.float32)
+    return levels / sqrt(stored.block) if stored.levels.endswith(".ct") else levels
 
 
 @lru_cache(maxsize=16)
@@ -252,5 +263,30 @@ def _centroids(bits: int, cut: float) -> Tensor:
     return centroids.to(torch.float32)
 
 
-def _damaged(reader: Reader, module: str, why: str) -> HlwqError:
-    return HlwqError(f"{reader.path}: {module} {why}. The directory is damaged; download it again.")
+def _damaged(reader: Reader, module: str, why: str) -> CheckpointError:
+    message = f"{reader.path}: {module} {why}. The directory is damaged; download it again."
+    return CheckpointError(message, path=reader.path, tensor=module)
+
+
+def demands(reader: Reader, layout: ModelLayout, modules: dict[str, StoredModule]) -> list[Demand]:
+    """What hlwq wants, which is all that reads such a directory."""
+    known = layout.required_tensors()
+    strange = [module for module in modules if f"{module}.weight" not in known]
+    return [demand("hlwq", "every coded matrix is one of the model's", strange, "Convert another copy.")]
+
+
+FORMAT = ReadableFormat(
+    name=NAME,
+    engines=(
+        Engine(
+            "hlwq",
+            tuple(range(1, 9)),
+            "Lloyd–Max codes, read only",
+            "hlwq convert {path} {path}-dense --format dense",
+        ),
+    ),
+    stored_modules=stored_modules,
+    dequantize=dequantize,
+    demands=demands,
+    restoration=lambda reader: Restoration(restored_config),
+)

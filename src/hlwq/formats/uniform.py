@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hlwq.errors import HlwqError
+from hlwq.bases import Basis, Identity
+from hlwq.errors import UnsupportedError
 from hlwq.formats.base import Scheme, check_bits
-from hlwq.grids import Parameters, QuantizedMatrix, UniformGrid
+from hlwq.grids import Grid, Parameters, UniformGrid
+from hlwq.matrix import QuantizedMatrix
 
 WORD_BITS = (4, 8)
 """Widths of codes in int32 words that engines run."""
@@ -19,31 +23,51 @@ GROUP_SIZES = (32, 64, 128)
 """What engines run uniform codes in."""
 
 
-def no_lloyd_grid(format_name: str, recipe: str) -> HlwqError:
-    """The error of a format that holds uniform codes only; `recipe` is one whose last stage has them, in words."""
-    return HlwqError(
-        f"format {format_name} stores uniform codes, not Lloyd–Max codes. Use --recipe {recipe}, "
-        "or --format hlwq or dense."
-    )
+def uniform_grid(name: str, bits: tuple[int, ...], recipe: str, grid: Grid, basis: Basis, **stored: Any) -> UniformGrid:
+    """The grid of a format of uniform codes in columns as they are.
 
+    Args:
+        name: of the format.
+        bits: widths of its codes.
+        recipe: one whose last stage has uniform codes, for those who ask for others.
+        grid: what was asked for.
+        basis: likewise.
+        stored: the fields of the grid that the format decides.
 
-def check_codes(format_name: str, bits: int, allowed: tuple[int, ...], group_size: int) -> None:
-    """Raise HlwqError unless a format has codes of this many bits, and engines run groups of this size."""
-    check_bits(format_name, bits, allowed)
-    if group_size not in GROUP_SIZES:
-        *most, last = GROUP_SIZES
-        raise HlwqError(
-            f"format {format_name} has groups of {', '.join(map(str, most))} or {last}, not {group_size}. "
-            "Set --group-size."
+    Raises:
+        UnsupportedError: the format has no such codes.
+    """
+    if not isinstance(grid, UniformGrid):
+        raise UnsupportedError(
+            f"format {name} stores uniform codes, not Lloyd–Max codes. Use `recipe={recipe!r}`, or format hlwq or "
+            "dense.",
+            argument="format",
         )
+    if basis != Identity():
+        raise UnsupportedError(
+            f"format {name} has no place for a rotation, which engines would have to undo. Use `basis='identity'`, or "
+            "format dense.",
+            argument="basis",
+        )
+    check_bits(name, grid.bits, bits)
+    if grid.group_size not in GROUP_SIZES:
+        *most, last = GROUP_SIZES
+        raise UnsupportedError(
+            f"format {name} has groups of {', '.join(map(str, most))} or {last}, not {grid.group_size}. "
+            "Set `group_size`.",
+            argument="group_size",
+        )
+    return replace(grid, **stored)
 
 
-def check_multiples_of_32(format_name: str, module: str, shape: tuple[int, int]) -> None:
-    """Raise HlwqError unless both sides of a matrix are multiples of 32, as packing and engines need them."""
+def check_multiples_of_32(name: str, module: str, shape: tuple[int, int]) -> None:
+    """Raise UnsupportedError unless both sides of a matrix are multiples of 32, as packing and engines need them."""
     if shape[0] % 32 or shape[1] % 32:
-        raise HlwqError(
-            f"{module} has shape {shape}; format {format_name} needs multiples of 32. Keep it in its own dtype: "
-            f"--exclude '{re.escape(module.rsplit('.', 1)[-1])}$'."
+        raise UnsupportedError(
+            f"{module} has shape {shape}; format {name} needs multiples of 32. Keep it in its own dtype: "
+            f"`exclude='{re.escape(module.rsplit('.', 1)[-1])}$'`.",
+            argument="exclude",
+            tensor=module,
         )
 
 
@@ -55,7 +79,8 @@ def symmetric_zero(bits: int) -> int:
 def integer_zeros(matrix: QuantizedMatrix) -> Tensor:
     """The codes that stand for 0 in each group of a matrix on a grid with integer zeros: uint8 (out, groups)."""
     scale, bias = matrix.parameters.scale, matrix.parameters.bias
-    assert bias is not None
+    if bias is None:
+        raise ValueError("Integer zeros are those of a grid with biases.")
     # A group of scale 0 is all zeros whatever its zero says.
     empty = scale == 0
     zeros = torch.where(empty, symmetric_zero(matrix.grid.bits), -bias / torch.where(empty, 1, scale))

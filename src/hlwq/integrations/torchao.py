@@ -16,15 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hlwq.bases import Hadamard
+from hlwq.decoded import open_dense
 from hlwq.devices import torch_device
-from hlwq.errors import HlwqError, HlwqWarning
+from hlwq.errors import HlwqWarning, RequestError, ResourceError, UnsupportedError
+from hlwq.families import ModelLayout, describe
 from hlwq.formats.patterns import module_patterns
-from hlwq.grids import LloydGrid
-from hlwq.models import ModelLayout, describe
-from hlwq.plan import fit_group_size, usual_modules
-from hlwq.quantize import quantize_matrix
-from hlwq.sources import open_dense
+from hlwq.grids import LloydGrid, fit_group_size
+from hlwq.plan import usual_modules
+from hlwq.recipes import Stage
 from hlwq.transformers_models import quiet_transformers
+from hlwq.work import check_finite, quantize_matrix
 
 
 @torch.no_grad()
@@ -39,8 +41,11 @@ def quantize_(model: nn.Module, *, bits: int | None = 5, block_size: int = 128, 
             in_features, the largest of 128, 64 and 32 below it that does is used for that matrix, with a warning.
 
     Raises:
-        HlwqError: torchao is not installed, the family is not supported, no group size divides a matrix, or one is
-            quantized already, offloaded or not finite. The model is then as it was.
+        ResourceError: torchao is not installed.
+        RequestError: a size is out of range.
+        UnsupportedError: the family is not supported, no group size divides a matrix, or one is quantized already or
+            offloaded.
+        CheckpointError: a weight is not finite. The model is always as it was.
     """
     _require_torchao()
     from torchao.quantization import quantize_ as torchao_quantize_
@@ -51,13 +56,16 @@ def quantize_(model: nn.Module, *, bits: int | None = 5, block_size: int = 128, 
     device = next(model.parameters()).device
     config = _int4_config(layout, widths, group_size, device)
     if bits is None and block_size != 128:
-        raise HlwqError("block_size changes nothing where bits is None. Leave it out.")
+        message = "`block_size` changes nothing where `bits` is None. Leave it out."
+        raise RequestError(message, argument="block_size")
     if bits is not None:
         if block_size < 1 or block_size & (block_size - 1):
-            raise HlwqError(f"block_size is {block_size}, which is no power of two. Use 32, 64 or 128.")
-        grids = {width: LloydGrid(bits, size) for width, size in _fitted("block_size", block_size, widths).items()}
+            message = f"`block_size` is {block_size}, which is no power of two. Use 32, 64 or 128."
+            raise RequestError(message, argument="block_size")
+        sizes = _fitted("block_size", block_size, widths)
+        stages = {width: Stage(LloydGrid(bits, size), Hadamard(size)) for width, size in sizes.items()}
         for weight in weights.values():
-            matrix, _ = quantize_matrix(weight.cpu(), [(grids[weight.shape[1]], "hadamard")], device)
+            matrix, _ = quantize_matrix(weight.cpu(), [stages[weight.shape[1]]], device)
             weight.copy_(matrix.dequantize())
     torchao_quantize_(model, config, filter_fn=None)
 
@@ -77,8 +85,9 @@ def transformers_config(directory: str | Path, *, group_size: int = 128, device:
         A `transformers.TorchAoConfig`.
 
     Raises:
-        HlwqError: torchao is not installed, the directory cannot be read or is quantized, or no group size divides a
-            matrix.
+        ResourceError: torchao is not installed, or the device cannot be used.
+        CheckpointError: the directory cannot be read.
+        UnsupportedError: it is quantized, or no group size divides a matrix.
     """
     _require_torchao()
     from transformers import TorchAoConfig
@@ -115,17 +124,17 @@ def _fitted(option: str, wanted: int, widths: dict[str, int]) -> dict[int, int]:
     """The group size for each width that the named matrices have. Warns where it is not the wanted one.
 
     Raises:
-        HlwqError: it is not positive, or no size divides a matrix.
+        RequestError: it is not positive.
+        UnsupportedError: no size divides a matrix.
     """
     if wanted < 1:
-        raise HlwqError(f"{option} is {wanted}. It must be positive.")
+        raise RequestError(f"`{option}` is {wanted}. It must be positive.", argument=option)
     sizes: dict[int, int] = {}
     for name, width in widths.items():
-        size = fit_group_size(wanted, width)
-        if size is None:
-            raise HlwqError(
-                f"{name} has in_features {width}, which neither {option} {wanted} nor 128, 64 or 32 below it divides."
-            )
+        try:
+            size = fit_group_size(wanted, width)
+        except UnsupportedError as error:
+            raise error.about(name) from None
         if size != wanted and width not in sizes:
             warnings.warn(
                 f"{option} {size} where in_features is {width}, which {wanted} does not divide",
@@ -140,30 +149,31 @@ def _plain_weight(name: str, module: nn.Module) -> Tensor:
     """The weight of a linear layer that nothing has been done to.
 
     Raises:
-        HlwqError: it is quantized already, elsewhere than in memory, or not finite.
+        UnsupportedError: it is quantized already, or elsewhere than in memory.
+        CheckpointError: it is not finite.
     """
     weight = getattr(module, "weight", None)
     if type(weight) is not nn.Parameter or not weight.is_floating_point():
-        raise HlwqError(f"{name} is quantized already. Give the model as it was before.")
+        raise UnsupportedError(f"{name} is quantized already. Give the model as it was before.", tensor=name)
     if weight.is_meta:
-        raise HlwqError(f"The weight of {name} is not in memory. Load the model whole, as with device_map='cpu'.")
-    if not torch.isfinite(weight).all():
-        raise HlwqError(f"{name} has a weight that is NaN or infinite. The checkpoint is damaged: download it again.")
+        message = f"The weight of {name} is not in memory. Load the model whole, as with device_map='cpu'."
+        raise UnsupportedError(message, tensor=name)
+    check_finite(weight.detach(), name)
     return weight
 
 
 def _config_of(model: nn.Module) -> dict[str, Any]:
     config = getattr(model, "config", None)
     if config is None:
-        raise HlwqError(f"{type(model).__name__} has no configuration. Give a model that transformers loaded.")
-    found: dict[str, Any] = config.to_dict()
-    return found
+        raise UnsupportedError(f"{type(model).__name__} has no configuration. Give a model that transformers loaded.")
+    values: dict[str, Any] = config.to_dict()
+    return values
 
 
 def _require_torchao() -> None:
-    """Raise HlwqError unless torchao and transformers are installed."""
+    """Raise ResourceError unless torchao and transformers are installed."""
     try:
         with quiet_transformers():
             import torchao  # noqa: F401
     except ImportError:
-        raise HlwqError("This needs torchao. Run: pip install 'hlwq[torchao]'") from None
+        raise ResourceError("This needs torchao. Run: pip install 'hlwq[torchao]'") from None

@@ -26,16 +26,18 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hlwq.checkpoint import DTYPES, Reader
-from hlwq.errors import HlwqError
+from hlwq.containers import DTYPES, Reader
+from hlwq.decoded import DecodedCheckpoint, open_dense
+from hlwq.errors import HlwqError, RequestError, UnsupportedError
+from hlwq.families import describe
 from hlwq.formats import Scheme
 from hlwq.formats import hlwq as hlwq_format
 from hlwq.linear import HLWQEmbedding, HLWQLinear, HLWQTiedHead
-from hlwq.models import describe
+from hlwq.pipeline import check_dropped
 from hlwq.plan import PlannedTensor, check_tensors, make_plan
-from hlwq.quantize import _check_dropped, quantize_matrix
-from hlwq.recipes import override, recipe_named
-from hlwq.sources import DecodedCheckpoint, open_dense
+from hlwq.recipes import changed, recipe_named
+from hlwq.request import Selection
+from hlwq.work import check_finite, quantize_matrix
 
 if TYPE_CHECKING:
     from transformers.modeling_utils import PreTrainedModel
@@ -88,12 +90,13 @@ class HLWQConfig(QuantizationConfigMixin):
         """Read the section of a `config.json`, or the options as a dictionary.
 
         Raises:
-            HlwqError: a later version wrote it, or it holds a key that is none of these.
+            UnsupportedError: a later version wrote it.
+            RequestError: it holds a key that is none of these.
         """
         hlwq_format.check_version({"version": hlwq_format.VERSION, **config_dict}, "config.json")
         own = {name: value for name, value in config_dict.items() if name not in ("quant_method", "version", "modules")}
         if unknown := own.keys() - signature(cls).parameters.keys():
-            raise HlwqError(f"quantization_config has the key {min(unknown)}, which hlwq does not know. Delete it.")
+            raise RequestError(f"quantization_config has the key {min(unknown)}, which hlwq does not know. Delete it.")
         config = cls(**own)
         config.given = []
         config.modules = config_dict.get("modules", {})
@@ -128,19 +131,26 @@ class HLWQQuantizer(HfQuantizer):
         self.names: dict[str, str] = {}
         self.failure: HlwqError | None = None
 
+    def files(self) -> Reader:
+        """The files that are quantized as they are loaded."""
+        if self.reader is None:
+            raise ValueError("No files are being quantized.")
+        return self.reader
+
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Raise HlwqError if options of quantizing are given for a checkpoint that is quantized."""
+        """Raise RequestError if options of quantizing are given for a checkpoint that is quantized."""
         if self.pre_quantized and (given := self.quantization_config.given):
-            raise HlwqError(
-                f"{given[0]} changes nothing: the checkpoint is quantized already, and loads as it is stored. "
-                "Leave it out, or quantize the model's BF16 original."
+            raise RequestError(
+                f"`{given[0]}` changes nothing: the checkpoint is quantized already, and loads as it is stored. "
+                "Leave it out, or quantize the model's BF16 original.",
+                argument=given[0],
             )
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         if not checkpoint_files:
-            raise HlwqError("HLWQ needs a checkpoint's files: give from_pretrained a directory or a hub id.")
+            raise UnsupportedError("HLWQ needs a checkpoint's files: give from_pretrained a directory or a hub id.")
         directory = Path(checkpoint_files[0]).parent
         if self.pre_quantized:
             schemes = _stored_schemes(directory, model)
@@ -153,17 +163,12 @@ class HLWQQuantizer(HfQuantizer):
     def _plan(self, model: PreTrainedModel, directory: Path) -> None:
         config, self.reader = self.quantization_config, open_dense(directory)
         if config.dequantize:
-            raise HlwqError("dequantize=True is for HLWQ checkpoints, and this one is not quantized. Leave it out.")
-        recipe = override(recipe_named("hlwq"), bits=config.bits, group_size=config.group_size)
-        plan = make_plan(
-            self.reader,
-            recipe,
-            hlwq_format.NAME,
-            include_embeddings=config.include_embeddings,
-            include=config.include,
-            exclude=config.exclude,
-        )
-        _check_dropped(self.reader, plan)
+            message = "`dequantize=True` is for HLWQ checkpoints, and this one is not quantized. Leave it out."
+            raise RequestError(message, argument="dequantize")
+        recipe = changed(recipe_named("hlwq"), {"bits": config.bits, "group_size": config.group_size})
+        selection = Selection(config.include_embeddings, tuple(config.include), tuple(config.exclude))
+        plan = make_plan(self.reader, recipe, hlwq_format.NAME, selection)
+        check_dropped(self.reader, plan)
         tensors = {tensor.module: tensor for tensor in plan.quantized()}
         self.names = _own_names(model, tensors)
         self.planned = {f"{name}.weight": tensors[module] for module, name in self.names.items()}
@@ -208,10 +213,12 @@ class HLWQQuantizer(HfQuantizer):
             dtype: to cast the model to; what is kept in another dtype than the model's stays in it.
 
         Raises:
-            HlwqError: some of the codes are offloaded.
+            UnsupportedError: some of the codes are offloaded.
         """
         if any(name.endswith(".weight_packed") and codes.is_meta for name, codes in model.named_parameters()):
-            raise HlwqError("Offloaded weights cannot be decoded. Load the model whole, as with device_map='cpu'.")
+            raise UnsupportedError(
+                "Offloaded weights cannot be decoded. Load the model whole, as with device_map='cpu'."
+            )
         tied, before = False, model.dtype
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or before  # a string once it was saved
         for parameter in model.parameters():
@@ -270,15 +277,15 @@ class _Quantize(ConversionOps):
         planned, name = self.quantizer.planned[full_layer_name], full_layer_name.removesuffix(".weight")
         device = weights.device
         if weights.dtype != DTYPES[planned.spec.dtype]:  # cast to the model's dtype already: codes would differ
-            assert self.quantizer.reader is not None
-            weights = self.quantizer.reader.read(planned.spec.name)
+            weights = self.quantizer.files().read(planned.spec.name)
         replaced = _replace(model, name, planned.scheme)
         if missing_keys is not None:
             missing_keys.difference_update(replaced)
         try:
-            matrix, _ = quantize_matrix(weights, planned.steps, device)
+            check_finite(weights, planned.spec.name)
+            matrix, _ = quantize_matrix(weights, planned.stages, device)
         except HlwqError as error:
-            self.quantizer.failure = HlwqError(f"tensor {planned.spec.name}: {error}")
+            self.quantizer.failure = error if error.tensor else error.about(planned.spec.name)
             return {}
         tensors: dict[str, Tensor] = hlwq_format.encode(name, matrix, "")
         return {key: tensor.to(device) for key, tensor in tensors.items()}
@@ -288,11 +295,13 @@ def _stored_schemes(directory: Path, model: PreTrainedModel) -> dict[str, Scheme
     """The packed modules of a directory, by the names in its files.
 
     Raises:
-        HlwqError: a tensor is missing or has a wrong shape, or the directory is of another format.
+        CheckpointError: a tensor is missing or has a wrong shape.
+        RequestError: the directory is of another format.
     """
     checkpoint = DecodedCheckpoint(directory)
-    if checkpoint.format.NAME != hlwq_format.NAME:
-        raise HlwqError(f"{directory} is in format {checkpoint.format.NAME}, not hlwq. Load it without HLWQConfig.")
+    if checkpoint.format.name != hlwq_format.NAME:
+        message = f"{directory} is in format {checkpoint.format.name}, not hlwq. Load it without HLWQConfig."
+        raise RequestError(message, path=directory)
     # A model that was saved without its head is no architecture of hlwq's; transformers says what it misses.
     if checkpoint.config.get("architectures") != [type(model.base_model).__name__]:
         check_tensors(checkpoint, describe(checkpoint.config, checkpoint.tensors))
@@ -326,14 +335,39 @@ def _replace(model: PreTrainedModel, name: str, scheme: Scheme) -> list[str]:
         linear = HLWQLinear(module.in_features, module.out_features, scheme, module.bias, "meta")
         model.set_submodule(name, linear)
         return [weight]
-    assert isinstance(module, nn.Embedding)
-    embedding = HLWQEmbedding(module.num_embeddings, module.embedding_dim, scheme, module.weight.dtype, "meta")
+    if not isinstance(module, nn.Embedding):
+        raise UnsupportedError(
+            f"{name} is neither a linear layer nor an embedding, so it cannot be packed.", tensor=name
+        )
+    size, scale = (module.num_embeddings, module.embedding_dim), _scale_of(name, module)
+    embedding = HLWQEmbedding(*size, scheme, module.weight.dtype, "meta", scale=scale)
     model.set_submodule(name, embedding)
     tied = [head for head, source in model.all_tied_weights_keys.items() if source == weight]
     for head in tied:
         model.set_submodule(head.removesuffix(".weight"), HLWQTiedHead(embedding))
         del model.all_tied_weights_keys[head]
     return [weight, *tied]
+
+
+def _scale_of(name: str, embedding: nn.Embedding) -> float:
+    """What a model multiplies the rows of its embedding by.
+
+    Raises:
+        UnsupportedError: it does something else with them.
+    """
+    if type(embedding).forward is nn.Embedding.forward:
+        return 1.0
+    scale = getattr(embedding, "scalar_embed_scale", getattr(embedding, "embed_scale", None))
+    if isinstance(scale, Tensor) and not scale.is_meta:
+        scale = float(scale)
+    if not isinstance(scale, int | float):
+        raise UnsupportedError(
+            f"{name} is a {type(embedding).__name__}, which does more than look rows up, so it cannot be packed. "
+            "Leave `include_embeddings` out.",
+            argument="include_embeddings",
+            tensor=name,
+        )
+    return float(scale)
 
 
 # Where a file has a section of its own, transformers takes loading attributes from these classes only.

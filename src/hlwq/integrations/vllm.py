@@ -24,7 +24,8 @@ from vllm.model_executor.parameter import GroupQuantScaleParameter, PackedvLLMPa
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 
 from hlwq import kernels
-from hlwq.errors import HlwqError
+from hlwq.errors import CheckpointError, UnsupportedError
+from hlwq.families import family_of
 from hlwq.formats import Scheme
 from hlwq.formats import hlwq as hlwq_format
 
@@ -72,7 +73,7 @@ class HLWQQuantizationConfig(QuantizationConfig):
         """Read the section of a `config.json`.
 
         Raises:
-            HlwqError: a later version wrote it.
+            UnsupportedError: a later version wrote it.
         """
         hlwq_format.check_version(config, "config.json")
         return cls(config)
@@ -81,7 +82,8 @@ class HLWQQuantizationConfig(QuantizationConfig):
         """Read off the headers of the files which modules are packed.
 
         Raises:
-            HlwqError: none is, the section is damaged, or vLLM builds one of them so that it cannot be.
+            CheckpointError: none is, or the section is damaged.
+            UnsupportedError: vLLM builds one of them so that it cannot be.
         """
         for name in get_safetensors_params_metadata(model_name, revision=revision):
             module, _, part = name.rpartition(".")
@@ -89,14 +91,14 @@ class HLWQQuantizationConfig(QuantizationConfig):
                 where = f"{model_name}: config.json: quantization_config"
                 self.schemes[module] = hlwq_format.scheme_for(self.section, module, where)
         if not self.schemes:
-            raise HlwqError(f"{model_name}: config.json says hlwq, but no tensor is stored so.")
-        embedding = self._embedding()
-        text = hf_config.get_text_config()
-        if embedding and text.model_type.startswith("qwen3_5"):
-            raise HlwqError(
-                f"{model_name}: vLLM has no packed embedding for Qwen3.5. Quantize again without --include-embeddings."
+            raise CheckpointError(f"{model_name}: config.json says hlwq, but no tensor is stored so.")
+        embedding, family = self._embedding(), family_of({"architectures": hf_config.architectures})
+        if embedding and family and not family.vllm_packs_embedding:
+            raise UnsupportedError(
+                f"{model_name}: vLLM has no packed embedding for {family.name}. Quantize again without "
+                "`include_embeddings`."
             )
-        if embedding and text.tie_word_embeddings:
+        if embedding and hf_config.get_text_config().tie_word_embeddings:
             self.schemes["lm_head"] = self.schemes[embedding]
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
@@ -108,7 +110,7 @@ class HLWQQuantizationConfig(QuantizationConfig):
         """What runs a layer of this name; None for an embedding as it is.
 
         Raises:
-            HlwqError: vLLM fuses matrices that have different schemes.
+            UnsupportedError: vLLM fuses matrices that have different schemes.
         """
         if isinstance(layer, LinearBase):
             scheme = self._scheme(prefix)
@@ -126,13 +128,13 @@ class HLWQQuantizationConfig(QuantizationConfig):
     def _scheme(self, prefix: str) -> Scheme | None:
         parent, dot, name = prefix.rpartition(".")
         members = [f"{parent}{dot}{member}" for member in self.packed_modules_mapping.get(name, [name])]
-        found = {self.schemes.get(member) for member in members}
-        if len(found) > 1:
-            raise HlwqError(
+        schemes = {self.schemes.get(member) for member in members}
+        if len(schemes) > 1:
+            raise UnsupportedError(
                 f"vLLM runs {', '.join(members)} as one matrix, and their schemes differ. "
-                "Quantize again with the defaults of --recipe hlwq."
+                "Quantize again with the defaults of recipe hlwq."
             )
-        return found.pop()
+        return schemes.pop()
 
 
 @register_weight_loader_v2_supported_method
@@ -155,11 +157,11 @@ class HLWQMethod(LinearMethodBase):
         """Give a layer empty codes and norms, which load as rows of a matrix do.
 
         Raises:
-            HlwqError: tensor parallelism would split a group.
+            UnsupportedError: tensor parallelism would split a group.
         """
         bits, group_size = self.scheme.bits, self.scheme.group_size
         if input_size_per_partition % group_size:
-            raise HlwqError(
+            raise UnsupportedError(
                 f"Groups of {group_size} do not divide the {input_size_per_partition} columns that tensor parallelism "
                 "leaves on each device. Use fewer devices."
             )

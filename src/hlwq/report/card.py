@@ -11,9 +11,9 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from rich.filesize import decimal
 
 from hlwq.check import check_directory
-from hlwq.checkpoint import read_json
 from hlwq.errors import HlwqError
 from hlwq.evaluate.results import fingerprint, kept
+from hlwq.files import read_json
 from hlwq.inspect import inspect
 from hlwq.usage import commands
 from hlwq.version import __version__

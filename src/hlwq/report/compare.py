@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hlwq.checkpoint import read_json
+from hlwq.decoded import DecodedCheckpoint
 from hlwq.errors import HlwqError
 from hlwq.evaluate.divergence import divergence
 from hlwq.evaluate.generation import transformers_generate
@@ -32,9 +32,10 @@ from hlwq.evaluate.results import (
 )
 from hlwq.evaluate.speed import NEW_TOKENS, PROMPT_TOKENS, RUNS, Speed
 from hlwq.evaluate.statistics import Estimate, Verdict, paired_verdict, verdict
+from hlwq.files import read_json
 from hlwq.formats import READABLE_FORMATS
 from hlwq.inspect import inspect
-from hlwq.sources import DecodedCheckpoint, locate
+from hlwq.sources import locate
 
 Progress = Callable[[int, int, str], None]
 BASE = "(unquantized)"
@@ -180,7 +181,7 @@ def _measure(
         checkpoint=fingerprint(path),
         recipe=found.recipe,
         format=found.format,
-        engines=tuple(engine.name for engine in READABLE_FORMATS[found.format].ENGINES),
+        engines=tuple(engine.name for engine in READABLE_FORMATS[found.format].engines),
         nbytes=found.nbytes,
         bits_per_weight=found.bits_per_quantized_weight,
         bits_per_parameter=found.bits_per_parameter,

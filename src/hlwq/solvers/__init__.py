@@ -1,1 +1,11 @@
-"""Solvers choose the codes of one weight matrix. They know neither models nor file formats."""
+"""Solvers: how the codes of one matrix are chosen."""
+
+from __future__ import annotations
+
+from hlwq.solvers.base import INPUTS, ORIGINAL_INPUTS, Gram, Solver
+from hlwq.solvers.gptq import Gptq
+from hlwq.solvers.nearest import Nearest
+
+__all__ = ["INPUTS", "ORIGINAL_INPUTS", "SOLVERS", "Gptq", "Gram", "Nearest", "Solver"]
+
+SOLVERS: dict[str, type[Nearest] | type[Gptq]] = {solver.name: solver for solver in (Nearest, Gptq)}

@@ -1,31 +1,37 @@
 """GPTQ, with FOEM and GPTAQ as terms of the same loop: round column by column, make up for each error in the rest.
 
-Everything is in the coordinates that are rounded: in the `hadamard` basis both the weights and the Hessian are rotated
-first, W' = W R and H' = Rᵀ H R, which leaves ‖(W − Ŵ) X‖ as it was since R is orthogonal. With a `LloydGrid` that is
+Everything is in the coordinates that are rounded: both the weights and the Hessian are rotated first, W' = W R and
+H' = Rᵀ H R, which leaves ‖(W − Ŵ) X‖ as it was since R is orthogonal. With a `LloydGrid` in the Hadamard basis that is
 calibrated HLWQ.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import itemgetter
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from hlwq.errors import HlwqError
-from hlwq.grids import Basis, Grid, Parameters, QuantizedMatrix, fit_weighted
-from hlwq.hadamard import rotate_blocks
+from hlwq.bases import Basis
+from hlwq.errors import CheckpointError, RequestError
+from hlwq.grids import Grid, Parameters, fit_weighted
+from hlwq.matrix import QuantizedMatrix
+from hlwq.options import option
+from hlwq.solvers.base import INPUTS, ORIGINAL_INPUTS, Gram
 
 SOLVED_WEIGHTS = 1 << 23
-"""Of how many weights rows are solved at once on a CPU."""
+"""Weights per chunk of rows solved together on a CPU."""
 ERROR_ROWS = 2048
+"""Rows that `output_error` looks at."""
 DAMPING_TRIES = 6
-"""How often damping is raised tenfold before a Hessian is given up."""
+"""Factorisations tried, each with ten times the damping, before a Hessian is given up."""
 
 
 @dataclass(frozen=True)
-class GptqOptions:
-    """What the loop does beyond plain GPTQ (Frantar et al., arXiv 2210.17323).
+class Gptq:
+    """GPTQ's loop (Frantar et al., arXiv 2210.17323) and its relatives' terms.
 
     Attributes:
         foem_beta: β of FOEM (arXiv 2507.11017): how far each column is drawn back to its original weights before it is
@@ -37,78 +43,76 @@ class GptqOptions:
         damping: added to the Hessian's diagonal, as a fraction of its mean.
     """
 
-    foem_beta: float = 0.0
-    gptaq_alpha: float = 0.0
-    desc_act: bool = False
-    damping: float = 0.01
+    name: ClassVar[str] = "gptq"
+    foem_beta: float = option("FOEM's β: 0 to 1, 0.2 in foem and hlwq-v7.", default=0.0)
+    gptaq_alpha: float = option("GPTAQ's α: 0 to 1; 0.25 in calibrated rtn and hlwq.", default=0.0)
+    desc_act: bool = option("Groups by importance of columns. vLLM refuses it; GPTQModel does not.", default=False)
+    damping: float = option("Share of its mean added to the Hessian's diagonal.", default=0.01)
 
     def __post_init__(self) -> None:
         for name, low, high in (("foem_beta", 0, 1), ("gptaq_alpha", 0, 1), ("damping", 1e-6, 1)):
-            if not low <= getattr(self, name) <= high:
-                option = name.replace("_", "-")
-                raise HlwqError(f"--{option} {getattr(self, name)} must be between {low:g} and {high:g}.")
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not low <= value <= high:
+                raise RequestError(f"`{name}` {value} must be between {low:g} and {high:g}.", argument=name)
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """The inputs, and for GPTAQ those of the original model."""
+        return frozenset({INPUTS, ORIGINAL_INPUTS} if self.gptaq_alpha else {INPUTS})
 
-@dataclass
-class Gram:
-    """Second moments of a linear layer's inputs, summed over tokens.
+    @property
+    def scatters_groups(self) -> bool:
+        """As `desc_act` says."""
+        return self.desc_act
 
-    Attributes:
-        hessian: XᵀX, float32 (in, in), X being the inputs (tokens, in) that the quantized prefix gives.
-        cross: (X̃ − X)ᵀX, float32 (in, in), X̃ being those of the original model; None unless GPTAQ wants it.
-    """
+    def memory(self, rows: int, columns: int) -> int:
+        """Float32 of the Hessian, its damped copy, factor and inverse; of the weights, their latent form and errors."""
+        return 4 * columns * (5 * columns + 4 * rows)
 
-    hessian: Tensor
-    cross: Tensor | None = None
+    def solve(self, weights: Tensor, grid: Grid, basis: Basis, gram: Gram | None = None) -> QuantizedMatrix:
+        """Quantize a matrix so that its outputs on the calibration data change least.
 
+        Rows are independent given the Hessian: matrices that share an input can be stacked and solved at once.
 
-def quantize_gptq(
-    weights: Tensor, gram: Gram, grid: Grid, basis: Basis = "identity", options: GptqOptions | None = None
-) -> QuantizedMatrix:
-    """Quantize a matrix so that its outputs on the calibration data change least.
+        Args:
+            weights: float32 (out, in); `in` a multiple of `grid.fit_columns`.
+            grid: what a run can be rounded to. Its parameters are fitted when the loop reaches the run, by the squared
+                errors that later columns cannot make up for.
+            basis: the coordinates to round in.
+            gram: of the inputs, on the same device.
 
-    Rows are independent given the Hessian: matrices that share an input can be stacked and solved at once.
-
-    Args:
-        weights: float32 (out, in); `in` a multiple of `grid.group_size`.
-        gram: of the inputs, on the same device.
-        grid: what a group can be rounded to. Its parameters are fitted when the loop reaches the group, by the squared
-            errors that later columns cannot make up for.
-        basis: the coordinates to round in.
-        options: the loop's terms.
-
-    Raises:
-        HlwqError: the Hessian stays singular whatever the damping, or a group's parameters overflow.
-    """
-    options = options or GptqOptions()
-    size = grid.group_size
-    hessian, cross = gram.hessian, gram.cross if options.gptaq_alpha else None
-    if basis == "hadamard":
-        hessian = _rotate_both_sides(hessian, size)
-        cross = None if cross is None else _rotate_both_sides(cross, size)
-    order = _column_order(hessian.diagonal().contiguous(), size, options.desc_act)
-    factor = inverse_factor(hessian, order, options.damping)
-    del hessian
-    owed = None
-    if cross is not None:  # GPTAQ, eq. 18
-        owed = options.gptaq_alpha * (cross[order][:, order] @ factor.T).triu_(1) @ factor
-    problem = _Problem(grid, order, factor, owed, options.foem_beta)
-    # A processor works best on what fits its cache; a GPU, on as much as there is.
-    chunk = max(1, SOLVED_WEIGHTS // len(order)) if weights.device.type == "cpu" else len(weights)
-    parts = [
-        _solve_rows(rotate_blocks(rows, size) if basis == "hadamard" else rows, problem)
-        for rows in weights.split(chunk)
-    ]
-    codes = torch.cat([codes for codes, _ in parts])
-    scale = torch.cat([parameters.scale for _, parameters in parts])
-    biases = [parameters.bias for _, parameters in parts if parameters.bias is not None]
-    bias = torch.cat(biases) if biases else None
-    place = order.argsort()
-    if options.desc_act:
-        return QuantizedMatrix(codes, Parameters(scale, bias), grid, basis, place // size)
-    # The order keeps runs of columns whole: the run that starts at column c was solved as group place[c] // size.
-    runs = place[::size] // size
-    return QuantizedMatrix(codes, Parameters(scale[:, runs], None if bias is None else bias[:, runs]), grid, basis)
+        Raises:
+            CheckpointError: the Hessian stays singular whatever the damping.
+            UnsupportedError: a group's parameters overflow the grid's storage dtype.
+        """
+        if gram is None:
+            raise ValueError("GPTQ needs the moments of the inputs.")
+        run = grid.fit_columns
+        if self.desc_act and run != grid.group_size:
+            raise RequestError("`desc_act` needs a grid whose groups are fitted one by one.", argument="desc_act")
+        hessian, cross = _rotate_both_sides(gram.hessian, basis), gram.cross
+        order = _column_order(hessian.diagonal().contiguous(), run, self.desc_act)
+        factor = inverse_factor(hessian, order, self.damping)
+        del hessian
+        correction = None
+        if self.gptaq_alpha and cross is not None:  # GPTAQ, eq. 18
+            cross = _rotate_both_sides(cross, basis)
+            correction = self.gptaq_alpha * (cross[order][:, order] @ factor.T).triu_(1) @ factor
+        problem = _Problem(grid, order, factor, correction, self.foem_beta)
+        # A processor works best on what fits its cache; a GPU, on as much as there is.
+        chunk = max(1, SOLVED_WEIGHTS // len(order)) if weights.device.type == "cpu" else len(weights)
+        parts = [_solve_rows(basis.rotate(rows), problem) for rows in weights.split(chunk)]
+        codes = torch.cat([codes for codes, _ in parts])
+        parameters = Parameters.joined([parameters for _, parameters in parts], 0)
+        place = order.argsort()
+        if self.desc_act:
+            return QuantizedMatrix(codes, parameters, grid, basis, place // grid.group_size)
+        # The order keeps runs of columns whole: the run that starts at column c was solved as number place[c] // run.
+        # A run solved as number n left its groups' parameters at n·k … n·k + k − 1.
+        groups = run // grid.group_size
+        solved = place[::run] // run * groups
+        columns = (solved[:, None] + torch.arange(groups, device=solved.device)).flatten()
+        return QuantizedMatrix(codes, parameters.apply(lambda values: values[:, columns]), grid, basis)
 
 
 @dataclass(frozen=True)
@@ -116,23 +120,23 @@ class _Problem:
     """What all rows of a matrix have in common.
 
     Attributes:
-        grid: what a group can be rounded to.
+        grid: what a run can be rounded to.
         order: in which columns are rounded, (in,).
         factor: of the inverse Hessian in that order, see `inverse_factor`.
-        owed: GPTAQ's P in that order: what each column owes the later ones for the difference of its inputs.
+        correction: GPTAQ's P in that order: what each column adds to the later ones for the difference of its inputs.
         beta: FOEM's.
     """
 
     grid: Grid
     order: Tensor
     factor: Tensor
-    owed: Tensor | None
+    correction: Tensor | None
     beta: float
 
 
 def _solve_rows(weights: Tensor, problem: _Problem) -> tuple[Tensor, Parameters]:
-    """Codes (rows, in), and the parameters of each group (rows, groups) in the order in which groups were solved."""
-    size = problem.grid.group_size
+    """Codes (rows, in), and the parameters of each group (rows, groups) in the order in which runs were solved."""
+    run = problem.grid.fit_columns
     # Columns as rows, so that a column is contiguous.
     latent = weights.T[problem.order].contiguous()
     original = latent.clone() if problem.beta else latent
@@ -140,28 +144,43 @@ def _solve_rows(weights: Tensor, problem: _Problem) -> tuple[Tensor, Parameters]
     fitted: list[Parameters] = []
     # What the loss of a column's error is once the later columns have made up for it.
     importance = problem.factor.diagonal().square().reciprocal()
-    for start in range(0, len(latent), size):
-        group = slice(start, start + size)
-        fitted.append(fit_weighted(problem.grid, latent[group].T.contiguous(), importance[group]))
-        _solve_group(latent, original, codes, group, fitted[-1], problem)
-    scale = torch.cat([parameters.scale for parameters in fitted], dim=1)
-    biases = [parameters.bias for parameters in fitted if parameters.bias is not None]
-    parameters = Parameters(scale, torch.cat(biases, dim=1) if biases else None)
-    return codes[problem.order.argsort()].T.contiguous(), parameters
+    for start in range(0, len(latent), run):
+        columns = slice(start, start + run)
+        parameters, serving = _fit_run(latent, importance, columns, problem)
+        fitted.append(parameters)
+        _solve_run(latent, original, codes, columns, serving, problem)
+    return codes[problem.order.argsort()].T.contiguous(), Parameters.joined(fitted, 1)
 
 
-def _solve_group(
-    latent: Tensor, original: Tensor, codes: Tensor, group: slice, parameters: Parameters, problem: _Problem
+def _fit_run(
+    latent: Tensor, importance: Tensor, columns: slice, problem: _Problem
+) -> tuple[Parameters, list[Parameters]]:
+    """The parameters of a run, and of these the ones that serve each of its columns."""
+    grid = problem.grid
+    weights, counts = latent[columns].T.contiguous(), importance[columns]
+    if grid.fit_columns == grid.group_size:
+        parameters = fit_weighted(grid, weights, counts)
+        return parameters, [parameters] * grid.group_size
+    # Groups inside a run are of neighbours: the fit is given the columns as they stand, not as they are taken.
+    place = problem.order[columns] % grid.fit_columns
+    standing = place.argsort()
+    parameters = fit_weighted(grid, weights[:, standing], counts[standing])
+    groups = [parameters.apply(itemgetter((..., [index]))) for index in range(grid.fit_columns // grid.group_size)]
+    return parameters, [groups[index // grid.group_size] for index in place.tolist()]
+
+
+def _solve_run(
+    latent: Tensor, original: Tensor, codes: Tensor, columns: slice, serving: list[Parameters], problem: _Problem
 ) -> None:
-    """Round the columns of one group, passing each error on within it, and then all of them to the later columns.
+    """Round the columns of one run, passing each error on within it, and then all of them to the later columns.
 
-    Algorithm 1 of GPTQ with the lazy batch as wide as the group. FOEM's terms are the two with β.
+    Algorithm 1 of GPTQ with the lazy batch as wide as the run. FOEM's terms are the two with β.
     """
-    grid, factor, owed, beta = problem.grid, problem.factor, problem.owed, problem.beta
-    stop = group.stop
-    errors, rounded_from = torch.empty_like(latent[group]), torch.empty_like(latent[group])
-    for i in range(group.start, stop):
-        column = latent[i]
+    grid, factor, correction, beta = problem.grid, problem.factor, problem.correction, problem.beta
+    start, stop = columns.start, columns.stop
+    errors, rounded_from = torch.empty_like(latent[columns]), torch.empty_like(latent[columns])
+    for i in range(start, stop):
+        column, parameters = latent[i], serving[i - start]
         if beta:
             column.lerp_(original[i], beta)
         chosen = grid.round(column[:, None], parameters)
@@ -170,14 +189,14 @@ def _solve_group(
         if beta:
             error -= beta * (column - original[i])
         error /= factor[i, i]
-        errors[i - group.start], rounded_from[i - group.start] = error, column
+        errors[i - start], rounded_from[i - start] = error, column
         later = latent[i + 1 : stop]
         later.addr_(factor[i, i + 1 : stop], error, alpha=-1)
-        if owed is not None:
-            later.addr_(owed[i, i + 1 : stop], column)
-    latent[stop:] -= factor[group, stop:].T @ errors
-    if owed is not None:
-        latent[stop:] += owed[group, stop:].T @ rounded_from
+        if correction is not None:
+            later.addr_(correction[i, i + 1 : stop], column)
+    latent[stop:] -= factor[columns, stop:].T @ errors
+    if correction is not None:
+        latent[stop:] += correction[columns, stop:].T @ rounded_from
 
 
 def inverse_factor(hessian: Tensor, order: Tensor, damping: float) -> Tensor:
@@ -192,14 +211,14 @@ def inverse_factor(hessian: Tensor, order: Tensor, damping: float) -> Tensor:
         damping: λ, raised tenfold as often as the factorisation fails.
 
     Raises:
-        HlwqError: the Hessian is not finite, or the factorisation fails however large λ.
+        CheckpointError: the Hessian is not finite, or the factorisation fails however large λ.
     """
     device = hessian.device
     if device.type == "mps":  # its Cholesky is young, and has been silently wrong
         hessian, order = hessian.cpu(), order.cpu()
     mean = hessian.diagonal().mean()
     if not torch.isfinite(mean):
-        raise HlwqError("its inputs are not finite on the calibration data. Is the checkpoint damaged?")
+        raise CheckpointError("its inputs are not finite on the calibration data. Is the checkpoint damaged?")
     if mean == 0:
         return torch.eye(len(hessian), device=device)
     backwards = order.flip(0)
@@ -215,14 +234,14 @@ def inverse_factor(hessian: Tensor, order: Tensor, damping: float) -> Tensor:
             inverse: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
             del lower, identity
             return inverse.flip(0, 1).to(device)
-    raise HlwqError("the Hessian of its inputs is singular. Use more calibration samples.")
+    raise CheckpointError("the Hessian of its inputs is singular. Use more calibration samples.")
 
 
 def output_error(difference: Tensor, hessian: Tensor) -> float:
     """‖D X‖² over the calibration tokens, D (out, in) being a difference of weights: tr(D H Dᵀ).
 
-    Of more than `ERROR_ROWS` rows so many, evenly spaced, stand for all: for large matrices all would cost more than
-    the solver itself.
+    Where there are more than `ERROR_ROWS` rows, that many, evenly spaced, stand for all: all would cost more than the
+    solver itself.
     """
     step = -(-len(difference) // ERROR_ROWS)
     rows = difference[::step]
@@ -230,16 +249,17 @@ def output_error(difference: Tensor, hessian: Tensor) -> float:
     return total * len(difference) / len(rows)
 
 
-def _column_order(importance: Tensor, group_size: int, desc_act: bool) -> Tensor:
-    """Columns from the most important to the least; unless `desc_act`, groups stay whole and are ordered so too."""
+def _column_order(importance: Tensor, run: int, desc_act: bool) -> Tensor:
+    """Columns from the most important to the least; unless `desc_act`, runs stay whole and are ordered so too."""
     if desc_act:
         return importance.argsort(descending=True, stable=True)
-    groups = importance.unflatten(0, (-1, group_size))
-    within = groups.argsort(dim=1, descending=True, stable=True)
-    within += group_size * torch.arange(len(groups), device=importance.device)[:, None]
-    order: Tensor = within[groups.sum(1).argsort(descending=True, stable=True)]
+    runs = importance.unflatten(0, (-1, run))
+    within = runs.argsort(dim=1, descending=True, stable=True)
+    within += run * torch.arange(len(runs), device=importance.device)[:, None]
+    order: Tensor = within[runs.sum(1).argsort(descending=True, stable=True)]
     return order.flatten()
 
 
-def _rotate_both_sides(matrix: Tensor, block_size: int) -> Tensor:
-    return rotate_blocks(rotate_blocks(matrix, block_size).T, block_size).T
+def _rotate_both_sides(matrix: Tensor, basis: Basis) -> Tensor:
+    """Rᵀ M R."""
+    return basis.rotate(basis.rotate(matrix).T).T

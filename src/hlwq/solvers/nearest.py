@@ -2,30 +2,52 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 from torch import Tensor
 
-from hlwq.grids import Basis, Grid, Parameters, QuantizedMatrix
-from hlwq.hadamard import rotate_blocks
+from hlwq.bases import Basis
+from hlwq.grids import Grid
+from hlwq.matrix import QuantizedMatrix
+from hlwq.solvers.base import Gram
 
 
-def quantize_nearest(weights: Tensor, grid: Grid, basis: Basis = "identity") -> QuantizedMatrix:
-    """Quantize a matrix by fitting each group and rounding to the nearest level.
+@dataclass(frozen=True)
+class Nearest:
+    """RTN with a `UniformGrid`; with a `LloydGrid` in the Hadamard basis, data-free HLWQ."""
 
-    With a `UniformGrid` this is RTN; with a `LloydGrid` in the `hadamard` basis it is data-free HLWQ. Rows do not
-    depend on each other, so a large matrix can be quantized a chunk of rows at a time.
+    name: ClassVar[str] = "nearest"
 
-    Args:
-        weights: float32 (out, in); `in` a multiple of `grid.group_size`.
-        grid: what a group can be rounded to.
-        basis: the coordinates to round in.
+    @property
+    def needs(self) -> frozenset[str]:
+        """Nothing."""
+        return frozenset()
 
-    Raises:
-        HlwqError: a group's parameters overflow the grid's storage dtype.
-    """
-    if basis == "hadamard":
-        weights = rotate_blocks(weights, grid.group_size)
-    groups = weights.unflatten(-1, (-1, grid.group_size))
-    parameters = grid.fit(groups)
-    codes = grid.round(groups, parameters).flatten(-2)
-    bias = None if parameters.bias is None else parameters.bias.squeeze(-1)
-    return QuantizedMatrix(codes, Parameters(parameters.scale.squeeze(-1), bias), grid, basis)
+    @property
+    def scatters_groups(self) -> bool:
+        """Never."""
+        return False
+
+    def memory(self, rows: int, columns: int) -> int:
+        """Nothing that grows with the matrix: a chunk of rows is worked on at a time."""
+        return 0
+
+    def solve(self, weights: Tensor, grid: Grid, basis: Basis, gram: Gram | None = None) -> QuantizedMatrix:
+        """Fit each run of weights and round to the nearest levels.
+
+        Rows do not depend on each other, so a large matrix can be quantized a chunk of rows at a time.
+
+        Args:
+            weights: float32 (out, in); `in` a multiple of `grid.fit_columns`.
+            grid: what a run can be rounded to.
+            basis: the coordinates to round in.
+            gram: not needed.
+
+        Raises:
+            UnsupportedError: a group's parameters overflow the grid's storage dtype.
+        """
+        runs = basis.rotate(weights).unflatten(-1, (-1, grid.fit_columns))
+        parameters = grid.fit(runs)
+        codes = grid.round(runs, parameters).flatten(-2)
+        return QuantizedMatrix(codes, parameters.apply(lambda each: each.flatten(-2)), grid, basis)

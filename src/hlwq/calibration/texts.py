@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hlwq.checkpoint import hash_file
-from hlwq.errors import HlwqError
+from hlwq.errors import HlwqError, RequestError, ResourceError
+from hlwq.files import hash_file
+from hlwq.options import option, several
 
 HUB_DEFAULT = "neuralmagic/LLM_compression_calibration"
 EMBEDDED = "embedded"
@@ -32,7 +33,7 @@ class Calibration:
     Attributes:
         sources: `.txt`, `.jsonl` or `.parquet` files, hub data sets, or `embedded`. Several contribute alike. Without
             any: the hub's `neuralmagic/LLM_compression_calibration`, or the embedded texts if it cannot be reached.
-        samples: how many.
+        samples: their number.
         sequence_length: tokens in a sample.
         seed: of the choice of texts.
         batch_size: samples that run through a layer together, whose activations are in memory at once; None for as
@@ -40,25 +41,30 @@ class Calibration:
         offload_activations: keep the inputs of the next layer on disk, inside `OUT.partial`, instead of in memory.
     """
 
-    sources: tuple[str, ...] = ()
-    samples: int = 512
-    sequence_length: int = 512
-    seed: int = 0
-    batch_size: int | None = None
-    offload_activations: bool = False
+    sources: tuple[str, ...] = option(
+        "A .txt, .jsonl or .parquet file or a hub data set to calibrate on; several mix.",
+        default=(),
+        flag="--calibration",
+    )
+    samples: int = option("Calibration samples (default 512).", default=512)
+    sequence_length: int = option("Tokens in a sample (default 512).", default=512)
+    seed: int = option("Seed of the choice of samples (default 0).", default=0)
+    batch_size: int | None = option(
+        "Samples run together: more is faster and takes more memory (default: 2 GB).", default=None
+    )
+    offload_activations: bool = option("Keep samples on disk between layers, not in memory.", default=False)
 
     def __post_init__(self) -> None:
         for name, least in (("samples", 1), ("sequence_length", 1), ("batch_size", 1), ("seed", 0)):
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise HlwqError(f"--{name.replace('_', '-')} {value} must be at least {least}.")
-        if isinstance(self.sources, str):
-            raise HlwqError(f"Calibration(sources=…) takes several: write ({self.sources!r},).")
+            if value is not None and (type(value) is not int or value < least):
+                raise RequestError(f"`{name}` {value} must be at least {least}.", argument=name)
+        object.__setattr__(self, "sources", several(self.sources))
         if len(set(self.sources)) < len(self.sources):
-            raise HlwqError("The same --calibration is named twice, which changes nothing. Name each once.")
+            raise _wrong("the same source is named twice, which changes nothing. Name each once.")
         for source in self.sources:
             if Path(source).suffix in FILE_KINDS and not Path(source).expanduser().is_file():
-                raise HlwqError(f"--calibration {source} does not exist.")
+                raise _wrong(f"{source} does not exist.")
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,8 @@ def load_samples(calibration: Calibration, tokenizer: Any) -> Samples:
     Chats (`messages` or `conversations`) go through the tokenizer's chat template.
 
     Raises:
-        HlwqError: a source cannot be read or holds no text, or there is too little of it.
+        RequestError: a source cannot be read or holds no text, or there is too little of it.
+        ResourceError: a package is missing, or the hub does not answer.
     """
     if not calibration.sources:
         _datasets()  # whose absence is no reason to do without the hub
@@ -95,14 +102,15 @@ def load_samples(calibration: Calibration, tokenizer: Any) -> Samples:
             return _embedded_samples(calibration, tokenizer, error)
     share, more = divmod(calibration.samples, len(calibration.sources))
     if not share:
-        raise HlwqError(
-            f"--samples {calibration.samples} is fewer than the {len(calibration.sources)} sources of --calibration."
+        raise RequestError(
+            f"`samples` {calibration.samples} is fewer than the {len(calibration.sources)} sources of `calibration`.",
+            argument="samples",
         )
     parts, facts = [], []
     for index, source in enumerate(calibration.sources):
-        found, documents = _read(source, calibration)
+        identity, documents = _read(source, calibration)
         name = Path(source).name if Path(source).suffix in FILE_KINDS else source
-        facts.append({"source": name, **found})
+        facts.append({"source": name, **identity})
         parts.append(_packed(source, documents, tokenizer, share + (index < more), calibration.sequence_length))
     tokens = torch.cat(parts)
     origin = {
@@ -122,7 +130,7 @@ def _embedded_samples(calibration: Calibration, tokenizer: Any, error: HlwqError
     chosen = replace(calibration, sources=(EMBEDDED,), samples=max(1, min(calibration.samples, most)))
     warning = (
         f"calibrating on {chosen.samples} samples of Python's reference documentation, since the hub's data could not "
-        f"be had. It is English about one subject: name better data with --calibration. ({error})"
+        f"be had. It is English about one subject: name better data with `calibration`. ({error})"
     )
     return replace(load_samples(chosen, tokenizer), warning=warning)
 
@@ -142,9 +150,9 @@ def _packed(source: str, documents: Iterable[Any], tokenizer: Any, wanted: int, 
             break
     tokens += left
     if len(tokens) < needed:
-        raise HlwqError(
-            f"--calibration {source} has {len(tokens):,} tokens in {used:,} texts, but {wanted} samples of {length} "
-            f"need {needed:,}. Lower --samples or --sequence-length, or name more data."
+        raise _wrong(
+            f"{source} has {len(tokens):,} tokens in {used:,} texts, but {wanted} samples of {length} "
+            f"need {needed:,}. Lower `samples` or `sequence_length`, or name more data."
         )
     return torch.tensor(tokens[:needed]).reshape(wanted, length)
 
@@ -159,25 +167,21 @@ def _text_of(document: Any, tokenizer: Any, source: str) -> tuple[str, bool]:
         try:
             messages = [_message(each) for each in chat]
         except (AttributeError, TypeError, KeyError):
-            raise HlwqError(
-                f"--calibration {source}: a chat is not a list of messages with role and content."
-            ) from None
+            raise _wrong(f"{source}: a chat is not a list of messages with role and content.") from None
         if not getattr(tokenizer, "chat_template", None):
             return "\n".join(message["content"] for message in messages), False
         try:
             return tokenizer.apply_chat_template(messages, tokenize=False), True
         except Exception as error:  # a template raises what it likes
-            raise HlwqError(
-                f"--calibration {source}: the model's chat template refuses a chat: {_first_line(error)}. "
-                "Remove such rows, or give rows with `text`."
+            raise _wrong(
+                f"{source}: the model's chat template refuses a chat: {_first_line(error)}. "
+                "Remove such rows, or give rows with text."
             ) from None
     for key in ("text", "content"):
         if isinstance(row.get(key), str):
             return row[key], False
-    found = f"a row has {', '.join(row)}" if row else f"a row is {document!r:.40}"
-    raise HlwqError(
-        f"--calibration {source}: rows need `messages` (or `conversations`) or `text` (or `content`), but {found}."
-    )
+    present = f"a row has {', '.join(row)}" if row else f"a row is {document!r:.40}"
+    raise _wrong(f"{source}: rows need messages (or conversations) or text (or content), but {present}.")
 
 
 def _message(message: dict[str, Any]) -> dict[str, str]:
@@ -199,18 +203,18 @@ def _read(source: str, calibration: Calibration) -> tuple[dict[str, Any], Iterab
         return {"sha256": sha256(text.encode()).hexdigest()}, _shuffled(_pieces(text, calibration), calibration)
     if path.suffix not in FILE_KINDS:
         if path.exists():
-            raise HlwqError(f"--calibration {source} must be a .txt, .jsonl or .parquet file, or a hub data set.")
+            raise _wrong(f"{source} must be a .txt, .jsonl or .parquet file, or a hub data set.")
         return _from_hub(source, calibration)
     facts = {"sha256": hash_file(path)}
     if path.suffix == ".parquet":
         try:
             return facts, _datasets().Dataset.from_parquet(str(path)).shuffle(seed=calibration.seed)
         except Exception as error:  # the library's own, of many kinds
-            raise HlwqError(f"--calibration {source} cannot be read: {_first_line(error)}") from None
+            raise _wrong(f"{source} cannot be read: {_first_line(error)}") from None
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise HlwqError(f"--calibration {source} is not a UTF-8 text file.") from None
+        raise _wrong(f"{source} is not a UTF-8 text file.") from None
     if path.suffix == ".txt":
         return facts, _shuffled(_pieces(text, calibration), calibration)
     rows = []
@@ -219,7 +223,7 @@ def _read(source: str, calibration: Calibration) -> tuple[dict[str, Any], Iterab
             try:
                 rows.append(json.loads(line))
             except json.JSONDecodeError as error:
-                raise HlwqError(f"--calibration {source}, line {number} is not valid JSON ({error}).") from None
+                raise _wrong(f"{source}, line {number} is not valid JSON ({error}).") from None
     return facts, _shuffled(rows, calibration)
 
 
@@ -232,9 +236,10 @@ def _from_hub(name: str, calibration: Calibration) -> tuple[dict[str, Any], Iter
         data = datasets.load_dataset(name, split=splits[0] if len(splits) == 1 else "train")
         return {"fingerprint": data._fingerprint}, data.shuffle(seed=calibration.seed)
     except Exception as error:  # the library lets many through: of the network, of the hub, of the files
-        raise HlwqError(
-            f"--calibration {name} is no file here, and the hub did not give it: {_first_line(error)} "
-            "Name a local file instead."
+        raise ResourceError(
+            f"`calibration` {name} is no file here, and the hub did not give it: {_first_line(error)} "
+            "Name a local file instead.",
+            argument="calibration",
         ) from None
 
 
@@ -255,6 +260,10 @@ def _shuffled(documents: list[Any], calibration: Calibration) -> list[Any]:
     return random.Random(calibration.seed).sample(documents, len(documents))
 
 
+def _wrong(message: str) -> RequestError:
+    return RequestError(f"`calibration` {message}", argument="calibration")
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
@@ -263,8 +272,9 @@ def _datasets() -> Any:
     try:
         import datasets
     except ImportError:
-        raise HlwqError(
+        raise ResourceError(
             "Calibration data from the hub, which is also the default, and .parquet files need datasets. Run: "
-            "pip install 'hlwq[calibration]', or name a .txt or .jsonl file with --calibration."
+            "pip install 'hlwq[calibration]', or name a .txt or .jsonl file with `calibration`.",
+            argument="calibration",
         ) from None
     return datasets

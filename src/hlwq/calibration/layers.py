@@ -6,7 +6,7 @@ linear attention are those of the real model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
@@ -16,16 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hlwq.checkpoint import disk_errors
+from hlwq.calibration.texts import Calibration
 from hlwq.devices import compute_dtype
-from hlwq.models import ModelLayout
-from hlwq.solvers.gptq import Gram
+from hlwq.families import ModelLayout
+from hlwq.files import disk_errors
+from hlwq.solvers import ORIGINAL_INPUTS, Gram, Solver
 from hlwq.transformers_models import build_skeleton, quiet_transformers
 
 ACTIVATION_BYTES = 2 << 30
 """What the activations of samples that run together may take, unless a batch size is given."""
 BYTES_PER_FEATURE = 8
-"""Of those, for each token and output of a linear layer: its values, and what is computed from them meanwhile."""
+"""Bytes of those for each token and output of a linear layer: its values, and what is computed from them meanwhile."""
 GRAM_TOKENS = 1 << 13
 """Tokens whose inputs are held in float32 at once."""
 GRAM_STRIPES = 8
@@ -50,47 +51,74 @@ class LayerRunner:
         tokens: Tensor,
         embed: Callable[[Tensor], Tensor],
         *,
+        needs: Container[str],
         device: torch.device,
         dtype: torch.dtype,
         batch_size: int,
         spill: Path | None = None,
-        keep_original: bool = False,
     ) -> None:
-        """Embed the samples.
+        """Embed the samples, by the model's own way from token ids to its first layer.
 
         Args:
             config: the model's `config.json`.
             layout: the model.
             tokens: int64 (samples, sequence_length).
-            embed: gives the embeddings, (n, hidden), of token ids (n,).
+            embed: gives rows of the embedding matrix, (n, hidden), for token ids (n,).
+            needs: what the solver needs; with `ORIGINAL_INPUTS`, the samples run through the original weights too,
+                beside the quantized ones.
             device: where layers run.
-            dtype: of the model; layers run in it, or in float32 on a CPU that would be slower so.
+            dtype: of the model; layers run in it, or in float32 on a CPU where it is slow.
             batch_size: samples that run together.
             spill: a file to keep the samples in between layers, instead of memory.
-            keep_original: run the samples through the original weights too, beside the quantized ones.
         """
         self.index = 0
         self._layout, self._device = layout, device
         self._dtype = compute_dtype(device, dtype)
         self._decoder = build_skeleton(config, tied=layout.tied).get_decoder()
         self._decoder.norm = nn.Identity()
-        rotary = self._decoder.rotary_emb
-        self._decoder.rotary_emb = type(rotary)(config=rotary.config).to(device)
+        ids, places = tokens.unique(return_inverse=True)
+        rows = embed(ids).to(self._dtype)
+        self._set_embedding(rows)
         samples, length = tokens.shape
         starts = range(0, samples, batch_size)
         self._batches = [slice(start, min(start + batch_size, samples)) for start in starts]
-        counts = {batch.stop - batch.start for batch in self._batches}
-        self._arguments = {count: self._layer_arguments(count, length) for count in counts}
-        ids, places = tokens.unique(return_inverse=True)
-        rows = embed(ids).to(self._dtype)
+        self._arguments: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         shape = (samples, length, rows.shape[1])
         self._states = _States(shape, self._dtype, spill)
         self._originals: _States | None = None
-        if keep_original:
+        if ORIGINAL_INPUTS in needs:
             self._originals = _States(shape, self._dtype, spill and spill.with_name(spill.name + "-original"))
         for batch in self._batches:
+            hidden, self._arguments[batch.stop - batch.start] = self._entered(places[batch])
             for states in filter(None, (self._states, self._originals)):
-                states.write(batch, rows[places[batch]])
+                states.write(batch, hidden)
+
+    def _set_embedding(self, rows: Tensor) -> None:
+        """Give the decoder the rows that the samples use, and put all but its layers on the device."""
+        embedding = self._decoder.get_input_embeddings()
+        embedding.weight = nn.Parameter(rows, requires_grad=False)
+        embedding.padding_idx = None  # which may be none of the rows
+        for name, child in self._decoder.named_children():
+            if name != "layers":
+                child.to(self._device)
+
+    def _entered(self, places: Tensor) -> tuple[Tensor, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
+        """What the model gives its layers for rows of the embedding: hidden states, and what goes with them to each."""
+        states: list[Tensor] = []
+        arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+        def record(hidden: Tensor, *positional: Any, **named: Any) -> Tensor:
+            states.append(hidden)
+            arguments.append((positional, named))
+            return hidden
+
+        for layer in self._decoder.layers:
+            layer.forward = record
+        with quiet_transformers(), torch.no_grad():
+            self._decoder(input_ids=places.to(self._device), use_cache=False)
+        for layer in self._decoder.layers:
+            del layer.forward
+        return states[0], arguments
 
     @torch.no_grad()
     def advance(self, read: Read, read_original: Read) -> None:
@@ -163,11 +191,12 @@ class LayerRunner:
         prefix = self._layout.layer_prefix(self.index)
         weights = {name: read(prefix + name).to(self._device, self._dtype) for name in layer.state_dict()}
         layer.load_state_dict(weights, assign=True)
+        layer.to(self._device)  # its buffers, which no file holds
         del weights
         try:
             yield layer
         finally:
-            layer.to("meta")
+            layer.load_state_dict({name: each.to("meta") for name, each in layer.state_dict().items()}, assign=True)
 
     def _run(self, layer: nn.Module, states: _States, batch: slice) -> Tensor:
         positional, named = self._arguments[batch.stop - batch.start][self.index]
@@ -192,26 +221,9 @@ class LayerRunner:
             return reached.inputs
         raise AssertionError(f"{module} was not reached")
 
-    def _layer_arguments(self, samples: int, length: int) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-        """What the model passes to each layer beside the hidden states, for so many samples."""
-        arguments = []
-
-        def record(hidden: Tensor, *positional: Any, **named: Any) -> Tensor:
-            arguments.append((positional, named))
-            return hidden
-
-        for layer in self._decoder.layers:
-            layer.forward = record
-        hidden = torch.zeros(samples, length, self._layout.text_config["hidden_size"], dtype=self._dtype)
-        with quiet_transformers(), torch.no_grad():
-            self._decoder(inputs_embeds=hidden.to(self._device), use_cache=False)
-        for layer in self._decoder.layers:
-            del layer.forward
-        return arguments
-
 
 def default_batch_size(layout: ModelLayout, sequence_length: int) -> int:
-    """How many samples run together, such that their activations take about `ACTIVATION_BYTES`."""
+    """Samples that run together, such that their activations take about `ACTIVATION_BYTES`."""
     return max(1, ACTIVATION_BYTES // activation_bytes(layout, sequence_length))
 
 
@@ -219,6 +231,29 @@ def activation_bytes(layout: ModelLayout, sequence_length: int) -> int:
     """An estimate of what one sample's activations take in its way through a layer."""
     features = max(sum(matrix.shape[0] for matrix in layer.matrices()) for layer in layout.layers)
     return BYTES_PER_FEATURE * features * sequence_length
+
+
+def calibration_memory(layout: ModelLayout, calibration: Calibration, solver: Solver, width: int) -> int:
+    """An estimate in bytes: a layer, the samples between layers, a batch's activations, the largest problem to solve.
+
+    Args:
+        layout: the model.
+        calibration: the data and how they are run.
+        solver: what is run on each step of a layer.
+        width: bytes of a weight.
+    """
+    transformers = 300 << 20
+    copies = 2 if ORIGINAL_INPUTS in solver.needs else 1
+    states = calibration.samples * calibration.sequence_length * layout.text_config["hidden_size"] * width
+    batch = calibration.batch_size or default_batch_size(layout, calibration.sequence_length)
+    activations = activation_bytes(layout, calibration.sequence_length) * min(batch, calibration.samples)
+    weights = problem = 0
+    for layer in layout.layers:
+        weights = max(weights, width * sum(matrix.shape[0] * matrix.shape[1] for matrix in layer.matrices()))
+        for step in layer.steps:
+            problem = max(problem, solver.memory(sum(matrix.shape[0] for matrix in step), step[0].shape[1]))
+    stored = 0 if calibration.offload_activations else copies * states
+    return transformers + copies * weights + stored + max(activations, problem)
 
 
 class _Reached(Exception):

@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from hlwq.errors import HlwqError
-from hlwq.models.family import Family, Layer, Matrix
-from hlwq.models.llama import LLAMA, MISTRAL
-from hlwq.models.qwen2 import QWEN2
-from hlwq.models.qwen3 import QWEN3
-from hlwq.models.qwen3_5 import QWEN3_5
+from hlwq.containers import DTYPES, TensorSpec
+from hlwq.errors import CheckpointError, UnsupportedError
+from hlwq.families.family import Family, Layer, Matrix, MlxModel, Restoration
+from hlwq.families.llama import LLAMA, MISTRAL
+from hlwq.families.qwen2 import QWEN2
+from hlwq.families.qwen3 import QWEN3
+from hlwq.families.qwen3_5 import QWEN3_5
 
-__all__ = ["FAMILIES", "Family", "Layer", "Matrix", "ModelLayout", "check_supported", "describe"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "Layer",
+    "Matrix",
+    "MlxModel",
+    "ModelLayout",
+    "Restoration",
+    "check_supported",
+    "describe",
+    "family_of",
+    "model_dtype",
+]
 
+FLOATS = ("BF16", "F16", "F32")
+"""The dtypes that models are stored and run in."""
 FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_5)
 
 
@@ -66,19 +82,42 @@ def check_supported(config: dict[str, Any]) -> Family:
     """The family of a `config.json`.
 
     Raises:
-        HlwqError: the architecture is not supported, or none is named.
+        CheckpointError: none is named.
+        UnsupportedError: the architecture is not supported.
     """
     architectures = config.get("architectures")
     if not architectures:
-        raise HlwqError('config.json names no architectures. Add them, such as "architectures": ["LlamaForCausalLM"].')
-    for family in FAMILIES:
-        if architectures[0] in family.architectures:
-            return family
+        raise CheckpointError(
+            'config.json names no architectures. Add them, such as "architectures": ["LlamaForCausalLM"].'
+        )
+    family = family_of(config)
+    if family is not None:
+        return family
     supported = ", ".join(name for family in FAMILIES for name in family.architectures)
     experts = " Mixture-of-experts models are not supported yet." if "Moe" in architectures[0] else ""
-    raise HlwqError(
+    raise UnsupportedError(
         f"config.json: architecture {architectures[0]} is not supported.{experts} Supported are: {supported}."
     )
+
+
+def family_of(config: dict[str, Any]) -> Family | None:
+    """The family of a `config.json`, or None if it is not supported."""
+    architecture = next(iter(config.get("architectures") or ()), None)
+    return next((family for family in FAMILIES if architecture in family.architectures), None)
+
+
+def model_dtype(config: dict[str, Any], tensors: Iterable[TensorSpec] = ()) -> str:
+    """The dtype that a model is meant to run in, as safetensors spells it.
+
+    What `config.json` says, else what most matrices have, else BF16.
+    """
+    for section in (config, config.get("text_config") or {}):
+        stated = section.get("dtype") or section.get("torch_dtype")
+        for name in FLOATS:
+            if stated == str(DTYPES[name]).removeprefix("torch."):
+                return name
+    matrices = Counter(spec.dtype for spec in tensors if len(spec.shape) == 2 and spec.dtype in FLOATS)
+    return matrices.most_common(1)[0][0] if matrices else "BF16"
 
 
 def describe(config: dict[str, Any], names: Collection[str]) -> ModelLayout:
@@ -89,19 +128,20 @@ def describe(config: dict[str, Any], names: Collection[str]) -> ModelLayout:
         names: the checkpoint's tensors.
 
     Raises:
-        HlwqError: the architecture is not supported, or the configuration or the embedding is incomplete.
+        CheckpointError: the configuration or the embedding is incomplete.
+        UnsupportedError: the architecture is not supported.
     """
     family = check_supported(config)
     text_config = config.get("text_config") or config
     prefix = next((prefix for prefix in family.prefixes if f"{prefix}embed_tokens.weight" in names), None)
     if prefix is None:
-        raise HlwqError(f"tensor {family.prefixes[0]}embed_tokens.weight is missing. Download the checkpoint again.")
+        name = f"{family.prefixes[0]}embed_tokens.weight"
+        raise CheckpointError(f"tensor {name} is missing. Download the checkpoint again.", tensor=name)
     tied = config.get("tie_word_embeddings", text_config.get("tie_word_embeddings"))
     if tied is None:
         tied = "lm_head.weight" not in names
     try:
-        layers = family.layers(text_config)
-        assert text_config["vocab_size"]
+        layers, _ = family.layers(text_config), text_config["vocab_size"]
     except KeyError as error:
-        raise HlwqError(f"config.json lacks {error}, which {family.name} needs.") from None
+        raise CheckpointError(f"config.json lacks {error}, which {family.name} needs.") from None
     return ModelLayout(family, text_config, prefix, layers, bool(tied))

@@ -1,10 +1,14 @@
-"""How a model family is described: one function from a configuration to its decoder layers."""
+"""How a model family is described: its decoder layers, and all that is special about it in any engine."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
+
+from torch import Tensor
+
+from hlwq.containers import TensorSpec
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,44 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Restoration:
+    """How Hugging Face's names, tensors and configuration come back from a directory that an engine's tool changed.
+
+    Attributes:
+        config: the configuration as it was.
+        name: a tensor's Hugging Face name, by its name in the directory.
+        shape: its shape as it was.
+        tensor: its values as they were, given its name in the directory.
+    """
+
+    config: Callable[[dict[str, Any]], dict[str, Any]] = lambda config: config
+    name: Callable[[str], str] = lambda name: name
+    shape: Callable[[TensorSpec], tuple[int, ...]] = lambda spec: spec.shape
+    tensor: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor
+
+
+@dataclass(frozen=True)
+class MlxModel:
+    """What mlx-lm's model class for a family wants and does.
+
+    Attributes:
+        model_type: what `config.json` must say, where that is not what the checkpoint says.
+        path: a module's name after `sanitize`, by its name in the checkpoint.
+        reads_top_level_rope: it looks for `rope_theta` and `rope_scaling` at the top level of the configuration.
+        demands: what it wants of a text configuration, each as (requirement, offenders, remedy).
+        converted: whether these tensors went through mlx-lm's own conversion, which changes more than their storage.
+        restoration: what undoes that conversion. Its `config` also undoes what `model_type` did.
+    """
+
+    model_type: str = ""
+    path: Callable[[str], str] = lambda name: name
+    reads_top_level_rope: bool = True
+    demands: Callable[[dict[str, Any]], list[tuple[str, list[str], str]]] = lambda config: []
+    converted: Callable[[Iterable[str]], bool] = lambda names: False
+    restoration: Restoration = field(default_factory=Restoration)
+
+
+@dataclass(frozen=True)
 class Family:
     """A model family.
 
@@ -54,6 +96,9 @@ class Family:
         layers: the decoder layers that a text configuration describes.
         prefixes: where the decoder may stand in the checkpoint, as the names before `embed_tokens`.
         kept: parts outside the decoder, by the beginning of their tensors' names, and what they are.
+        vllm_prefixes: beginnings of names, and what vLLM has in their place.
+        vllm_packs_embedding: vLLM's model can hold its embedding as codes.
+        mlx: the family in mlx-lm.
     """
 
     name: str
@@ -61,6 +106,16 @@ class Family:
     layers: Callable[[dict[str, Any]], list[Layer]]
     prefixes: tuple[str, ...] = ("model.",)
     kept: dict[str, str] = field(default_factory=dict)
+    vllm_prefixes: dict[str, str] = field(default_factory=dict)
+    vllm_packs_embedding: bool = True
+    mlx: MlxModel = field(default_factory=MlxModel)
+
+    def vllm_name(self, name: str) -> str:
+        """A module's name in vLLM, by its name in the checkpoint."""
+        for prefix, theirs in self.vllm_prefixes.items():
+            if name.startswith(prefix):
+                return theirs + name.removeprefix(prefix)
+        return name
 
 
 def attention(

@@ -1,8 +1,7 @@
-"""Reading safetensors checkpoints lazily, and writing them tensor by tensor, durably and all or nothing."""
+"""Safetensors checkpoints: read lazily, written tensor by tensor, durably and all or nothing."""
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
@@ -10,8 +9,6 @@ import shutil
 import struct
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hlwq.errors import HlwqError
-
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "U32": torch.uint32,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-"""The dtype names of the safetensors format."""
+from hlwq.containers.tensors import DTYPES, TensorSpec
+from hlwq.errors import CheckpointError, RequestError, UnsupportedError
+from hlwq.files import check_disk, disk_errors, first_difference, read_json, refuse_unless_empty, sync, write_json
 
 SIDE_FILES_LEFT_OUT = (
     ".bin.index.json",
@@ -62,28 +44,6 @@ DEFAULT_SHARD_BYTES = 5 * 10**9
 """The hub's own habit."""
 
 
-@dataclass(frozen=True)
-class TensorSpec:
-    """Name, dtype (as safetensors spells it) and shape of a tensor."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def parameters(self) -> int:
-        """The number of elements."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes on disk, header apart."""
-        return self.parameters * DTYPES[self.dtype].itemsize
-
-
 class Reader:
     """A checkpoint directory, opened without reading any weights.
 
@@ -97,7 +57,8 @@ class Reader:
         """Read the configuration and the shards' headers.
 
         Raises:
-            HlwqError: no `config.json`, no safetensors, a missing, truncated or inconsistent shard.
+            CheckpointError: no `config.json`, no safetensors, a missing, truncated or inconsistent shard.
+            UnsupportedError: it is pickled, or a tensor has an unknown dtype.
         """
         self.path = path
         self.config = read_json(path / "config.json")
@@ -108,7 +69,8 @@ class Reader:
                 for name in handle.keys():  # noqa: SIM118 - not a mapping
                     view = handle.get_slice(name)
                     if view.get_dtype() not in DTYPES:
-                        raise HlwqError(f"{file}: tensor {name} has dtype {view.get_dtype()}, which is not supported.")
+                        message = f"{file}: tensor {name} has dtype {view.get_dtype()}, which is not supported."
+                        raise UnsupportedError(message, path=file, tensor=name)
                     self.tensors[name] = TensorSpec(name, view.get_dtype(), tuple(view.get_shape()))
                     self._files[name] = file
         self._check_index()
@@ -118,21 +80,24 @@ class Reader:
         if not shards:
             pickled = sorted([*self.path.glob("*.bin"), *self.path.glob("*.pt"), *self.path.glob("*.pth")])
             if pickled:
-                raise HlwqError(
+                raise UnsupportedError(
                     f"{pickled[0]} is a pickled checkpoint, and unpickling can run code. Convert it to "
-                    "safetensors first: load it with transformers where you trust it and call save_pretrained."
+                    "safetensors first: load it with transformers where you trust it and call save_pretrained.",
+                    path=pickled[0],
                 )
-            raise HlwqError(f"{self.path} holds no *.safetensors file. Download the checkpoint again.")
+            message = f"{self.path} holds no *.safetensors file. Download the checkpoint again."
+            raise CheckpointError(message, path=self.path)
         index = self._index_file()
         if index is not None:
             # An index names its shards; other safetensors files beside them (adapters, say) are not read.
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
-                raise HlwqError(f"{index} has no weight_map. Download it again.")
+                raise CheckpointError(f"{index} has no weight_map. Download it again.", path=index)
             names = sorted(set(weight_map.values()))
             for name in names:
                 if not (self.path / name).is_file():
-                    raise HlwqError(f"{self.path / name} is missing, though {index.name} names it. Download it again.")
+                    message = f"{self.path / name} is missing, though {index.name} names it. Download it again."
+                    raise CheckpointError(message, path=self.path / name)
             return [self.path / name for name in names]
         if self.path / "model.safetensors" in shards:
             return [self.path / "model.safetensors"]  # not an adapter or a consolidated copy beside it
@@ -140,7 +105,8 @@ class Reader:
             if count := re.search(r"-of-(\d+)\.safetensors$", shard.name):
                 siblings = [each for each in shards if each.name.endswith(count[0])]
                 if len(siblings) != int(count[1]):
-                    raise HlwqError(f"{self.path} holds {len(siblings)} shards *{count[0]}. Download it again.")
+                    message = f"{self.path} holds {len(siblings)} shards *{count[0]}. Download it again."
+                    raise CheckpointError(message, path=self.path)
         return shards
 
     def _index_file(self) -> Path | None:
@@ -153,21 +119,27 @@ class Reader:
             return
         for name, file in read_json(index)["weight_map"].items():
             if name not in self.tensors:
-                raise HlwqError(
+                message = (
                     f"{self.path / file}: tensor {name} is missing, though {index.name} names it. Download it again."
                 )
+                raise CheckpointError(message, path=self.path / file, tensor=name)
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, part: int | None = None) -> Tensor:
         """Load one tensor, in its own dtype and shape, on the CPU.
 
+        Args:
+            name: of the tensor.
+            part: of a stack of tensors, the one to load, by its index along the first axis.
+
         Raises:
-            HlwqError: the checkpoint has no such tensor.
+            CheckpointError: the checkpoint has no such tensor.
         """
         if name not in self.tensors:
-            raise HlwqError(f"{self.path}: tensor {name} is missing. Download the checkpoint again.")
+            message = f"{self.path}: tensor {name} is missing. Download the checkpoint again."
+            raise CheckpointError(message, path=self.path, tensor=name)
         # Opened anew each time, so that no mapping of a shard outlives the tensors taken from it.
         with _opened(self._files[name]) as handle:
-            tensor: Tensor = handle.get_tensor(name)
+            tensor: Tensor = handle.get_tensor(name) if part is None else handle.get_slice(name)[part]
         return tensor
 
     def file_of(self, name: str) -> Path:
@@ -195,34 +167,7 @@ def _opened(file: Path) -> Iterator[Any]:
         with safe_open(file, framework="pt") as handle:
             yield handle
     except (SafetensorError, OSError) as error:
-        raise HlwqError(f"{file} is damaged or truncated ({error}). Download it again.") from error
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Parse a JSON file that holds an object.
-
-    Raises:
-        HlwqError: it is missing, or not such a file.
-    """
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise HlwqError(f"{file} is missing. Is {file.parent} a model directory?") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise HlwqError(f"{file} is not valid JSON ({error}). Download it again.") from None
-    if not isinstance(value, dict):
-        raise HlwqError(f"{file} does not hold a JSON object. Download it again.")
-    return value
-
-
-def write_json(file: Path, value: dict[str, Any]) -> None:
-    """Write indented UTF-8 JSON, as the hub's own files are, durably, and whole or not at all."""
-    partial = file.with_name(file.name + ".tmp")
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(file)
+        raise CheckpointError(f"{file} is damaged or truncated ({error}). Download it again.", path=file) from error
 
 
 class Writer:
@@ -253,7 +198,8 @@ class Writer:
             json_files: `config.json` and the like, by name.
 
         Raises:
-            HlwqError: `out` is not empty, an interrupted run had other arguments, or the disk is too small.
+            RequestError: `out` is not empty, or an interrupted run had other arguments.
+            ResourceError: the disk is too small.
         """
         self.out = out = out.absolute()
         self.partial = out.with_name(out.name + ".partial")
@@ -270,6 +216,7 @@ class Writer:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             self._json_files["model.safetensors.index.json"] = index
         self._written: set[str] = set()
+        self._missing_parts: dict[str, set[int]] = {}
         self._committed: dict[str, Any] = {}
         refuse_unless_empty(out)
         self._journal = self.partial / "journal.jsonl"
@@ -287,7 +234,8 @@ class Writer:
             check_disk(self.out.parent, needed)
             self.partial.mkdir()
         except OSError as error:
-            raise HlwqError(f"{self.out} cannot be made: {error.strerror}. Choose another output directory.") from None
+            message = f"{self.out} cannot be made: {error.strerror}. Choose another output directory."
+            raise RequestError(message, argument="out", path=self.out) from None
         with disk_errors(self.partial):
             for file, header in headers.items():
                 with (self.partial / file).open("wb") as stream:
@@ -306,9 +254,11 @@ class Writer:
         ours = {*self._shards, *self._json_files, "arguments.json"}
         for file in files:
             if file.name.removesuffix(".tmp") not in ours:
-                raise HlwqError(
+                raise RequestError(
                     f"{self.partial} holds {file.name}, but no record of a run that could go on. "
-                    "Look at it, and delete it to start afresh."
+                    "Look at it, and delete it to start afresh.",
+                    argument="out",
+                    path=self.partial,
                 )
         for file in files:
             file.unlink()
@@ -318,7 +268,8 @@ class Writer:
         remedy = f"Repeat the run with its arguments, or delete {self.partial} to start afresh."
         before, now = read_json(self.partial / "arguments.json"), json.loads(json.dumps(arguments))
         if difference := first_difference(before, now):
-            raise HlwqError(f"{self.partial} was left by a run with other arguments: {difference}. {remedy}")
+            message = f"{self.partial} was left by a run with other arguments: {difference}. {remedy}"
+            raise RequestError(message, argument="out", path=self.partial)
         if self._journal.is_file():
             # A last line without its end was being written when the run was killed.
             complete = self._journal.read_bytes().rpartition(b"\n")
@@ -333,25 +284,30 @@ class Writer:
         """The record given to `commit` for this unit by an earlier run, or None."""
         return self._committed.get(unit)
 
-    def write(self, name: str, tensor: Tensor) -> None:
+    def write(self, name: str, tensor: Tensor, part: int | None = None) -> None:
         """Write one tensor to its place.
 
         Args:
             name: one of the names announced.
             tensor: of the dtype and shape announced, on any device.
+            part: where `name` is a stack, which index along its first axis the tensor is.
 
         Raises:
-            HlwqError: the disk is full.
+            ResourceError: the disk is full.
             ValueError: the tensor is not the one announced, which is a bug.
         """
         file, offset, spec = self._place[name]
-        if DTYPES[spec.dtype] != tensor.dtype or spec.shape != tuple(tensor.shape):
-            raise ValueError(f"{name}: planned {spec.dtype} {spec.shape}, got {tensor.dtype} {tuple(tensor.shape)}")
+        shape = spec.shape if part is None else spec.shape[1:]
+        if DTYPES[spec.dtype] != tensor.dtype or shape != tuple(tensor.shape):
+            raise ValueError(f"{name}: planned {spec.dtype} {shape}, got {tensor.dtype} {tuple(tensor.shape)}")
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         with disk_errors(self.partial), (self.partial / file).open("r+b") as stream:
-            stream.seek(offset)
+            stream.seek(offset + (part or 0) * data.nbytes)
             stream.write(data.data)
-        self._written.add(name)
+        missing = self._missing_parts.setdefault(name, set(range(spec.shape[0]))) if part is not None else set()
+        missing.discard(part)
+        if not missing:
+            self._written.add(name)
 
     def commit(self, unit: str, names: Iterable[str], record: Any) -> None:
         """Make a unit's tensors durable, then record that they are done.
@@ -380,7 +336,7 @@ class Writer:
             json_files: written anew, by name, beside those given at the start.
 
         Raises:
-            HlwqError: the disk is full.
+            ResourceError: the disk is full.
             ValueError: an announced tensor was not written, which is a bug.
         """
         if missing := self._place.keys() - self._written:
@@ -390,7 +346,7 @@ class Writer:
                 copy = self.partial / name
                 copy.parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, copy)
-                _sync(copy)
+                sync(copy)
             for name, value in json_files.items():
                 write_json(self.partial / name, value)
 
@@ -399,45 +355,11 @@ class Writer:
         refuse_unless_empty(self.out)  # as it was when the run began
         if self.out.exists():
             self.out.rmdir()
-        _sync(self.partial)
+        sync(self.partial)
         self.partial.rename(self.out)
-        _sync(self.out.parent)
+        sync(self.out.parent)
         for record in (self._journal.name, "arguments.json"):
             (self.out / record).unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    """Force a file's contents, or a directory's entries, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def refuse_unless_empty(out: Path) -> None:
-    """Raise HlwqError if `out` exists and is anything but an empty directory."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise HlwqError(f"{out} is not empty. Choose another output directory or delete this one.")
-
-
-def check_disk(directory: Path, needed: int) -> None:
-    """Raise HlwqError if the file system of `directory` has fewer than `needed` bytes free."""
-    free = shutil.disk_usage(directory).free
-    if free < needed:
-        raise HlwqError(
-            f"{directory} has {free / 1e9:.2f} GB free, but the output needs {needed / 1e9:.2f} GB. "
-            "Free some space or choose another disk."
-        )
-
-
-def hash_file(file: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    digest = sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _split_into_shards(tensors: list[TensorSpec], shard_bytes: int) -> dict[str, list[TensorSpec]]:
@@ -471,33 +393,3 @@ def _header(tensors: list[TensorSpec]) -> tuple[bytes, dict[str, int]]:
     start = 8 + len(text)
     offsets = {spec.name: start + entries[spec.name]["data_offsets"][0] for spec in tensors}
     return struct.pack("<Q", len(text)) + text, offsets
-
-
-def first_difference(before: Any, now: Any, where: str = "") -> str:
-    """The first place where two JSON values differ, in words; empty if they are equal."""
-    if before == now:
-        return ""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in sorted(before.keys() | now.keys()):
-            if found := first_difference(before.get(key), now.get(key), f"{where}.{key}" if where else key):
-                return found
-    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
-        for index, (old, new) in enumerate(zip(before, now, strict=True)):
-            if found := first_difference(old, new, f"{where}[{index}]"):
-                return found
-    old, new = ("not set" if each is None else json.dumps(each, ensure_ascii=False) for each in (before, now))
-    return f"{where} was {old}, now it is {new}"
-
-
-@contextmanager
-def disk_errors(directory: Path) -> Iterator[None]:
-    """Turn the errors of a full disk into an HlwqError that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise HlwqError(
-                f"The disk of {directory} is full. Free some space and run the same command again: "
-                "it goes on where it stopped."
-            ) from error
-        raise

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from hlwq.models.family import Family, Layer, Matrix, attention, with_mlp
+from torch import Tensor
+
+from hlwq.containers import TensorSpec
+from hlwq.families.family import Family, Layer, Matrix, MlxModel, Restoration, attention, with_mlp
 
 _GATES = "gates the recurrence, and is tiny"
 
@@ -53,10 +56,66 @@ def _layers(config: dict[str, Any]) -> list[Layer]:
     return [with_mlp(kinds[kind], config) for kind in layer_types(config)]
 
 
+# mlx-lm calls the decoder of every Qwen3.5 checkpoint `language_model.model`.
+_IN_MLX = "language_model.model."
+
+
+def _mlx_path(module: str) -> str:
+    if module.startswith("model.language_model."):
+        return _IN_MLX + module.removeprefix("model.language_model.")
+    return f"language_model.{module}"
+
+
+def _mlx_demands(config: dict[str, Any]) -> list[tuple[str, list[str], str]]:
+    interval = config.get("full_attention_interval", 4)
+    odd = [
+        f"layer {index}"
+        for index, kind in enumerate(layer_types(config))
+        if (kind == "full_attention") != ((index + 1) % interval == 0)
+    ]
+    return [("full attention in every layer of the interval", odd, "mlx-lm cannot run this model.")]
+
+
+def _config_before_mlx(config: dict[str, Any]) -> dict[str, Any]:
+    """A text-only checkpoint by its own model type again."""
+    if config.get("model_type") == "qwen3_5" and "text_config" not in config:
+        return {**config, "model_type": "qwen3_5_text"}
+    return config
+
+
+def _name_before_mlx(name: str) -> str:
+    if name.startswith(_IN_MLX):
+        return "model.language_model." + name.removeprefix(_IN_MLX)
+    return name.removeprefix("language_model.")
+
+
+def _tensor_before_mlx(name: str, tensor: Tensor) -> Tensor:
+    """A convolution transposed back, norms without the 1 that was added; these are rounded to the model's dtype."""
+    if name.endswith("conv1d.weight"):
+        return tensor.movedim(1, 2)
+    if name.endswith("norm.weight") and not name.endswith("linear_attn.norm.weight"):
+        return tensor - 1
+    return tensor
+
+
+def _shape_before_mlx(spec: TensorSpec) -> tuple[int, ...]:
+    return (spec.shape[0], spec.shape[2], spec.shape[1]) if spec.name.endswith("conv1d.weight") else spec.shape
+
+
 QWEN3_5 = Family(
     "Qwen3.5 (hybrid)",
     ("Qwen3_5ForConditionalGeneration", "Qwen3_5ForCausalLM"),
     _layers,
     prefixes=("model.language_model.", "model."),
     kept={"model.visual.": "vision tower", "mtp.": "multi-token prediction head"},
+    vllm_prefixes={"model.language_model.": "language_model.model.", "model.visual.": "visual."},
+    vllm_packs_embedding=False,
+    mlx=MlxModel(
+        model_type="qwen3_5",
+        path=_mlx_path,
+        reads_top_level_rope=False,
+        demands=_mlx_demands,
+        converted=lambda names: any(name.startswith(_IN_MLX) for name in names),
+        restoration=Restoration(_config_before_mlx, _name_before_mlx, _shape_before_mlx, _tensor_before_mlx),
+    ),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hlwq.models.family import Family, Layer, attention, with_mlp
+from hlwq.families.family import Family, Layer, attention, with_mlp
 
 
 def _layers(config: dict[str, Any]) -> list[Layer]:

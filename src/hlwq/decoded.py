@@ -1,0 +1,119 @@
+"""Model directories as dense checkpoints: those that are, and quantized ones decoded as they are read."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from hlwq.containers import Reader, TensorSpec
+from hlwq.errors import CheckpointError, UnsupportedError
+from hlwq.families import model_dtype
+from hlwq.formats import ENGINE_SECTIONS, FORMATS, Scheme, StoredModule, detect_format
+
+
+def open_dense(path: Path) -> Reader:
+    """Open a checkpoint that must not be quantized.
+
+    Raises:
+        CheckpointError: it is damaged.
+        UnsupportedError: it is quantized already.
+    """
+    reader = Reader(path)
+    for section in (reader.config, reader.config.get("text_config") or {}):
+        quantization = next((section[key] for key in ENGINE_SECTIONS if section.get(key)), None)
+        if quantization:
+            method = quantization.get("quant_method", "mlx") if isinstance(quantization, dict) else "in an unknown way"
+            raise _quantized_already(path / "config.json", method)
+    if detect_format(reader) is not FORMATS["dense"]:
+        raise _quantized_already(path, "PolarQuant")
+    return reader
+
+
+def _quantized_already(where: Path, method: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{where}: the model is quantized already ({method}). Start from its BF16 original, "
+        "or decode it with `hlwq convert`.",
+        argument="source",
+        path=where,
+    )
+
+
+class DecodedCheckpoint:
+    """A directory of any format seen as the dense checkpoint that it stands for. Each read decodes.
+
+    Attributes:
+        path: the directory.
+        config: its configuration without the engines' sections.
+        tensors: the dense tensors, by their Hugging Face names.
+        format: how the directory stores them.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Read the configuration and the headers.
+
+        Raises:
+            CheckpointError: the directory is damaged.
+            UnsupportedError: it is quantized in a way that cannot be read.
+        """
+        self._reader = Reader(path)
+        self.path = path
+        self.format = detect_format(self._reader)
+        self._restoration = self.format.restoration(self._reader)
+        own = {key: value for key, value in self._reader.config.items() if key not in ENGINE_SECTIONS}
+        self.config = self._restoration.config(own)
+        try:
+            modules = self.format.stored_modules(self._reader)
+        except KeyError as error:
+            message = f"{path / 'config.json'}: its quantization section lacks {error}."
+            raise CheckpointError(message, path=path) from None
+        if not modules and any(self._reader.config.get(key) for key in ENGINE_SECTIONS):
+            message = f"{path}: config.json says {self.format.name}, but no tensor is stored so."
+            raise CheckpointError(message, path=path)
+        self.tensors: dict[str, TensorSpec] = {}
+        self._modules: dict[str, tuple[str, StoredModule]] = {}
+        self._kept: dict[str, str] = {}
+        module_of = {part: module for module, stored in modules.items() for part in stored.tensors}
+        specs = self._reader.tensors.values()
+        dtype = model_dtype(self.config, [spec for spec in specs if spec.name not in module_of])
+        for spec in specs:
+            module = module_of.get(spec.name)
+            name = self._restoration.name(f"{module}.weight" if module else spec.name)
+            if module is None:
+                self._kept[name] = spec.name
+                self.tensors[name] = replace(spec, name=name, shape=self._restoration.shape(spec))
+            elif name not in self.tensors:
+                self._modules[name] = (module, modules[module])
+                self.tensors[name] = TensorSpec(name, dtype, modules[module].shape)
+
+    def read(self, name: str) -> Tensor:
+        """One dense tensor: float32 if it was decoded, else as it is stored.
+
+        Raises:
+            CheckpointError: there is no such tensor.
+        """
+        if name in self._modules:
+            module, stored = self._modules[name]
+            return self.format.dequantize(self._reader, module, stored.scheme)
+        if name not in self._kept:
+            message = f"{self.path}: tensor {name} is missing. The directory is damaged."
+            raise CheckpointError(message, path=self.path, tensor=name)
+        return self._restoration.tensor(self._kept[name], self._reader.read(self._kept[name]))
+
+    def scheme_of(self, name: str) -> Scheme | None:
+        """How a dense tensor is stored, or None if as it is."""
+        return self._modules[name][1].scheme if name in self._modules else None
+
+    def quantized_modules(self) -> list[str]:
+        """The modules stored as codes, by their Hugging Face names."""
+        return [name.removesuffix(".weight") for name in self._modules]
+
+    def stored_bytes(self, name: str) -> int:
+        """Bytes on disk of a dense tensor, all parts counted."""
+        parts = self._modules[name][1].tensors if name in self._modules else (self._kept[name],)
+        return sum(self._reader.tensors[part].nbytes for part in parts)
+
+    def side_files(self) -> dict[str, Path]:
+        """See `Reader.side_files`."""
+        return self._reader.side_files()

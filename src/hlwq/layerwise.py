@@ -1,0 +1,122 @@
+"""Quantizing decoder layers in their order, the calibration samples going through what is quantized already."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hlwq.calibration import Calibration, LayerRunner
+from hlwq.containers import DTYPES
+from hlwq.decoded import DecodedCheckpoint
+from hlwq.errors import HlwqError, ResourceError
+from hlwq.files import check_disk
+from hlwq.plan import PlannedTensor
+from hlwq.solvers import ORIGINAL_INPUTS, Gram
+from hlwq.solvers.gptq import output_error
+from hlwq.work import Work, check_finite, quantize_matrix, sum_of_squares
+
+SPILL_FILE = "activations"
+"""Calibration samples between two layers, inside `OUT.partial`."""
+
+
+class CalibratedLayers:
+    """The decoder layers of a model on their way through calibration, each written as soon as it is solved."""
+
+    def __init__(self, work: Work, tokens: Tensor, calibration: Calibration) -> None:
+        self._work, self._tokens, self._calibration = work, tokens, calibration
+        # What is written is read back: the next layer is given what engines will compute with, and a run that was
+        # interrupted goes on from the same weights.
+        self._written = DecodedCheckpoint(work.writer.partial)
+        self._runner: LayerRunner | None = None
+
+    def quantize(self, index: int, tensors: Sequence[PlannedTensor]) -> dict[str, dict[str, float]]:
+        """Quantize one layer, running those that an earlier run wrote before it; returns each module's errors."""
+        work = self._work
+        runner = self._runner = self._runner or self._started()
+        while runner.index < index:
+            work.report(work.done, work.total, f"catching up: layer {runner.index}")
+            runner.advance(self._written.read, work.source.read)
+        layout = work.plan.layout
+        prefix = layout.layer_prefix(index)
+        planned = {tensor.module.removeprefix(prefix): tensor for tensor in tensors if tensor.action == "quantize"}
+        errors: dict[str, dict[str, float]] = {}
+
+        def solve(layer: nn.Module, names: Sequence[str], gram: Gram) -> None:
+            errors.update(self._solve(layer, {name: planned[name] for name in names}, gram))
+
+        steps = [[matrix.name for matrix in step if matrix.name in planned] for step in layout.layers[index].steps]
+        work.report(work.done, work.total, f"layer {index}")
+        try:
+            runner.quantize(work.source.read, [step for step in steps if step], solve)
+        except torch.OutOfMemoryError:
+            message = f"layer {index}: the device has too little memory. Lower `batch_size`."
+            raise ResourceError(message, argument="batch_size") from None
+        return errors
+
+    def _solve(self, layer: nn.Module, matrices: dict[str, PlannedTensor], gram: Gram) -> dict[str, dict[str, float]]:
+        """Quantize matrices that share an input, write them, and put into the layer what the file then says."""
+        weights = []
+        for name, tensor in matrices.items():
+            # Detached: a parameter that is float32 already would become what is put into it below.
+            weights.append(layer.get_parameter(f"{name}.weight").detach().float())
+            check_finite(weights[-1], tensor.spec.name)
+        stage = next(iter(matrices.values())).stages[-1]
+        try:
+            solved = stage.solver.solve(torch.cat(weights), stage.grid, stage.basis, gram)
+        except HlwqError as error:
+            raise error.about(*(tensor.spec.name for tensor in matrices.values())) from None
+        parts = solved.split_rows([len(values) for values in weights])
+        errors = {}
+        for (name, tensor), values, part in zip(matrices.items(), weights, parts, strict=True):
+            self._work.write(tensor, part.cpu())
+            stored = self._written.read(tensor.spec.name)
+            parameter = layer.get_parameter(f"{name}.weight")
+            difference = stored.to(values) - values
+            parameter.data = stored.to(parameter)
+            signal, squared = output_error(values, gram.hessian), sum_of_squares(values)
+            loss = output_error(difference, gram.hessian) / signal if signal else 0.0
+            errors[tensor.module] = {
+                "relative_squared_error": sum_of_squares(difference) / squared if squared else 0.0,
+                "relative_output_error": loss,
+            }
+            self._work.report(self._work.done, self._work.total, f"{tensor.module}, output error {loss:.2e}")
+        return errors
+
+    def remove_spilled(self) -> None:
+        """Delete the samples that were kept on disk."""
+        for file in self._work.writer.partial.glob(SPILL_FILE + "*"):
+            file.unlink()
+
+    def _started(self) -> LayerRunner:
+        work, calibration, tokens = self._work, self._calibration, self._tokens
+        needs = work.plan.recipe.solver.needs
+        spill = None
+        if calibration.offload_activations:
+            copies = 2 if ORIGINAL_INPUTS in needs else 1
+            width = work.plan.layout.text_config["hidden_size"] * 4
+            # The output's files are laid out already, but take their space only as they are written.
+            check_disk(work.writer.partial, copies * tokens.numel() * width + work.plan.output_bytes())
+            spill = work.writer.partial / SPILL_FILE
+        return LayerRunner(
+            work.source.config,
+            work.plan.layout,
+            tokens,
+            self._embed,
+            needs=needs,
+            device=work.device,
+            dtype=DTYPES[work.plan.dtype],
+            batch_size=calibration.batch_size or len(tokens),
+            spill=spill,
+        )
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        """Rows of the embedding, as the file will hold it."""
+        plan, name = self._work.plan, f"{self._work.plan.layout.embedding}.weight"
+        rows = self._work.source.read(name)[ids]
+        planned = next(tensor for tensor in plan.tensors if tensor.spec.name == name)
+        if planned.action == "quantize":
+            matrix, _ = quantize_matrix(rows, planned.stages, self._work.device)
+            rows = matrix.dequantize(DTYPES[plan.dtype])
+        return rows

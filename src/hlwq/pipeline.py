@@ -1,0 +1,238 @@
+"""Running a plan: checkpoint in, smaller checkpoint out."""
+
+from __future__ import annotations
+
+import platform
+import time
+import warnings
+from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hlwq.calibration import Calibration, Samples, default_batch_size, load_samples
+from hlwq.check import check_directory, has_tokenizer, refuse_unless_usable
+from hlwq.containers import DEFAULT_SHARD_BYTES, Source, Writer
+from hlwq.devices import available_memory, peak_memory, torch_device
+from hlwq.errors import CheckpointError, HlwqWarning, RequestError
+from hlwq.formats import Demand
+from hlwq.layerwise import CalibratedLayers
+from hlwq.plan import Plan, layer_unit
+from hlwq.transformers_models import load_tokenizer, quiet_transformers
+from hlwq.version import __version__
+from hlwq.work import Progress, Work
+
+
+@dataclass(frozen=True)
+class QuantizeResult:
+    """What a run made.
+
+    Attributes:
+        out: the directory.
+        plan: what was done to each tensor.
+        nbytes: bytes of the safetensors files.
+        relative_errors: ‖W − Ŵ‖² / ‖W‖² of each quantized module.
+        output_errors: ‖(W − Ŵ) X‖² / ‖W X‖² on the calibration data, of each module that was calibrated.
+        checks: what each engine demands, and whether it is met.
+        seconds: wall-clock time of the work.
+        peak_memory: the most memory the process has held, in bytes.
+    """
+
+    out: Path
+    plan: Plan
+    nbytes: int
+    relative_errors: dict[str, float]
+    output_errors: dict[str, float]
+    checks: list[Demand]
+    seconds: float
+    peak_memory: int
+
+
+def run_plan(
+    source: Source,
+    plan: Plan,
+    out: Path,
+    *,
+    origin: dict[str, Any],
+    calibration: Calibration | None = None,
+    device: str = "cpu",
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    progress: Progress | None = None,
+) -> QuantizeResult:
+    """Do what a plan says: the work behind `quantize` and `convert`.
+
+    Args:
+        source: the checkpoint that the plan was made for.
+        plan: what becomes of each tensor.
+        out: the directory to make.
+        origin: where the checkpoint came from, for `hlwq.json`.
+        calibration: which data a calibrated recipe uses.
+        device: where to compute.
+        shard_bytes: the most that one safetensors file holds.
+        progress: told how far the work is.
+
+    Raises:
+        RequestError: an argument is wrong, or the directory is not empty.
+        CheckpointError: a tensor is not finite, or an output head is not what it is tied to.
+        UnsupportedError: a group overflows its format, or no engine could load the result.
+        ResourceError: the disk is full, or a package or memory is lacking.
+    """
+    started = time.monotonic()
+    if not has_tokenizer(source.path):
+        message = f"{source.path} has no tokenizer, which engines need. Copy the original's beside the weights."
+        raise CheckpointError(message, path=source.path)
+    report = progress or _silent
+    for warning in plan.warnings:
+        warnings.warn(warning, HlwqWarning, stacklevel=2)
+    check_dropped(source, plan)
+    target, samples = torch_device(device), None
+    if plan.recipe.calibrated:
+        calibration = calibration or Calibration()
+        report(0, 1, "reading calibration data")
+        samples = _samples_for(plan, calibration, load_tokenizer(source.path))
+        batch_size = calibration.batch_size or default_batch_size(plan.layout, calibration.sequence_length)
+        calibration = replace(calibration, batch_size=min(batch_size, len(samples.tokens)))
+    _warn_of_memory(plan, calibration)
+    made_by = _made_by(plan, origin, target, samples, calibration)
+    arguments = {
+        **made_by,
+        "shard_bytes": shard_bytes,
+        "config": source.config,
+        "tensors": _digest(plan),
+        "files": _stamps(source.path),
+    }
+    json_files = plan.format.json_files(source.config, plan.contents())
+    writer = Writer(out, plan.outputs(), arguments, shard_bytes, json_files)
+    work = Work(source, plan, writer, target, report)
+    layers = CalibratedLayers(work, samples.tokens, calibration) if samples and calibration else None
+    errors = _run_units(work, layers)
+    report(work.total, work.total, "checking")
+    if layers:
+        layers.remove_spilled()
+    schemes = plan.contents().quantized
+    modules = {module: {**asdict(schemes[module]), **errors[module]} for module in schemes}
+    writer.finish(source.side_files(), {"hlwq.json": {**made_by, "modules": modules}})
+    checks = check_directory(writer.partial)
+    refuse_unless_usable(checks)
+    writer.publish()
+    output = "relative_output_error"
+    return QuantizeResult(
+        out=out,
+        plan=plan,
+        nbytes=sum(file.stat().st_size for file in out.glob("*.safetensors")),
+        relative_errors={module: each["relative_squared_error"] for module, each in errors.items()},
+        output_errors={module: each[output] for module, each in errors.items() if output in each},
+        checks=checks,
+        seconds=time.monotonic() - started,
+        peak_memory=peak_memory(),
+    )
+
+
+def _run_units(work: Work, layers: CalibratedLayers | None) -> dict[str, dict[str, float]]:
+    """Do, or find done, each unit of the plan and record it; returns the errors of each quantized module."""
+    plan, writer = work.plan, work.writer
+    indices = {layer_unit(index): index for index in range(len(plan.layout.layers))}
+    errors: dict[str, dict[str, float]] = {}
+    for unit in plan.units():
+        tensors = [tensor for tensor in plan.tensors if tensor.unit == unit and tensor.action != "drop"]
+        record: dict[str, dict[str, float]] | None = writer.committed(unit)
+        if record is None:
+            record = layers.quantize(indices[unit], tensors) if layers and unit in indices else {}
+            for tensor in tensors:
+                if tensor.action == "copy":
+                    work.copy(tensor)
+                elif tensor.module not in record:
+                    record[tensor.module] = work.quantize(tensor)
+            writer.commit(unit, [spec.name for tensor in tensors for spec in tensor.outputs], record)
+        else:
+            work.done += sum(tensor.spec.parameters for tensor in tensors)
+        errors |= record
+    return errors
+
+
+def check_dropped(source: Source, plan: Plan) -> None:
+    """Raise CheckpointError if an output head to be dropped is not the embedding it is said to be tied to."""
+    for tensor in plan.tensors:
+        if tensor.action == "drop":
+            head, embedding = source.read(tensor.spec.name), source.read(f"{plan.layout.embedding}.weight")
+            if not torch.equal(head, embedding):
+                raise CheckpointError(
+                    f"config.json ties {tensor.spec.name} to the embedding, but the two differ. "
+                    "Set tie_word_embeddings to false there, or delete the tensor.",
+                    tensor=tensor.spec.name,
+                )
+
+
+def _samples_for(plan: Plan, calibration: Calibration, tokenizer: Any) -> Samples:
+    """Calibration samples that the model can be given."""
+    config = plan.layout.text_config
+    longest, vocabulary = config.get("max_position_embeddings"), config["vocab_size"]
+    if longest is not None and calibration.sequence_length > longest:
+        message = f"`sequence_length` {calibration.sequence_length} exceeds the model's own limit of {longest}."
+        raise RequestError(message, argument="sequence_length")
+    with quiet_transformers():
+        samples = load_samples(calibration, tokenizer)
+    if int(samples.tokens.max()) >= vocabulary:
+        raise CheckpointError(
+            f"The tokenizer gives the token {int(samples.tokens.max())}, but the model has {vocabulary}. "
+            "They do not belong together: copy the original's tokenizer."
+        )
+    if samples.warning:
+        warnings.warn(samples.warning, HlwqWarning, stacklevel=3)
+    return samples
+
+
+def _warn_of_memory(plan: Plan, calibration: Calibration | None) -> None:
+    """An estimate is no reason to refuse, but one to be told before hours of work."""
+    needed, available = plan.peak_memory(calibration), available_memory()
+    if needed > available:
+        lower = "Lower `batch_size` or `samples`, or use `offload_activations=True`."
+        remedy = lower if calibration else "Close programs."
+        warnings.warn(
+            f"this may need {needed / 1e9:.1f} GB of memory, and {available / 1e9:.1f} GB are available. {remedy}",
+            HlwqWarning,
+            stacklevel=3,
+        )
+
+
+def _made_by(
+    plan: Plan,
+    origin: dict[str, Any],
+    device: torch.device,
+    samples: Samples | None,
+    calibration: Calibration | None,
+) -> dict[str, Any]:
+    """What `hlwq.json` says of how a checkpoint was made, which also tells a run from another."""
+    versions = {"hlwq": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    if samples:
+        versions["transformers"] = version("transformers")
+    return {
+        "origin": origin,
+        "recipe": plan.recipe.name,
+        "stages": [stage.record() for stage in plan.recipe.stages],
+        # The size of a batch decides in which order sums are taken, and so their last bits.
+        "calibration": {**samples.origin, "batch_size": calibration.batch_size} if samples and calibration else None,
+        "format": plan.format.name,
+        "kept": [tensor.module for tensor in plan.tensors if tensor.action == "copy" and tensor.reason == "excluded"],
+        "device": device.type,
+        "versions": versions,
+    }
+
+
+def _digest(plan: Plan) -> str:
+    """A short hash of what becomes of every tensor, to tell a run from another."""
+    text = "\n".join(f"{tensor.spec} {tensor.action} {tensor.stages} {tensor.outputs}" for tensor in plan.tensors)
+    return sha256(text.encode()).hexdigest()[:16]
+
+
+def _stamps(directory: Path) -> list[list[Any]]:
+    """Name, size and time of each weight file: hashing them would take as long as the work."""
+    files = sorted(directory.glob("*.safetensors"))
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+def _silent(done: int, total: int, item: str) -> None:
+    pass

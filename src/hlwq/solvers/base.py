@@ -1,0 +1,53 @@
+"""What every solver provides, and what solvers may need to know of a matrix beside its weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+from torch import Tensor
+
+from hlwq.bases import Basis
+from hlwq.grids import Grid
+from hlwq.matrix import QuantizedMatrix
+
+INPUTS, ORIGINAL_INPUTS = "inputs", "original inputs"
+"""Needs of a solver: what the calibration data give a matrix as inputs, and what they gave it in the original model."""
+
+
+@dataclass
+class Gram:
+    """Second moments of a linear layer's inputs, summed over tokens.
+
+    Attributes:
+        hessian: XᵀX, float32 (in, in), X being the inputs (tokens, in) that the quantized prefix gives.
+        cross: (X̃ − X)ᵀX, float32 (in, in), X̃ being those of the original model; None unless a solver needs it.
+    """
+
+    hessian: Tensor
+    cross: Tensor | None = None
+
+
+class Solver(Protocol):
+    """How the codes of a matrix are chosen. A solver knows no file format and no model."""
+
+    name: ClassVar[str]
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What it must know beside the weights: none, or some of `INPUTS` and `ORIGINAL_INPUTS`."""
+
+    @property
+    def scatters_groups(self) -> bool:
+        """Whether groups are formed of columns anywhere in the matrix, not of neighbours."""
+
+    def memory(self, rows: int, columns: int) -> int:
+        """Bytes that a matrix (rows, columns) takes while it is solved, beside its statistics and its result."""
+
+    def solve(self, weights: Tensor, grid: Grid, basis: Basis, gram: Gram | None = None) -> QuantizedMatrix:
+        """Choose codes for float32 weights (out, in), given the moments of the inputs if the solver needs them.
+
+        Raises:
+            UnsupportedError: a group's parameters overflow the grid's storage dtype.
+            CheckpointError: the moments cannot be factored.
+        """

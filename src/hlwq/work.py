@@ -1,0 +1,105 @@
+"""The work on single tensors: read, check, quantize or copy, write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from hlwq.containers import DTYPES, Source, Writer
+from hlwq.errors import CheckpointError, HlwqError
+from hlwq.matrix import CHUNK_WEIGHTS, QuantizedMatrix
+from hlwq.plan import Plan, PlannedTensor
+from hlwq.recipes import Stage
+
+Progress = Callable[[int, int, str], None]
+"""Called with the parameters done, the parameters in all, and what is being worked on."""
+
+
+class Work:
+    """Doing what a plan says to single tensors, and telling how far it is.
+
+    Attributes:
+        done: parameters handled so far, of `total`.
+    """
+
+    def __init__(self, source: Source, plan: Plan, writer: Writer, device: torch.device, report: Progress) -> None:
+        self.source, self.plan, self.writer, self.device, self.report = source, plan, writer, device, report
+        self.done = 0
+        self.total = sum(tensor.spec.parameters for tensor in plan.tensors if tensor.action != "drop")
+
+    def copy(self, tensor: PlannedTensor) -> None:
+        """Write a tensor as it is, under the name and in the dtype that the plan gives it."""
+        self.report(self.done, self.total, tensor.spec.name)
+        values = self.source.read(tensor.spec.name)
+        check_finite(values, tensor.spec.name)
+        (output,) = tensor.outputs
+        self.writer.write(output.name, values.to(DTYPES[output.dtype]))
+        self.done += tensor.spec.parameters
+
+    def quantize(self, tensor: PlannedTensor) -> dict[str, float]:
+        """Quantize a tensor without calibration; returns its errors."""
+        self.report(self.done, self.total, tensor.module)
+        stored_dtype = DTYPES[self.plan.dtype] if self.plan.format.stores_decoded else torch.float32
+        weights = self.source.read(tensor.spec.name)
+        check_finite(weights, tensor.spec.name)
+        try:
+            matrix, error = quantize_matrix(weights, tensor.stages, self.device, stored_dtype)
+        except HlwqError as lacking:
+            raise lacking.about(tensor.spec.name) from None
+        self.write(tensor, matrix)
+        return {"relative_squared_error": error}
+
+    def write(self, tensor: PlannedTensor, matrix: QuantizedMatrix) -> None:
+        """Write a quantized tensor as the format has it."""
+        for name, part in self.plan.format.encode(tensor.module, matrix, self.plan.dtype).items():
+            self.writer.write(name, part)
+        self.done += tensor.spec.parameters
+
+
+def quantize_matrix(
+    weights: Tensor, stages: Sequence[Stage], device: torch.device, stored_dtype: torch.dtype = torch.float32
+) -> tuple[QuantizedMatrix, float]:
+    """Run a chain of stages that need no data over one matrix, a chunk of rows at a time.
+
+    Args:
+        weights: (out, in), any floating dtype, on the CPU.
+        stages: with grids and bases that fit the matrix.
+        device: where to compute.
+        stored_dtype: what decoded weights are rounded to where they are stored decoded.
+
+    Returns:
+        The codes of the last stage, on the CPU, and the relative squared error ‖W − Ŵ‖²/‖W‖² of the whole chain.
+
+    Raises:
+        UnsupportedError: a group's parameters overflow.
+    """
+    parts: list[QuantizedMatrix] = []
+    squared_error, squared_norm = 0.0, 0.0
+    for rows in weights.split(max(1, CHUNK_WEIGHTS // weights.shape[1])):
+        original = values = rows.to(device, torch.float32)
+        for stage in stages:
+            part = stage.solver.solve(values, stage.grid, stage.basis)
+            values = part.dequantize()
+        squared_error += sum_of_squares(values.to(stored_dtype) - original)
+        squared_norm += sum_of_squares(original)
+        parts.append(part)
+    return QuantizedMatrix.joined(parts), squared_error / squared_norm if squared_norm else 0.0
+
+
+def sum_of_squares(values: Tensor) -> float:
+    """Summed by rows in float32, then in float64 on the CPU, since not every device has it."""
+    return float(values.square().sum(-1).cpu().sum(dtype=torch.float64))
+
+
+def check_finite(values: Tensor, name: str) -> None:
+    """Raise CheckpointError, which names the tensor, if a value is NaN or infinite."""
+    for chunk in values.reshape(-1).split(CHUNK_WEIGHTS):
+        if chunk.is_floating_point() and not torch.isfinite(chunk).all():
+            kind = "NaN" if torch.isnan(chunk).any() else "infinite"
+            raise CheckpointError(
+                f"tensor {name}: it holds a value that is {kind}. The checkpoint is damaged: download or export it "
+                "again.",
+                tensor=name,
+            )
