@@ -70,15 +70,14 @@ class Hadamard:
     def __post_init__(self) -> None:
         size = self.block_size
         if size is not None and (type(size) is not int or size < 2 or size & (size - 1)):
-            raise RequestError(f"`block_size` is {size}; it must be a power of two from 2.", argument="block_size")
+            raise RequestError(f"`block_size` is {size}; it must be a power of two from 2.")
 
     def fitted(self, in_features: int, group_size: int) -> Hadamard:
         """The basis with the block size for this width. Raises RequestError where there is none."""
         if self.block_size is None:
             if group_size < 2 or group_size & (group_size - 1):
                 raise RequestError(
-                    f"`group_size` {group_size} must be a power of two, since groups are Hadamard-rotated.",
-                    argument="group_size",
+                    f"`group_size` {group_size} must be a power of two, since groups are Hadamard-rotated."
                 )
             return Hadamard(group_size)
         size = min(self.block_size, in_features & -in_features)  # the lowest set bit: the largest power that divides

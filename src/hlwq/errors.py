@@ -6,6 +6,7 @@ The command line prints the same messages in its own words, `--group-size` and `
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Self
 
@@ -17,7 +18,7 @@ class HlwqError(Exception):
     traceback. Raise one of the children.
 
     Attributes:
-        argument: the argument that is wrong, as Python spells it.
+        argument: the argument that is wrong, as Python spells it; by default the first one that the message names.
         path: the file or directory that the error is about.
         tensor: the tensor or module that the error is about.
     """
@@ -26,7 +27,8 @@ class HlwqError(Exception):
         self, message: str, *, argument: str | None = None, path: Path | str | None = None, tensor: str | None = None
     ) -> None:
         super().__init__(message)
-        self.argument = argument
+        named = re.search(r"`([a-z_]+)(=[^`]*)?`", message)
+        self.argument = argument or (named[1] if named else None)
         self.path = None if path is None else Path(path)
         self.tensor = tensor
 

@@ -51,8 +51,7 @@ class CalibratedLayers:
         try:
             runner.quantize(work.source.read, [step for step in steps if step], solve)
         except torch.OutOfMemoryError:
-            message = f"layer {index}: the device has too little memory. Lower `batch_size`."
-            raise ResourceError(message, argument="batch_size") from None
+            raise ResourceError(f"layer {index}: the device has too little memory. Lower `batch_size`.") from None
         return errors
 
     def _solve(self, layer: nn.Module, matrices: dict[str, PlannedTensor], gram: Gram) -> dict[str, dict[str, float]]:

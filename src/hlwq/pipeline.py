@@ -172,7 +172,7 @@ def _samples_for(plan: Plan, calibration: Calibration, tokenizer: Any) -> Sample
     longest, vocabulary = config.get("max_position_embeddings"), config["vocab_size"]
     if longest is not None and calibration.sequence_length > longest:
         message = f"`sequence_length` {calibration.sequence_length} exceeds the model's own limit of {longest}."
-        raise RequestError(message, argument="sequence_length")
+        raise RequestError(message)
     with quiet_transformers():
         samples = load_samples(calibration, tokenizer)
     if int(samples.tokens.max()) >= vocabulary:

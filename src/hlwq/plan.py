@@ -273,7 +273,7 @@ def _embeddings(layout: ModelLayout) -> list[str]:
 
 def _check_chosen(layout: ModelLayout, output_format: Format, chosen: set[str], selection: Selection) -> None:
     if not chosen:
-        raise RequestError("Nothing is left to quantize. Take some `exclude` away.", argument="exclude")
+        raise RequestError("Nothing is left to quantize. Take some `exclude` away.")
     if not output_format.holds_embeddings and chosen.intersection(_embeddings(layout)):
         raise UnsupportedError(
             f"format {output_format.name} cannot hold a quantized embedding or output head that engines load. "
@@ -291,8 +291,7 @@ def _check_solver(recipe: Recipe, output_format: Format) -> None:
         )
     if recipe.solver.scatters_groups and not output_format.holds_scattered_groups:
         raise UnsupportedError(
-            f"format {output_format.name} has no place for `desc_act`. Use format gptq, or leave it out.",
-            argument="desc_act",
+            f"format {output_format.name} has no place for `desc_act`. Use format gptq, or leave it out."
         )
 
 
@@ -302,18 +301,15 @@ def _matching(
     try:
         expression = re.compile(pattern)
     except (re.error, TypeError) as error:
-        message = f"`{option}` {pattern!r} is not a regular expression: {error}."
-        raise RequestError(message, argument=option) from None
+        raise RequestError(f"`{option}` {pattern!r} is not a regular expression: {error}.") from None
     hits = {module for module in candidates if expression.search(module) or expression.search(f"{module}.weight")}
     if hits:
         return hits
     others = sorted(name for name in source.tensors if expression.search(name))
     if not others:
-        message = f"`{option}` {pattern!r} matches no tensor. `hlwq quantize … --dry-run` lists them."
-        raise RequestError(message, argument=option)
+        raise RequestError(f"`{option}` {pattern!r} matches no tensor. `hlwq quantize … --dry-run` lists them.")
     why = idle if others[0].rpartition(".")[0] in chosen or option == "exclude" else "never quantized"
-    message = f"`{option}` {pattern!r} changes nothing: what it matches, such as {others[0]}, is {why}."
-    raise RequestError(message, argument=option)
+    raise RequestError(f"`{option}` {pattern!r} changes nothing: what it matches, such as {others[0]}, is {why}.")
 
 
 def _check_fused(layout: ModelLayout, chosen: set[str]) -> None:

@@ -149,11 +149,9 @@ def _check_conversion(
     if wanted == "hlwq":
         raise RequestError("To make an HLWQ checkpoint, quantize the original with recipe hlwq.", argument="format")
     if wanted == "dense" and given:
-        message = f"`{given[0]}` changes nothing: to format dense, codes are only decoded."
-        raise RequestError(message, argument=given[0])
+        raise RequestError(f"`{given[0]}` changes nothing: to format dense, codes are only decoded.", argument=given[0])
     if recipe.calibrated:
-        message = "`calibrate` is for quantizing, and a conversion only rounds. Quantize the original."
-        raise RequestError(message, argument="calibrate")
+        raise RequestError("`calibrate` is for quantizing, and a conversion only rounds. Quantize the original.")
 
 
 def _modules_to_round(decoded: DecodedCheckpoint) -> list[str]:

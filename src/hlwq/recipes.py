@@ -135,7 +135,7 @@ def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
         if own:
             stage = replace(stage, **{part_name: replace(part, **own)})
     for name in given:
-        raise RequestError(f"`{name}` changes nothing in recipe {recipe.name}: {_why_idle(name, stage)}", argument=name)
+        raise RequestError(f"`{name}` changes nothing in recipe {recipe.name}: {_why_idle(name, stage)}")
     return replace(recipe, stages=(*recipe.stages[:-1], stage))
 
 
@@ -148,17 +148,14 @@ def _basis_named(name: str, present: Basis) -> Basis:
 def _calibrated(recipe: Recipe, calibrate: bool) -> Solver:
     if recipe.calibrated:
         if calibrate:
-            raise RequestError(
-                f"`calibrate=True` changes nothing: recipe {recipe.name} is calibrated.", argument="calibrate"
-            )
+            raise RequestError(f"`calibrate=True` changes nothing: recipe {recipe.name} is calibrated.")
         raise RequestError(
             f"Recipe {recipe.name} is calibrated. Use rtn or hlwq to round to nearest.", argument="calibrate"
         )
     if calibrate and len(recipe.stages) > 1:
         raise RequestError(
             f"`calibrate=True` is for recipes that round once; {recipe.name} rounds twice. Use recipe hlwq-v7 for "
-            "calibrated INT4, or hlwq with `calibrate=True` for calibrated HLWQ.",
-            argument="calibrate",
+            "calibrated INT4, or hlwq with `calibrate=True` for calibrated HLWQ."
         )
     return CALIBRATED if calibrate else recipe.solver
 

@@ -33,8 +33,7 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
     """
     path = Path(source).expanduser()
     if path.exists() and revision is not None:
-        message = f"`revision` {revision} changes nothing: {source} is on this disk, not on the hub."
-        raise RequestError(message, argument="revision")
+        raise RequestError(f"`revision` {revision} changes nothing: {source} is on this disk, not on the hub.")
     if path.is_dir():
         return path
     if path.suffix == ".gguf":

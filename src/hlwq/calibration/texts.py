@@ -58,7 +58,7 @@ class Calibration:
         for name, least in (("samples", 1), ("sequence_length", 1), ("batch_size", 1), ("seed", 0)):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < least):
-                raise RequestError(f"`{name}` {value} must be at least {least}.", argument=name)
+                raise RequestError(f"`{name}` {value} must be at least {least}.")
         object.__setattr__(self, "sources", several(self.sources))
         if len(set(self.sources)) < len(self.sources):
             raise _wrong("the same source is named twice, which changes nothing. Name each once.")
@@ -103,8 +103,7 @@ def load_samples(calibration: Calibration, tokenizer: Any) -> Samples:
     share, more = divmod(calibration.samples, len(calibration.sources))
     if not share:
         raise RequestError(
-            f"`samples` {calibration.samples} is fewer than the {len(calibration.sources)} sources of `calibration`.",
-            argument="samples",
+            f"`samples` {calibration.samples} is fewer than the {len(calibration.sources)} sources of `calibration`."
         )
     parts, facts = [], []
     for index, source in enumerate(calibration.sources):
@@ -238,8 +237,7 @@ def _from_hub(name: str, calibration: Calibration) -> tuple[dict[str, Any], Iter
     except Exception as error:  # the library lets many through: of the network, of the hub, of the files
         raise ResourceError(
             f"`calibration` {name} is no file here, and the hub did not give it: {_first_line(error)} "
-            "Name a local file instead.",
-            argument="calibration",
+            "Name a local file instead."
         ) from None
 
 
@@ -261,7 +259,7 @@ def _shuffled(documents: list[Any], calibration: Calibration) -> list[Any]:
 
 
 def _wrong(message: str) -> RequestError:
-    return RequestError(f"`calibration` {message}", argument="calibration")
+    return RequestError(f"`calibration` {message}")
 
 
 def _first_line(error: Exception) -> str:
@@ -274,7 +272,6 @@ def _datasets() -> Any:
     except ImportError:
         raise ResourceError(
             "Calibration data from the hub, which is also the default, and .parquet files need datasets. Run: "
-            "pip install 'hlwq[calibration]', or name a .txt or .jsonl file with `calibration`.",
-            argument="calibration",
+            "pip install 'hlwq[calibration]', or name a .txt or .jsonl file with `calibration`."
         ) from None
     return datasets

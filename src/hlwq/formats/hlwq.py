@@ -58,13 +58,10 @@ def hold(module: str, shape: tuple[int, int], grid: Grid, basis: Basis, dtype: s
     if basis != Hadamard(grid.group_size):
         raise UnsupportedError(
             f"format {NAME} stores groups that are Hadamard-rotated each by itself. Use `basis='hadamard'` without "
-            "`block_size`, or format dense.",
-            argument="basis",
+            "`block_size`, or format dense."
         )
     if grid.group_size < 8:
-        raise UnsupportedError(
-            f"format {NAME} has groups of at least 8, not {grid.group_size}. Set `group_size`.", argument="group_size"
-        )
+        raise UnsupportedError(f"format {NAME} has groups of at least 8, not {grid.group_size}. Set `group_size`.")
     check_bits(NAME, grid.bits, BITS)
     return replace(grid, storage=(torch.float16,))
 

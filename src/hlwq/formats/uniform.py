@@ -46,16 +46,14 @@ def uniform_grid(name: str, bits: tuple[int, ...], recipe: str, grid: Grid, basi
     if basis != Identity():
         raise UnsupportedError(
             f"format {name} has no place for a rotation, which engines would have to undo. Use `basis='identity'`, or "
-            "format dense.",
-            argument="basis",
+            "format dense."
         )
     check_bits(name, grid.bits, bits)
     if grid.group_size not in GROUP_SIZES:
         *most, last = GROUP_SIZES
         raise UnsupportedError(
             f"format {name} has groups of {', '.join(map(str, most))} or {last}, not {grid.group_size}. "
-            "Set `group_size`.",
-            argument="group_size",
+            "Set `group_size`."
         )
     return replace(grid, **stored)
 
@@ -66,7 +64,6 @@ def check_multiples_of_32(name: str, module: str, shape: tuple[int, int]) -> Non
         raise UnsupportedError(
             f"{module} has shape {shape}; format {name} needs multiples of 32. Keep it in its own dtype: "
             f"`exclude='{re.escape(module.rsplit('.', 1)[-1])}$'`.",
-            argument="exclude",
             tensor=module,
         )
 

@@ -100,11 +100,9 @@ class Grid(Protocol):
 def check_sizes(kind: str, bits: int, widths: range, group_size: int) -> None:
     """Raise RequestError unless a grid has codes of this width, and groups of this size make sense."""
     if type(bits) is not int or bits not in widths:
-        raise RequestError(
-            f"`bits` is {bits}; {kind} levels have {widths.start} to {widths.stop - 1} bits.", argument="bits"
-        )
+        raise RequestError(f"`bits` is {bits}; {kind} levels have {widths.start} to {widths.stop - 1} bits.")
     if type(group_size) is not int or group_size < 1:
-        raise RequestError(f"`group_size` is {group_size}; it must be a positive integer.", argument="group_size")
+        raise RequestError(f"`group_size` is {group_size}; it must be a positive integer.")
 
 
 def fit_group_size(wanted: int, in_features: int) -> int:
@@ -118,8 +116,7 @@ def fit_group_size(wanted: int, in_features: int) -> int:
             return size
     raise UnsupportedError(
         f"in_features is {in_features}, which neither {wanted} nor a smaller one of 128, 64 and 32 divides. "
-        "Choose a `group_size` that does, or keep the tensor with `exclude`.",
-        argument="group_size",
+        "Choose a `group_size` that does, or keep the tensor with `exclude`."
     )
 
 

@@ -52,14 +52,10 @@ class UniformGrid:
         check_sizes("uniform", self.bits, range(2, 9), self.group_size)
         if self.scale_method is not None and self.scale_method not in get_args(ScaleMethod):
             raise RequestError(
-                f"`scale_method` is {self.scale_method}; it must be {' or '.join(get_args(ScaleMethod))}.",
-                argument="scale_method",
+                f"`scale_method` is {self.scale_method}; it must be {' or '.join(get_args(ScaleMethod))}."
             )
         if self.scale_method is not None and self.symmetric is False:
-            raise RequestError(
-                "`scale_method` changes nothing where the grid is asymmetric. Add `symmetric=True`.",
-                argument="scale_method",
-            )
+            raise RequestError("`scale_method` changes nothing where the grid is asymmetric. Add `symmetric=True`.")
 
     @property
     def fit_columns(self) -> int:

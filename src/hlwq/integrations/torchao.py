@@ -56,12 +56,10 @@ def quantize_(model: nn.Module, *, bits: int | None = 5, block_size: int = 128, 
     device = next(model.parameters()).device
     config = _int4_config(layout, widths, group_size, device)
     if bits is None and block_size != 128:
-        message = "`block_size` changes nothing where `bits` is None. Leave it out."
-        raise RequestError(message, argument="block_size")
+        raise RequestError("`block_size` changes nothing where `bits` is None. Leave it out.")
     if bits is not None:
         if block_size < 1 or block_size & (block_size - 1):
-            message = f"`block_size` is {block_size}, which is no power of two. Use 32, 64 or 128."
-            raise RequestError(message, argument="block_size")
+            raise RequestError(f"`block_size` is {block_size}, which is no power of two. Use 32, 64 or 128.")
         sizes = _fitted("block_size", block_size, widths)
         stages = {width: Stage(LloydGrid(bits, size), Hadamard(size)) for width, size in sizes.items()}
         for weight in weights.values():
@@ -128,7 +126,7 @@ def _fitted(option: str, wanted: int, widths: dict[str, int]) -> dict[int, int]:
         UnsupportedError: no size divides a matrix.
     """
     if wanted < 1:
-        raise RequestError(f"`{option}` is {wanted}. It must be positive.", argument=option)
+        raise RequestError(f"`{option}` is {wanted}. It must be positive.")
     sizes: dict[int, int] = {}
     for name, width in widths.items():
         try:

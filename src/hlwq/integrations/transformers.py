@@ -164,7 +164,7 @@ class HLWQQuantizer(HfQuantizer):
         config, self.reader = self.quantization_config, open_dense(directory)
         if config.dequantize:
             message = "`dequantize=True` is for HLWQ checkpoints, and this one is not quantized. Leave it out."
-            raise RequestError(message, argument="dequantize")
+            raise RequestError(message)
         recipe = changed(recipe_named("hlwq"), {"bits": config.bits, "group_size": config.group_size})
         selection = Selection(config.include_embeddings, tuple(config.include), tuple(config.exclude))
         plan = make_plan(self.reader, recipe, hlwq_format.NAME, selection)
@@ -364,7 +364,6 @@ def _scale_of(name: str, embedding: nn.Embedding) -> float:
         raise UnsupportedError(
             f"{name} is a {type(embedding).__name__}, which does more than look rows up, so it cannot be packed. "
             "Leave `include_embeddings` out.",
-            argument="include_embeddings",
             tensor=name,
         )
     return float(scale)

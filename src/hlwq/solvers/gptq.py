@@ -53,7 +53,7 @@ class Gptq:
         for name, low, high in (("foem_beta", 0, 1), ("gptaq_alpha", 0, 1), ("damping", 1e-6, 1)):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not low <= value <= high:
-                raise RequestError(f"`{name}` {value} must be between {low:g} and {high:g}.", argument=name)
+                raise RequestError(f"`{name}` {value} must be between {low:g} and {high:g}.")
 
     @property
     def needs(self) -> frozenset[str]:
@@ -89,7 +89,7 @@ class Gptq:
             raise ValueError("GPTQ needs the moments of the inputs.")
         run = grid.fit_columns
         if self.desc_act and run != grid.group_size:
-            raise RequestError("`desc_act` needs a grid whose groups are fitted one by one.", argument="desc_act")
+            raise RequestError("`desc_act` needs a grid whose groups are fitted one by one.")
         hessian, cross = _rotate_both_sides(gram.hessian, basis), gram.cross
         order = _column_order(hessian.diagonal().contiguous(), run, self.desc_act)
         factor = inverse_factor(hessian, order, self.damping)
