@@ -13,8 +13,7 @@ from hlwq.decoded import DecodedCheckpoint
 from hlwq.errors import HlwqError, ResourceError
 from hlwq.files import check_disk
 from hlwq.plan import PlannedTensor
-from hlwq.solvers import ORIGINAL_INPUTS, Gram
-from hlwq.solvers.gptq import output_error
+from hlwq.solvers import ORIGINAL_INPUTS, Gram, output_error
 from hlwq.work import Work, check_finite, quantize_matrix, sum_of_squares
 
 SPILL_FILE = "activations"

@@ -37,7 +37,7 @@ class _Packed(_WithoutWeight):
         weight_packed: uint8 (rows, columns·bits/8). A parameter, since those are what device maps offload. The norms
             are a buffer: a model's dtype is taken to be that of its first floating parameter.
         weight_norms: float16 (rows, columns / group size), whatever dtype the model is cast to.
-        bits: of a code.
+        bits: width of a code.
     """
 
     weight_packed: nn.Parameter
@@ -141,7 +141,7 @@ class HLWQEmbedding(_Packed):
             num_embeddings: rows of the matrix.
             embedding_dim: its columns.
             scheme: bits and group size.
-            dtype: of the rows that `forward` returns, until the model is cast to another.
+            dtype: dtype of the rows that `forward` returns, until the model is cast to another.
             device: where the codes are.
             scale: what the rows are multiplied by when they are looked up, in their dtype, as Gemma does; a head that
                 is tied to the embedding is not.

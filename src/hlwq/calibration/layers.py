@@ -67,7 +67,7 @@ class LayerRunner:
             needs: what the solver needs; with `ORIGINAL_INPUTS`, the samples run through the original weights too,
                 beside the quantized ones.
             device: where layers run.
-            dtype: of the model; layers run in it, or in float32 on a CPU where it is slow.
+            dtype: the model's; layers run in it, or in float32 on a CPU where it is slow.
             batch_size: samples that run together.
             spill: a file to keep the samples in between layers, instead of memory.
         """

@@ -35,7 +35,7 @@ class Calibration:
             any: the hub's `neuralmagic/LLM_compression_calibration`, or the embedded texts if it cannot be reached.
         samples: their number.
         sequence_length: tokens in a sample.
-        seed: of the choice of texts.
+        seed: seed of the choice of texts.
         batch_size: samples that run through a layer together, whose activations are in memory at once; None for as
             many as 2 GB hold. With fewer than all, layers run several times.
         offload_activations: keep the inputs of the next layer on disk, inside `OUT.partial`, instead of in memory.

@@ -128,8 +128,8 @@ class Reader:
         """Load one tensor, in its own dtype and shape, on the CPU.
 
         Args:
-            name: of the tensor.
-            part: of a stack of tensors, the one to load, by its index along the first axis.
+            name: the tensor's.
+            part: the index along the first axis, to load one of a stack of tensors.
 
         Raises:
             CheckpointError: the checkpoint has no such tensor.
@@ -289,8 +289,8 @@ class Writer:
 
         Args:
             name: one of the names announced.
-            tensor: of the dtype and shape announced, on any device.
-            part: where `name` is a stack, which index along its first axis the tensor is.
+            tensor: the values, in the dtype and shape announced, on any device.
+            part: the tensor's index along the first axis, where `name` is a stack.
 
         Raises:
             ResourceError: the disk is full.

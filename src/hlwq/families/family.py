@@ -96,6 +96,7 @@ class Family:
         layers: the decoder layers that a text configuration describes.
         prefixes: where the decoder may stand in the checkpoint, as the names before `embed_tokens`.
         kept: parts outside the decoder, by the beginning of their tensors' names, and what they are.
+        architecture_of: architectures by `model_type`, for configurations that were saved without one.
         vllm_prefixes: beginnings of names, and what vLLM has in their place.
         vllm_packs_embedding: vLLM's model can hold its embedding as codes.
         mlx: the family in mlx-lm.
@@ -106,6 +107,7 @@ class Family:
     layers: Callable[[dict[str, Any]], list[Layer]]
     prefixes: tuple[str, ...] = ("model.",)
     kept: dict[str, str] = field(default_factory=dict)
+    architecture_of: dict[str, str] = field(default_factory=dict)
     vllm_prefixes: dict[str, str] = field(default_factory=dict)
     vllm_packs_embedding: bool = True
     mlx: MlxModel = field(default_factory=MlxModel)

@@ -108,6 +108,7 @@ QWEN3_5 = Family(
     _layers,
     prefixes=("model.language_model.", "model."),
     kept={"model.visual.": "vision tower", "mtp.": "multi-token prediction head"},
+    architecture_of={"qwen3_5_text": "Qwen3_5ForCausalLM"},
     vllm_prefixes={"model.language_model.": "language_model.model.", "model.visual.": "visual."},
     vllm_packs_embedding=False,
     mlx=MlxModel(

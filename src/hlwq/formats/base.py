@@ -87,7 +87,7 @@ class Engine:
     Attributes:
         name: as people write it.
         bits: widths it loads.
-        symmetry: of the codes that it loads, in words.
+        symmetry: which codes it loads, in words.
         command: how to run a directory, with {path} for it, and {text_only} for the option that leaves out the vision
             tower; empty where there is no command.
     """
@@ -238,7 +238,7 @@ def entry(values: dict[str, Any], key: str, kind: type[T], where: str, default: 
 
     Args:
         values: the object.
-        key: of the entry.
+        key: the entry's.
         kind: int, bool, dict or list.
         where: what an error calls the object: a file, and the way to the object in it.
         default: what a missing entry, or null, stands for. Without one it must be there.

@@ -178,12 +178,12 @@ def dequantize(reader: Reader, module: str, scheme: Scheme) -> Tensor:
 
 
 def decode(packed: Tensor, norms: Tensor, bits: int) -> Tensor:
-    """norm/√group_size · H · centroid[code], of any rows of a matrix.
+    """Any rows of a matrix: norm/√group_size · H · centroid[code].
 
     Args:
         packed: uint8 (rows, in·bits/8).
         norms: float16 (rows, groups).
-        bits: of a code.
+        bits: width of a code.
 
     Returns:
         float32 (rows, in).

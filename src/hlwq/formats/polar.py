@@ -26,7 +26,7 @@ from torch import Tensor
 
 from hlwq.containers import Reader
 from hlwq.errors import CheckpointError, UnsupportedError
-from hlwq.families import ModelLayout, Restoration, describe
+from hlwq.families import FAMILIES, ModelLayout, Restoration, describe
 from hlwq.files import read_json
 from hlwq.formats.base import (
     FLOATS,
@@ -56,7 +56,7 @@ class _Module:
     """How a module is stored.
 
     Attributes:
-        bits: of a code.
+        bits: width of a code.
         width: bits that a code takes in the file.
         block: weights that share a norm.
         shape: (out, in), without the padding.
@@ -89,9 +89,9 @@ def is_polar(reader: Reader) -> bool:
 
 def restored_config(config: dict[str, Any]) -> dict[str, Any]:
     """A configuration with its architecture, which the package left out where it took the decoder of a vision model."""
-    if config.get("architectures") or config.get("model_type") != "qwen3_5_text":
-        return config
-    return {**config, "architectures": ["Qwen3_5ForCausalLM"]}
+    architectures = (family.architecture_of.get(str(config.get("model_type"))) for family in FAMILIES)
+    architecture = next(filter(None, architectures), None)
+    return config if config.get("architectures") or not architecture else {**config, "architectures": [architecture]}
 
 
 def stored_modules(reader: Reader) -> dict[str, StoredModule]:
@@ -247,7 +247,7 @@ def _centroids(bits: int, cut: float) -> Tensor:
     """The centroids that files without them were made with: a hundred rounds of Lloyd's, which do not converge.
 
     Args:
-        bits: of a code.
+        bits: width of a code.
         cut: where the normal distribution ends, 4 or infinity.
 
     Returns:

@@ -27,7 +27,7 @@ def uniform_grid(name: str, bits: tuple[int, ...], recipe: str, grid: Grid, basi
     """The grid of a format of uniform codes in columns as they are.
 
     Args:
-        name: of the format.
+        name: the format's.
         bits: widths of its codes.
         recipe: one whose last stage has uniform codes, for those who ask for others.
         grid: what was asked for.
@@ -93,7 +93,7 @@ def decode(
         codes: uint8 (out, in).
         scales: (out, groups), of any floating dtype.
         zeros: (out, groups), or one for all.
-        scheme: of the module.
+        scheme: the module's.
         group_of_column: int64 (in,), or None where groups are runs of neighbouring columns.
 
     Returns:

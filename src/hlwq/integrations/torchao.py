@@ -34,8 +34,8 @@ def quantize_(model: nn.Module, *, bits: int | None = 5, block_size: int = 128, 
     """Quantize a transformers model in place: the matrices that hlwq quantizes, by HLWQ and then by torchao.
 
     Args:
-        model: of a supported family, on the device where it shall run.
-        bits: of HLWQ's codes; None leaves HLWQ out, so that torchao rounds the weights themselves.
+        model: a model of a supported family, on the device where it shall run.
+        bits: width of HLWQ's codes; None leaves HLWQ out, so that torchao rounds the weights themselves.
         block_size: weights that share a norm in HLWQ, a power of two.
         group_size: weights that share a scale and a zero in torchao. Where a size does not divide a matrix's
             in_features, the largest of 128, 64 and 32 below it that does is used for that matrix, with a warning.

@@ -58,10 +58,10 @@ class HLWQConfig(QuantizationConfigMixin):
         exclude: Sequence[str] = (),
         dequantize: bool = False,
     ) -> None:
-        """For a model that is not quantized, the options of `hlwq quantize --recipe hlwq`.
+        """The options of recipe hlwq, for a model that is not quantized.
 
         Args:
-            bits: of a code, 2 to 8; by default 5.
+            bits: width of a code, 2 to 8; by default 5.
             group_size: weights that share a norm; by default 128.
             include_embeddings: quantize the embedding and the output head too.
             include: regular expressions of modules, kept by default, to quantize.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
 from hlwq.bases import Basis
@@ -13,6 +14,10 @@ from hlwq.matrix import QuantizedMatrix
 
 INPUTS, ORIGINAL_INPUTS = "inputs", "original inputs"
 """Needs of a solver: what the calibration data give a matrix as inputs, and what they gave it in the original model."""
+
+
+ERROR_ROWS = 2048
+"""Rows that `output_error` looks at."""
 
 
 @dataclass
@@ -51,3 +56,15 @@ class Solver(Protocol):
             UnsupportedError: a group's parameters overflow the grid's storage dtype.
             CheckpointError: the moments cannot be factored.
         """
+
+
+def output_error(difference: Tensor, hessian: Tensor) -> float:
+    """‖D X‖² over the calibration tokens, D (out, in) being a difference of weights: tr(D H Dᵀ).
+
+    Where there are more than `ERROR_ROWS` rows, that many, evenly spaced, stand for all: all would cost more than the
+    solver itself.
+    """
+    step = -(-len(difference) // ERROR_ROWS)
+    rows = difference[::step]
+    total = float(((rows @ hessian) * rows).sum(-1).cpu().sum(dtype=torch.float64))
+    return total * len(difference) / len(rows)

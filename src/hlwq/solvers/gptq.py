@@ -23,8 +23,6 @@ from hlwq.solvers.base import INPUTS, ORIGINAL_INPUTS, Gram
 
 SOLVED_WEIGHTS = 1 << 23
 """Weights per chunk of rows solved together on a CPU."""
-ERROR_ROWS = 2048
-"""Rows that `output_error` looks at."""
 DAMPING_TRIES = 6
 """Factorisations tried, each with ten times the damping, before a Hessian is given up."""
 
@@ -79,7 +77,7 @@ class Gptq:
             grid: what a run can be rounded to. Its parameters are fitted when the loop reaches the run, by the squared
                 errors that later columns cannot make up for.
             basis: the coordinates to round in.
-            gram: of the inputs, on the same device.
+            gram: moments of the inputs, on the same device.
 
         Raises:
             CheckpointError: the Hessian stays singular whatever the damping.
@@ -121,8 +119,8 @@ class _Problem:
 
     Attributes:
         grid: what a run can be rounded to.
-        order: in which columns are rounded, (in,).
-        factor: of the inverse Hessian in that order, see `inverse_factor`.
+        order: the order in which columns are rounded, (in,).
+        factor: factor of the inverse Hessian in that order, see `inverse_factor`.
         correction: GPTAQ's P in that order: what each column adds to the later ones for the difference of its inputs.
         beta: FOEM's.
     """
@@ -207,7 +205,7 @@ def inverse_factor(hessian: Tensor, order: Tensor, damping: float) -> Tensor:
     Args:
         hessian: float32 (n, n), symmetric, positive semidefinite. Columns that were never active (a zero diagonal)
             count as average ones without any correlation: they are rounded to nearest.
-        order: int64 (n,), in which its columns are taken.
+        order: int64 (n,), the order in which its columns are taken.
         damping: λ, raised tenfold as often as the factorisation fails.
 
     Raises:
@@ -235,18 +233,6 @@ def inverse_factor(hessian: Tensor, order: Tensor, damping: float) -> Tensor:
             del lower, identity
             return inverse.flip(0, 1).to(device)
     raise CheckpointError("the Hessian of its inputs is singular. Use more calibration samples.")
-
-
-def output_error(difference: Tensor, hessian: Tensor) -> float:
-    """‖D X‖² over the calibration tokens, D (out, in) being a difference of weights: tr(D H Dᵀ).
-
-    Where there are more than `ERROR_ROWS` rows, that many, evenly spaced, stand for all: all would cost more than the
-    solver itself.
-    """
-    step = -(-len(difference) // ERROR_ROWS)
-    rows = difference[::step]
-    total = float(((rows @ hessian) * rows).sum(-1).cpu().sum(dtype=torch.float64))
-    return total * len(difference) / len(rows)
 
 
 def _column_order(importance: Tensor, run: int, desc_act: bool) -> Tensor:
