@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -113,6 +114,10 @@ class DecodedCheckpoint:
         """Bytes on disk of a dense tensor, all parts counted."""
         parts = self._modules[name][1].tensors if name in self._modules else (self._kept[name],)
         return sum(self._reader.tensors[part].nbytes for part in parts)
+
+    def stamps(self) -> list[list[Any]]:
+        """See `Reader.stamps`."""
+        return self._reader.stamps()
 
     def side_files(self) -> dict[str, Path]:
         """See `Reader.side_files`."""

@@ -15,7 +15,7 @@ import torch
 
 from hlwq.calibration import Calibration, Samples, default_batch_size, load_samples
 from hlwq.check import check_directory, has_tokenizer, refuse_unless_usable
-from hlwq.containers import DEFAULT_SHARD_BYTES, Source, Writer
+from hlwq.containers import DEFAULT_SHARD_BYTES, Source
 from hlwq.devices import available_memory, peak_memory, torch_device
 from hlwq.errors import CheckpointError, HlwqWarning, RequestError
 from hlwq.formats import Demand
@@ -33,7 +33,7 @@ class QuantizeResult:
     Attributes:
         out: the directory.
         plan: what was done to each tensor.
-        nbytes: bytes of the safetensors files.
+        nbytes: bytes of the weight files.
         relative_errors: ‖W − Ŵ‖² / ‖W‖² of each quantized module.
         output_errors: ‖(W − Ŵ) X‖² / ‖W X‖² on the calibration data, of each module that was calibrated.
         checks: what each engine demands, and whether it is met.
@@ -102,10 +102,10 @@ def run_plan(
         "shard_bytes": shard_bytes,
         "config": source.config,
         "tensors": _digest(plan),
-        "files": _stamps(source.path),
+        "files": source.stamps(),
     }
     json_files = plan.format.json_files(source.config, plan.contents())
-    writer = Writer(out, plan.outputs(), arguments, shard_bytes, json_files)
+    writer = plan.format.container(out, plan.outputs(), arguments, shard_bytes, json_files)
     work = Work(source, plan, writer, target, report)
     layers = CalibratedLayers(work, samples.tokens, calibration) if samples and calibration else None
     errors = _run_units(work, layers)
@@ -122,7 +122,7 @@ def run_plan(
     return QuantizeResult(
         out=out,
         plan=plan,
-        nbytes=sum(file.stat().st_size for file in out.glob("*.safetensors")),
+        nbytes=writer.nbytes,
         relative_errors={module: each["relative_squared_error"] for module, each in errors.items()},
         output_errors={module: each[output] for module, each in errors.items() if output in each},
         checks=checks,
@@ -226,12 +226,6 @@ def _digest(plan: Plan) -> str:
     """A short hash of what becomes of every tensor, to tell a run from another."""
     text = "\n".join(f"{tensor.spec} {tensor.action} {tensor.stages} {tensor.outputs}" for tensor in plan.tensors)
     return sha256(text.encode()).hexdigest()[:16]
-
-
-def _stamps(directory: Path) -> list[list[Any]]:
-    """Name, size and time of each weight file: hashing them would take as long as the work."""
-    files = sorted(directory.glob("*.safetensors"))
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def _silent(done: int, total: int, item: str) -> None:

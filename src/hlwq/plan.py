@@ -187,7 +187,7 @@ def make_plan(
             planned.append(PlannedTensor(spec, "quantize", "", unit, stages, outputs))
         else:
             reason = _why_kept(spec.name, layout, matrices, required)
-            planned.append(PlannedTensor(spec, "copy", reason, unit, (), (spec,)))
+            planned.append(PlannedTensor(spec, "copy", reason, unit, (), (output_format.kept(spec),)))
     remarks = [
         f"group {size} where in_features is {width}, which {wanted} does not divide"
         for (width, wanted), size in fallbacks.items()

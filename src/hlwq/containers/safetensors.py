@@ -146,6 +146,11 @@ class Reader:
         """The shard that holds a tensor."""
         return self._files[name]
 
+    def stamps(self) -> list[list[Any]]:
+        """Name, size and time of each weight file."""
+        files = sorted(self.path.glob("*.safetensors"))
+        return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
     def side_files(self) -> dict[str, Path]:
         """What stands beside the weights and goes along unchanged, by its path inside the directory.
 
@@ -176,6 +181,11 @@ class Writer:
     Since names, dtypes and shapes come from the plan, every shard's header is written first and each tensor goes
     straight to its place: nothing is held back in memory, the bytes do not depend on the order of the work, and a run
     that was interrupted goes on after the last unit that `commit` made durable.
+
+    Attributes:
+        out: the directory that will appear.
+        partial: the one that is written meanwhile.
+        nbytes: bytes of the weight files, headers included.
     """
 
     def __init__(
@@ -207,8 +217,10 @@ class Writer:
         self._json_files = dict(json_files or {})
         self._place: dict[str, tuple[str, int, TensorSpec]] = {}
         headers: dict[str, bytes] = {}
+        self.nbytes = 0
         for file, shard in self._shards.items():
             headers[file], offsets = _header(shard)
+            self.nbytes += len(headers[file]) + sum(spec.nbytes for spec in shard)
             self._place |= {spec.name: (file, offsets[spec.name], spec) for spec in shard}
         if len(self._shards) > 1:
             total = sum(spec.nbytes for _, _, spec in self._place.values())

@@ -65,5 +65,8 @@ class Source(Protocol):
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU."""
 
+    def stamps(self) -> list[list[Any]]:
+        """What tells its weight files from others, short of hashing them, which would take as long as the work."""
+
     def side_files(self) -> dict[str, Path]:
         """The files that go along unchanged, by their paths inside the directory."""

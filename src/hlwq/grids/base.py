@@ -77,6 +77,9 @@ class Grid(Protocol):
             UnsupportedError: no group size divides the width.
         """
 
+    def bound(self, weights: Tensor) -> Grid:
+        """The grid for one matrix (out, in), with what all of its runs share; itself where they share nothing."""
+
     def fit(self, weights: Tensor) -> Parameters:
         """Parameters for runs of weights (…, run), from each run alone.
 

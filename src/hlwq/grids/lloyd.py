@@ -52,6 +52,10 @@ class LloydGrid:
         """The grid with groups that divide the width. Raises UnsupportedError if no group size does."""
         return replace(self, group_size=fit_group_size(self.group_size, in_features))
 
+    def bound(self, weights: Tensor) -> LloydGrid:
+        """Itself: groups share nothing."""
+        return self
+
     def fit(self, weights: Tensor) -> Parameters:
         """Norms for groups of float32 weights (…, group); `scale` holds the norm. A zero group has norm 0.
 

@@ -77,6 +77,10 @@ class UniformGrid:
         symmetric = symmetric if self.symmetric is None else self.symmetric
         return replace(self, group_size=fit_group_size(self.group_size, in_features), symmetric=symmetric)
 
+    def bound(self, weights: Tensor) -> UniformGrid:
+        """Itself: groups share nothing."""
+        return self
+
     def fit(self, weights: Tensor) -> Parameters:
         """Parameters for groups of float32 weights (…, group), from each group's range.
 
