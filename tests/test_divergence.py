@@ -76,6 +76,26 @@ def test_the_base_runs_once(quantized: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert loaded[3:] == [bundled_model(), quantized, quantized, bundled_model(), quantized]  # that of 2 was removed
 
 
+def test_another_configuration_is_another_base(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(bundled_model(), base)
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    for epsilon in (1e-6, 1.0):
+        config.get("text_config", config)["rms_norm_eps"] = epsilon
+        (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        assert divergence(base, base, held_out_text(), context=64, limit=2).mean.mean < 1e-5
+
+
+def test_a_cache_that_is_damaged_or_cannot_be_written_does_no_harm(tmp_path: Path) -> None:
+    first = divergence(bundled_model(), bundled_model(), held_out_text(), context=64, limit=2)
+    [states] = (tmp_path / "cache" / "hlwq" / "hidden-states").iterdir()
+    states.write_bytes(states.read_bytes()[:-100])
+    assert divergence(bundled_model(), bundled_model(), held_out_text(), context=64, limit=2) == first
+    shutil.rmtree(tmp_path / "cache")
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    assert divergence(bundled_model(), bundled_model(), held_out_text(), context=64, limit=2) == first
+
+
 def test_another_tokenizer_is_refused(quantized: Path, tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(bundled_model(), base)

@@ -4,6 +4,7 @@ import math
 import shutil
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from hlwq import HlwqError, convert, quantize
 from hlwq.demo import bundled_model, held_out_text
 from hlwq.devices import compute_dtype
+from hlwq.errors import CheckpointError, RequestError
 from hlwq.evaluate import paired_difference, perplexity
 from hlwq.evaluate.model import load_model
 from hlwq.decoded import DecodedCheckpoint
@@ -75,13 +77,25 @@ def test_protocols_are_never_compared_with_each_other() -> None:
     ("options", "said"),
     [
         ({"context": 10**6}, "fewer than one window"),
-        ({"context": 64, "stride": 64}, "--stride 64 must be"),
-        ({"context": 64, "stride": 0}, "--stride 0 must be"),
+        ({"context": 64, "stride": 64}, "`stride=64` must be"),
+        ({"context": 64, "stride": 0}, "`stride=0` must be"),
+        ({"context": 1, "protocol": "chunked"}, "`context` must be at least 2"),
+        ({"context": 64, "stride": 32, "limit": 0}, "`limit` at least 1"),
+        ({"context": 64, "stride": 32, "limit": -1}, "`limit` at least 1"),
     ],
 )
-def test_windows_that_make_no_sense_are_refused(options: dict[str, int], said: str) -> None:
-    with pytest.raises(HlwqError, match=said):
+def test_windows_that_make_no_sense_are_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(RequestError, match=said):
         perplexity(bundled_model(), held_out_text(), **options)
+
+
+def test_a_text_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"`text='.*absent\.txt'` does not exist") as caught:
+        perplexity(bundled_model(), tmp_path / "absent.txt")
+    assert (caught.value.argument, caught.value.path) == ("text", tmp_path / "absent.txt")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(CheckpointError, match="is not a UTF-8 text file"):
+        perplexity(bundled_model(), tmp_path / "binary")
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,15 @@ def test_a_record_of_other_options_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [({"samples": 2}, "needs a --temperature"), ({"ks": (1, 3)}, "pass@3 needs at least 3 --samples")],
+    [
+        ({"samples": 2}, "needs a `temperature`"),
+        ({"ks": (1, 3)}, r"pass@3 \(`ks`\) needs `samples=3`"),
+        ({"ks": ()}, "`ks` must be at least 1"),
+        ({"ks": (0,)}, "`ks` must be at least 1"),
+        ({"limit": 0}, "`limit`.* must be at least 1"),
+        ({"max_tokens": 0}, "`max_tokens`.* must be at least 1"),
+        ({"concurrency": 0}, "`concurrency`.* must be at least 1"),
+    ],
 )
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(HlwqError, match=said):
@@ -143,6 +151,15 @@ def test_a_record_of_another_model_is_refused(tmp_path: Path) -> None:
     humaneval(solutions, prompting="completion", limit=1, record=record, model="one")
     with pytest.raises(HlwqError, match="another model"):
         humaneval(solutions, prompting="completion", limit=1, record=record, model="two")
+
+
+@pytest.mark.parametrize("content", ["notes", "notes\n", "[]\n", '{"answer": "x"}\n'])
+def test_a_file_that_is_no_record_is_refused_and_left_alone(content: str, tmp_path: Path) -> None:
+    record = tmp_path / "notes.txt"
+    record.write_text(content)
+    with pytest.raises(HlwqError, match="is not a record of programs"):
+        humaneval(solutions, prompting="completion", limit=1, record=record)
+    assert record.read_text() == content
 
 
 def test_a_record_holds_any_text(tmp_path: Path) -> None:

@@ -17,12 +17,13 @@ from huggingface_hub import HfApi, ModelCard
 import hlwq
 from hlwq import HlwqError
 from hlwq.demo import bundled_model, held_out_text
+from hlwq.evaluate.humaneval import HumanEval
 from hlwq.evaluate.results import fingerprint, humaneval_setting, keep, measured, results_folder, speed_setting
 from hlwq.evaluate.speed import speed
 from hlwq.evaluate.statistics import Estimate, wilson
 from hlwq.report.card import files_to_push, push, write_card
 from hlwq.report.charts import pareto_front
-from hlwq.report.compare import BASE, Protocols, Row, compare
+from hlwq.report.compare import BASE, Protocols, Row, _run_humaneval, compare
 from hlwq.report.page import write_report
 from hlwq.report.tables import markdown_table
 
@@ -193,6 +194,27 @@ def test_what_eval_measures_is_found_by_the_card(checkpoints: list[Path], tmp_pa
     assert "| perplexity | " in write_card(copy).read_text(encoding="utf-8")
 
 
+def test_programs_of_a_comparison_are_recorded_for_these_weights_alone(
+    checkpoints: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoints[0], copy, ignore=shutil.ignore_patterns("results"))
+    calls: list[dict[str, Any]] = []
+
+    def evaluate(generate: object, **options: Any) -> HumanEval:
+        calls.append(options)
+        return HumanEval("completion", 0.0, 1, 512, {1: wilson(1, 1)}, {"task": 1})
+
+    monkeypatch.setattr("hlwq.report.compare.transformers_generate", lambda path, device: None)
+    monkeypatch.setattr("hlwq.report.compare.humaneval", evaluate)
+    _run_humaneval(copy, "completion", "cpu")
+    config = json.loads((copy / "generation_config.json").read_text()) | {"eos_token_id": 1}
+    (copy / "generation_config.json").write_text(json.dumps(config))
+    _run_humaneval(copy, "completion", "cpu")
+    assert len({call["model"] for call in calls}) == len({call["record"] for call in calls}) == 2
+    assert calls[1]["model"] == fingerprint(copy)[:16]
+
+
 def test_two_directories_of_one_name_are_refused(checkpoints: list[Path]) -> None:
     with pytest.raises(HlwqError, match="same name"):
         compare([checkpoints[0], checkpoints[0]], bundled_model(), PROTOCOLS)
@@ -210,7 +232,7 @@ def test_a_card_says_what_was_measured_and_what_was_not(rows: list[Row], checkpo
     assert "Not measured: humaneval, speed." in card
     assert "arXiv 2507.11017" in card
     assert str(bundled_model()) not in card  # a path on this machine
-    with pytest.raises(HlwqError, match="--overwrite replaces it"):
+    with pytest.raises(HlwqError, match="`overwrite=True` replaces it"):
         write_card(checkpoints[2])
     assert (checkpoints[2] / "README.md").read_text(encoding="utf-8") == card
 

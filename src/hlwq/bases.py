@@ -21,6 +21,8 @@ class Basis(Protocol):
     """What every basis provides."""
 
     name: ClassVar[str]
+    title: ClassVar[str]
+    reference: ClassVar[str]
 
     def fitted(self, in_features: int, group_size: int) -> Basis:
         """The basis for matrices of this width, whose groups have this size.
@@ -41,6 +43,8 @@ class Identity:
     """The columns as they are."""
 
     name: ClassVar[str] = "identity"
+    title: ClassVar[str] = "columns as they are"
+    reference: ClassVar[str] = ""
 
     def fitted(self, in_features: int, group_size: int) -> Identity:
         """Itself, whatever the width."""
@@ -65,6 +69,8 @@ class Hadamard:
     """
 
     name: ClassVar[str] = "hadamard"
+    title: ClassVar[str] = "Hadamard-rotated blocks"
+    reference: ClassVar[str] = ""
     block_size: int | None = option("Columns rotated together, a power of two (default: a group).", default=None)
 
     def __post_init__(self) -> None:

@@ -1,52 +1,79 @@
-"""Where to compute, and what it took."""
+"""Where to compute, and how much memory that took."""
 
 from __future__ import annotations
 
 import os
-import resource
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
-from hlwq.errors import HlwqError
+from hlwq.errors import RequestError, ResourceError
+
+DEVICE_TYPES = ("cpu", "cuda", "mps", "xpu")
 
 
 def torch_device(name: str) -> torch.device:
-    """The device of that name: `cpu`, `cuda`, `cuda:1`, `mps`.
+    """The device of that name: `cpu`, `cuda`, `cuda:1`, `mps`, `xpu`.
 
     Raises:
-        HlwqError: it cannot be used here.
+        RequestError: there is no such device, or it holds no data.
+        ResourceError: it cannot be used here.
     """
+    if name.partition(":")[0] not in DEVICE_TYPES:
+        raise RequestError(
+            f"`device={name!r}` is none of those that hold data: {', '.join(DEVICE_TYPES)}. Use `device='cpu'`.",
+            argument="device",
+        )
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise HlwqError(
-            f"--device {name} cannot be used here: {str(error).splitlines()[0]} Use --device cpu."
+        reason = str(error).splitlines()[0]
+        raise ResourceError(
+            f"`device={name!r}` cannot be used here: {reason} Use `device='cpu'`.", argument="device"
         ) from None
     return device
 
 
 def compute_dtype(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> torch.dtype:
-    """The dtype to run a model of this dtype in: its own, or float32 on a CPU that would be ten times slower so."""
+    """The dtype to run a model of this dtype in: its own, or float32 on a CPU that is ten times faster with it."""
     if device.type != "cpu" or dtype is torch.float32:
         return dtype
     fast = dtype is torch.bfloat16 and torch.backends.mkldnn.is_available()
     return dtype if fast and torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 
 
-def peak_memory() -> int:
-    """The most memory that this process has held, in bytes."""
+def reset_device_peak(device: torch.device) -> None:
+    """Begin to measure `device_peak` anew."""
+    reset = getattr(torch.get_device_module(device), "reset_peak_memory_stats", None)
+    if reset:
+        reset(device)
+
+
+def device_peak(device: torch.device) -> int | None:
+    """Peak memory of this process on a device, in bytes; None where torch does not measure it (cpu, mps)."""
+    peak = getattr(torch.get_device_module(device), "max_memory_allocated", None)
+    return int(peak(device)) if peak else None
+
+
+def peak_memory() -> int | None:
+    """Peak memory of this process, in bytes; None where neither the system nor psutil tells."""
     peak = peak_of_process("self")  # on Linux getrusage starts from the peak of the process that started this one
     if peak is not None:
         return peak
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        psutil = _psutil()
+        return getattr(psutil.Process().memory_info(), "peak_wset", None) if psutil else None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def peak_of_process(process: int | str) -> int | None:
-    """The most memory that a process, by its number, has held, in bytes; None where the system does not say."""
+    """Peak memory of the process of this number, in bytes; None where the system does not tell."""
     try:
         lines = Path(f"/proc/{process}/status").read_text().splitlines()
     except OSError:
@@ -55,10 +82,28 @@ def peak_of_process(process: int | str) -> int | None:
     return None if peak is None else int(peak.split()[1]) * 1024
 
 
-def available_memory() -> int:
-    """The memory that could be had now, in bytes; where the system does not say, all that the machine has."""
+def available_memory() -> int | None:
+    """Memory that can be had now, in bytes.
+
+    Where only psutil or sysconf tell: what psutil says, else all that the machine has. None where nothing tells.
+    """
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():
         line = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:"))
         return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if psutil := _psutil():
+        return int(psutil.virtual_memory().available)
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # there is no sysconf on Windows
+        return None
+
+
+def _psutil() -> ModuleType | None:
+    """The module, which comes with the extra `eval`."""
+    try:
+        import psutil
+    except ImportError:
+        return None
+    module: ModuleType = psutil
+    return module

@@ -1,4 +1,4 @@
-"""What a directory holds: tensor by tensor, and in all."""
+"""Contents of a directory, tensor by tensor and in all."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hlwq.decoded import DecodedCheckpoint
-from hlwq.errors import HlwqError
+from hlwq.errors import RequestError
 from hlwq.files import read_json
 from hlwq.matrix import CHUNK_WEIGHTS
 from hlwq.sources import locate
@@ -19,13 +19,13 @@ class TensorReport:
 
     Attributes:
         name: its Hugging Face name.
-        shape: of the dense tensor.
-        dtype: of the dense tensor, as safetensors spells it.
-        bits: of a code; None where the tensor is stored as it is.
-        group_size: weights that share parameters; None where the tensor is stored as it is.
+        shape: shape of the dense tensor.
+        dtype: dtype of the dense tensor, as safetensors spells it.
+        bits: width of a code; None where the tensor is not quantized.
+        group_size: weights that share parameters; None where the tensor is not quantized.
         nbytes: bytes on disk, all parts counted.
-        relative_error: ‖W − Ŵ‖²/‖W‖² against the source; None if unknown. Recorded when the directory was made, or
-            measured anew where a source is given.
+        relative_error: ‖W − Ŵ‖²/‖W‖² against the source, recorded when the directory was made, or measured anew where
+            a source is given; None if unknown.
         output_error: ‖(W − Ŵ) X‖²/‖W X‖² on the calibration data, as recorded; None where it was not calibrated.
     """
 
@@ -45,12 +45,12 @@ class Inspection:
 
     Attributes:
         path: the directory.
-        format: how it stores quantized matrices.
-        recipe: by which it was made, if it says.
-        tensors: one report for each.
-        nbytes: of all tensors.
-        bits_per_quantized_weight: over the quantized matrices, all overhead counted; None if there are none.
-        bits_per_parameter: over all parameters.
+        format: its format of quantized matrices.
+        recipe: the recipe that made it, if recorded.
+        tensors: one report per tensor.
+        nbytes: bytes of all tensors.
+        bits_per_quantized_weight: mean over the quantized matrices, all overhead counted; None if there are none.
+        bits_per_parameter: mean over all parameters.
     """
 
     path: Path
@@ -68,19 +68,20 @@ def inspect(
     *,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Inspection:
-    """Report what a directory holds.
+    """Report the tensors of a directory.
 
     Args:
-        directory: of any format.
-        against: the source it was made from; if given, errors are measured anew, of kept tensors too.
+        directory: a model directory of any format.
+        against: the source it was made from; if given, errors are measured anew, of unquantized tensors too.
         progress: told how many tensors are done.
 
     Raises:
-        HlwqError: a directory cannot be read, or the two are not of the same model.
+        RequestError: there is no such directory, or the two are not of the same model.
+        HlwqError: a directory cannot be read.
     """
     path = Path(directory)
     if not path.is_dir():
-        raise HlwqError(f"{directory} is not a directory.")
+        raise RequestError(f"{directory} is not a directory.", argument="directory", path=path)
     checkpoint = DecodedCheckpoint(path)
     source = DecodedCheckpoint(locate(against)) if against is not None else None
     manifest = read_json(path / "hlwq.json") if (path / "hlwq.json").is_file() else {}
@@ -120,7 +121,12 @@ def inspect(
 
 def _relative_error(source: DecodedCheckpoint, checkpoint: DecodedCheckpoint, name: str) -> float:
     if name not in source.tensors or source.tensors[name].shape != checkpoint.tensors[name].shape:
-        raise HlwqError(f"tensor {name} is not in {source.path}, or of another shape there. Is it the source?")
+        raise RequestError(
+            f"tensor {name} is not in {source.path}, or has another shape there. Is it the source?",
+            argument="against",
+            path=source.path,
+            tensor=name,
+        )
     original, stored = source.read(name).reshape(-1), checkpoint.read(name).reshape(-1)
     error, norm = 0.0, 0.0
     for a, b in zip(original.split(CHUNK_WEIGHTS), stored.split(CHUNK_WEIGHTS), strict=True):

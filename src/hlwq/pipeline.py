@@ -38,7 +38,7 @@ class QuantizeResult:
         output_errors: ‖(W − Ŵ) X‖² / ‖W X‖² on the calibration data, of each module that was calibrated.
         checks: what each engine demands, and whether it is met.
         seconds: wall-clock time of the work.
-        peak_memory: the most memory the process has held, in bytes.
+        peak_memory: the most memory the process has held, in bytes; None where the system does not say.
     """
 
     out: Path
@@ -48,7 +48,7 @@ class QuantizeResult:
     output_errors: dict[str, float]
     checks: list[Demand]
     seconds: float
-    peak_memory: int
+    peak_memory: int | None
 
 
 def run_plan(
@@ -188,7 +188,7 @@ def _samples_for(plan: Plan, calibration: Calibration, tokenizer: Any) -> Sample
 def _warn_of_memory(plan: Plan, calibration: Calibration | None) -> None:
     """An estimate is no reason to refuse, but one to be told before hours of work."""
     needed, available = plan.peak_memory(calibration), available_memory()
-    if needed > available:
+    if available is not None and needed > available:
         lower = "Lower `batch_size` or `samples`, or use `offload_activations=True`."
         remedy = lower if calibration else "Close programs."
         warnings.warn(

@@ -7,10 +7,13 @@ from dataclasses import Field, dataclass, field, replace
 from typing import Any
 
 from hlwq.bases import BASES, Basis, Hadamard, Identity
-from hlwq.errors import RequestError
+from hlwq.errors import CheckpointError, HlwqError, RequestError
 from hlwq.grids import GRIDS, Grid, LloydGrid, UniformGrid
 from hlwq.options import options_of, recorded
 from hlwq.solvers import SOLVERS, Gptq, Nearest, Solver
+
+PARTS: dict[str, Mapping[str, type[Any]]] = {"grid": GRIDS, "basis": BASES, "solver": SOLVERS}
+"""The parts of a stage, and what each can be."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,22 @@ class Stage:
 
     def record(self) -> dict[str, Any]:
         """The stage as `hlwq.json` has it."""
-        return {"grid": recorded(self.grid), "basis": recorded(self.basis), "solver": recorded(self.solver)}
+        return {part: recorded(getattr(self, part)) for part in PARTS}
+
+    @classmethod
+    def recorded(cls, record: Mapping[str, Any]) -> Stage:
+        """The stage that `record` gave.
+
+        Raises:
+            CheckpointError: it is none that this version knows.
+        """
+        try:
+            parts = {part: dict(record[part]) for part in PARTS}
+            return cls(**{part: PARTS[part][own.pop("name")](**own) for part, own in parts.items()})
+        except (KeyError, TypeError, ValueError, HlwqError):
+            raise CheckpointError(
+                "hlwq.json was made by another version of hlwq, whose stages this one does not know."
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -95,10 +113,6 @@ def recipe_named(name: str) -> Recipe:
     if name not in RECIPES:
         raise RequestError(f"There is no recipe {name}. Recipes are: {', '.join(RECIPES)}.", argument="recipe")
     return RECIPES[name]
-
-
-PARTS: dict[str, Mapping[str, type[Any]]] = {"grid": GRIDS, "basis": BASES, "solver": SOLVERS}
-"""The parts of a stage, and what each can be."""
 
 
 def stage_options() -> dict[str, Field[Any]]:

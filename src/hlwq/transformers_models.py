@@ -1,4 +1,4 @@
-"""What is taken from transformers, an extra: tokenizers, and models built without weights."""
+"""Tokenizers and models without weights from transformers, which is an extra."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from hlwq.errors import HlwqError
+from hlwq.errors import CheckpointError, ResourceError, UnsupportedError
 
 
 def require_transformers() -> Any:
-    """The module, or an HlwqError that says how to install it."""
+    """The module. Raises ResourceError, which says how to install it, where it is missing."""
     try:
         import transformers
     except ImportError:
-        raise HlwqError("This needs transformers. Run: pip install 'hlwq[calibration,eval]'") from None
+        raise ResourceError("This needs transformers. Run: pip install 'hlwq[calibration,eval]'") from None
     return transformers
 
 
@@ -27,26 +27,29 @@ def load_tokenizer(path: Path) -> Any:
     """Load the tokenizer of a directory.
 
     Raises:
-        HlwqError: transformers is not installed, or there is no tokenizer.
+        ResourceError: transformers is not installed.
+        CheckpointError: there is no tokenizer, or none that loads.
     """
     try:
         return require_transformers().AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, ImportError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise HlwqError(f"{path} has no tokenizer that loads ({reason}). Copy the original's.") from None
+        message = f"{path} has no tokenizer that loads ({reason}). Copy the original's."
+        raise CheckpointError(message, path=path) from None
 
 
 def build_skeleton(config: dict[str, Any], *, tied: bool) -> Any:
     """The causal language model of a `config.json`: all of its modules and none of its weights, which are on `meta`.
 
     Raises:
-        HlwqError: transformers is not installed, or does not know the model.
+        ResourceError: transformers is not installed.
+        UnsupportedError: it does not know the model.
     """
     transformers = require_transformers()
     try:
         parsed = type(transformers.AutoConfig.for_model(config.get("model_type"))).from_dict(config)
     except (KeyError, ValueError):
-        raise HlwqError(
+        raise UnsupportedError(
             f"config.json: transformers {transformers.__version__} does not know model_type "
             f"{config.get('model_type')}. Upgrade transformers, or correct the file."
         ) from None
@@ -74,9 +77,9 @@ class _WithoutWeights(TorchFunctionMode):
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without its loading bars, and its hints on long texts and on kernels that are not installed.
+    """Silence transformers' loading bars, and its hints on long texts and on kernels that are not installed.
 
-    Where torchao is installed it comes along, and complains of what it lacks without a GPU.
+    It imports torchao where that is installed, which complains of a missing GPU.
     """
     transformers = require_transformers()
     verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()

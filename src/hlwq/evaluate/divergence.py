@@ -1,4 +1,4 @@
-"""How far a quantized model's next-token distribution is from the original's, token by token."""
+"""Distance of a quantized model's next-token distribution from the original's, token by token."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from hashlib import sha256
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hlwq.decoded import DecodedCheckpoint
 from hlwq.devices import compute_dtype, torch_device
-from hlwq.errors import HlwqError
+from hlwq.errors import HlwqError, RequestError
 from hlwq.evaluate.generation import Endpoint
 from hlwq.evaluate.model import load_for_evaluation
 from hlwq.evaluate.perplexity import Perplexity, perplexity_of_losses, read_text, windows_of
+from hlwq.evaluate.results import cache_folder, fingerprint
 from hlwq.evaluate.statistics import Estimate, mean_estimate, share_estimate
 from hlwq.families import describe
 from hlwq.sources import locate
@@ -28,9 +30,9 @@ from hlwq.transformers_models import load_tokenizer, quiet_transformers
 ROWS = 256
 """Tokens whose distributions over the whole vocabulary are held at once."""
 SERVER_TOP = 20
-"""How many log-probabilities per token a server is asked for: the most that vLLM gives by default."""
+"""Log-probabilities per token that are requested of a server: the most that vLLM gives by default."""
 CACHED_RUNS = 8
-"""Of bases on texts: a few kilobytes per token each."""
+"""Runs of bases on texts that the cache holds: a few kilobytes per token each."""
 Progress = Callable[[int, int, str], None]
 
 
@@ -41,12 +43,12 @@ class Divergence:
     Attributes:
         context: tokens in a chunk; chunks do not overlap, and each token but the first is predicted.
         tokens: predictions compared.
-        mean: KL, with its interval over chunks.
-        percentile_99: of the KL over tokens: how bad the bad ones are.
+        mean: mean KL, with its interval over chunks.
+        percentile_99: 99th percentile of the KL over tokens.
         top1_agreement: share of tokens whose likeliest successor is the same, with its interval over chunks.
-        lower_bound: whether the KL is only known to be at least this, since a server gave the likeliest tokens alone.
+        lower_bound: whether this is a lower bound of the KL, since a server gave the likeliest tokens alone.
         chunk_means: mean KL of each chunk.
-        perplexity: of the model, by protocol `chunked`, which the same run gives.
+        perplexity: perplexity of the model in the same run, by protocol `chunked`.
     """
 
     context: int
@@ -80,26 +82,29 @@ def divergence(
         against: the original.
         text: a UTF-8 file.
         context: tokens in a chunk.
-        limit: only so many chunks, from the start.
+        limit: most chunks to measure, from the start.
         device: where the models run.
-        progress: told how many chunks are done.
+        progress: told how many bytes are hashed, then how many chunks are done.
 
     Raises:
-        HlwqError: a model or the text cannot be read, the tokenizers or vocabularies differ, or the text is too short.
+        RequestError: the tokenizers or vocabularies differ, the text is too short, or an argument is out of range.
+        HlwqError: a model or the text cannot be read.
     """
     base, words = locate(against), read_text(text)
     with quiet_transformers():
         ids = load_tokenizer(base)(words)["input_ids"]
         if _tokens_of(model, words) not in (None, ids):
-            raise HlwqError(f"{model} was not made from {against}: their tokenizers cut the text differently.")
+            raise RequestError(
+                f"{model} was not made from {against}: their tokenizers cut the text differently.", argument="against"
+            )
     chunks = windows_of(ids, context, context, limit)
     report = progress or (lambda done, total, item: None)
     hidden = _base_states(base, chunks, device, report)
     head = _head(base).to(torch_device(device), hidden.dtype)
     per_token, same, losses = [], [], []
-    for index, found in enumerate(_model_logprobs(model, chunks, device)):
+    for index, predictions in enumerate(_predictions(model, chunks, device)):
         report(len(chunks) + index, 2 * len(chunks), "comparing")
-        kl, agree, loss = _compare(hidden[index].to(head.device), head, found, chunks[index][1:])
+        kl, agree, loss = _compare(hidden[index].to(head.device), head, predictions, chunks[index][1:])
         per_token.append(kl)
         same.append(agree)
         losses.append(loss)
@@ -129,21 +134,29 @@ def _tokens_of(model: str | Path | Endpoint, text: str) -> list[int] | None:
 
 
 def _compare(
-    hidden: Tensor, head: Tensor, found: Tensor | list[dict[int, float]], targets: list[int]
+    hidden: Tensor, head: Tensor, predictions: Tensor | list[dict[int, float]], targets: list[int]
 ) -> tuple[Tensor, Tensor, float]:
-    """KL and agreement of the likeliest token, each (n,), and the mean loss, of a chunk of states (n, hidden)."""
+    """KL and top-1 agreement, each (n,), and the model's mean loss in a chunk.
+
+    Args:
+        hidden: the base's last hidden states, (n, hidden).
+        head: the base's output head, (vocabulary, hidden).
+        predictions: see `_predictions`.
+        targets: the tokens that are predicted.
+    """
     kls, agreements, loss = [], [], 0.0
     for start in range(0, len(hidden), ROWS):
         rows = slice(start, start + ROWS)
         base = (hidden[rows] @ head.T).float().log_softmax(-1)
-        if isinstance(found, list):
-            kl, likeliest = _partial_kl(base, found[rows])
-            loss -= math.fsum(named[token] for named, token in zip(found[rows], targets[rows], strict=True))
+        if isinstance(predictions, list):
+            kl, likeliest = _partial_kl(base, predictions[rows])
+            loss -= math.fsum(named[token] for named, token in zip(predictions[rows], targets[rows], strict=True))
         else:
-            theirs = found[rows].to(base.device).float().log_softmax(-1)
+            theirs = predictions[rows].to(base.device).float().log_softmax(-1)
             if theirs.shape[1] != base.shape[1]:
-                raise HlwqError(
-                    f"The vocabularies differ: {theirs.shape[1]} tokens against the base's {base.shape[1]}."
+                raise RequestError(
+                    f"The vocabularies differ: {theirs.shape[1]} tokens against the base's {base.shape[1]}.",
+                    argument="against",
                 )
             kl, likeliest = (base.exp() * (base - theirs)).sum(-1), theirs.argmax(-1)
             loss -= float(theirs.gather(-1, torch.tensor(targets[rows], device=base.device)[:, None]).sum())
@@ -152,10 +165,10 @@ def _compare(
     return torch.cat(kls), torch.cat(agreements), loss / len(targets)
 
 
-def _partial_kl(base: Tensor, found: list[dict[int, float]]) -> tuple[Tensor, Tensor]:
-    """KL over the tokens that a server named and all others as one, which the exact KL cannot be below."""
+def _partial_kl(base: Tensor, predictions: list[dict[int, float]]) -> tuple[Tensor, Tensor]:
+    """A lower bound of the KL: over the tokens that a server named, with all others counted as one token."""
     kls, likeliest = [], []
-    for row, named in zip(base, found, strict=True):
+    for row, named in zip(base, predictions, strict=True):
         tokens = torch.tensor(list(named), device=base.device)
         theirs = torch.tensor(list(named.values()), device=base.device)
         ours = row[tokens]
@@ -169,10 +182,10 @@ def _partial_kl(base: Tensor, found: list[dict[int, float]]) -> tuple[Tensor, Te
 
 
 @torch.inference_mode()
-def _model_logprobs(
+def _predictions(
     model: str | Path | Endpoint, chunks: list[list[int]], device: str
 ) -> Iterator[Tensor | list[dict[int, float]]]:
-    """What the model says of each token but the first: logits (n, vocabulary), or a server's likeliest tokens."""
+    """Predictions of each token but the first: logits (n, vocabulary), or log-probabilities of a server's likeliest."""
     if isinstance(model, Endpoint):
         for chunk in chunks:
             yield model.prompt_logprobs(chunk, SERVER_TOP)
@@ -185,13 +198,12 @@ def _model_logprobs(
 
 @torch.inference_mode()
 def _base_states(base: Path, chunks: list[list[int]], device: str, report: Progress) -> Tensor:
-    """The base's last hidden states, (chunks, n, hidden) in the dtype it runs in, from the cache if they are there."""
-    stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(base.glob("*.safetensors"))]
+    """The base's last hidden states, (chunks, n, hidden) in its compute dtype, from the cache or put there."""
     dtype = compute_dtype(torch_device(device))
-    key = sha256(repr((str(base.resolve()), stamps, chunks, str(dtype))).encode()).hexdigest()[:24]
-    folder = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface")) / "hlwq" / "hidden-states"
+    key = sha256(repr((fingerprint(base, report), chunks, str(dtype))).encode()).hexdigest()[:24]
+    folder = cache_folder() / "hidden-states"
     file = folder / f"{key}.safetensors"
-    with suppress(FileNotFoundError):
+    with suppress(FileNotFoundError, SafetensorError):
         hidden = load_file(file)["hidden"]
         with suppress(OSError):  # the cache may be another user's
             os.utime(file)  # the least recently used are removed first
@@ -203,14 +215,16 @@ def _base_states(base: Path, chunks: list[list[int]], device: str, report: Progr
         with quiet_transformers():
             outputs = model.get_decoder()(input_ids=torch.tensor([chunk[:-1]], device=model.device), use_cache=False)
         states.append(outputs.last_hidden_state[0].cpu())
-    folder.mkdir(parents=True, exist_ok=True)
     hidden = torch.stack(states)
-    partial = file.with_suffix(f".{os.getpid()}.partial")  # another process may be at the same
-    save_file({"hidden": hidden}, partial)
-    partial.rename(file)
-    with suppress(FileNotFoundError):  # another process removes them too
+    partial = file.with_suffix(f".{os.getpid()}.partial")  # another process may write the same
+    with suppress(OSError, SafetensorError):  # a cache that cannot be written does no harm
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({"hidden": hidden}, partial)
+        partial.replace(file)
         for old in sorted(folder.glob("*.safetensors"), key=lambda each: each.stat().st_mtime)[:-CACHED_RUNS]:
-            old.unlink()
+            old.unlink()  # which another process may have done
+    with suppress(OSError):
+        partial.unlink(missing_ok=True)  # what a full disk left
     return hidden
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
@@ -14,29 +15,31 @@ from urllib.parse import urlsplit
 
 import torch
 
-from hlwq.errors import HlwqError
+from hlwq.errors import RequestError, ResourceError, UnsupportedError
 from hlwq.evaluate.model import load_for_evaluation
 from hlwq.sources import locate
 from hlwq.transformers_models import load_tokenizer, quiet_transformers
 
 Generate = Callable[["Request"], "Answer"]
 TRANSFORMERS, PACKED = "transformers", "transformers, packed"
-"""The engines of what runs in this process: with decoded weights, and with HLWQ's codes as they are."""
-ENGINES = {"vllm": "vLLM", "llamacpp": "llama.cpp", "sglang": "SGLang", None: "mlx-lm"}
-"""Programs by what their servers call the owner of a model; mlx_lm.server names none."""
+"""Engines inside this process: with decoded weights, and with HLWQ's codes as they are."""
+ENGINES = {"vllm": "vLLM", "llamacpp": "llama.cpp", "sglang": "SGLang"}
+"""Programs by what their servers call the owner of a model."""
+MLX_FINGERPRINT = re.compile(r"(\d+\.\d+[^-]*)-\d+\.\d+[^-]*-(?:macOS|Linux)-.+")
+"""`system_fingerprint` of mlx_lm.server, which names no owner: its version, MLX's, the platform and the GPU."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of a model.
+    """One prompt for a model.
 
     Attributes:
-        prompt: the text to continue, or of a chat the user's message.
+        prompt: the text to continue, or the user's message in a chat.
         chat: whether it is a chat.
-        max_tokens: of the answer.
-        temperature: 0 is greedy.
-        seed: of the sampling.
-        stop: texts that end the answer, which they do not belong to.
+        max_tokens: most tokens in the answer.
+        temperature: sampling temperature; 0 is greedy.
+        seed: seed of the sampling.
+        stop: texts that end the answer, and are not part of it.
     """
 
     prompt: str
@@ -49,10 +52,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said.
+    """A model's answer.
 
     Attributes:
-        text: up to the first of the stop texts.
+        text: the answer up to the first of the stop texts.
         unfinished: whether it ended because of `max_tokens`.
     """
 
@@ -61,9 +64,9 @@ class Answer:
 
 
 def answer_of(text: str, stop: Sequence[str], at_limit: bool) -> Answer:
-    """What a model said, by all that it wrote and whether it was stopped at its `max_tokens`."""
-    said = cut_at(text, stop)
-    return Answer(said, at_limit and said == text)
+    """The answer in all that a model wrote; `at_limit` tells whether `max_tokens` ended it."""
+    answer = cut_at(text, stop)
+    return Answer(answer, at_limit and answer == text)
 
 
 def cut_at(text: str, stop: Sequence[str]) -> str:
@@ -73,7 +76,7 @@ def cut_at(text: str, stop: Sequence[str]) -> str:
 
 
 def has_chat_template(model: str | Path) -> bool:
-    """Whether a directory's or hub id's tokenizer has a chat template. Raises HlwqError if there is no tokenizer."""
+    """Whether a directory's or hub id's tokenizer has a chat template. Raises CheckpointError without a tokenizer."""
     return bool(getattr(load_tokenizer(locate(model)), "chat_template", None))
 
 
@@ -81,7 +84,7 @@ def transformers_generate(model: str | Path, device: str = "cpu") -> Generate:
     """Load a directory of any format or a hub id, to generate with it.
 
     Raises:
-        HlwqError: see `locate` and `load_model`; of the generator: the model has no chat template.
+        HlwqError: see `locate` and `load_model`; the generator raises RequestError if a chat lacks its template.
     """
     loaded, tokenizer = load_for_evaluation(locate(model), device)
 
@@ -89,14 +92,14 @@ def transformers_generate(model: str | Path, device: str = "cpu") -> Generate:
         text = request.prompt
         if request.chat:
             if not getattr(tokenizer, "chat_template", None):
-                raise HlwqError(f"{model} has no chat template. Use --prompting completion.")
+                raise RequestError(f"{model} has no chat template. Use `prompting='completion'`.", argument="prompting")
             messages = [{"role": "user", "content": request.prompt}]
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not request.chat).to(loaded.device)
         options: dict[str, Any] = {"do_sample": False}
         if request.temperature:
             torch.manual_seed(request.seed)
-            # The model's own habits of sampling are put aside: what is measured is said in the protocol.
+            # Not the model's own top-p and top-k: the protocol defines what is measured.
             options = {"do_sample": True, "temperature": request.temperature, "top_p": 1.0, "top_k": 0}
         if request.stop:
             options |= {"stop_strings": list(request.stop), "tokenizer": tokenizer}
@@ -107,11 +110,11 @@ def transformers_generate(model: str | Path, device: str = "cpu") -> Generate:
                 pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
                 **options,
             )
-        written = tokens[0, inputs["input_ids"].shape[1] :]
+        new = tokens[0, inputs["input_ids"].shape[1] :]
         ends = loaded.generation_config.eos_token_id
-        ended = int(written[-1]) in (ends if isinstance(ends, list) else [ends])
-        text = tokenizer.decode(written, skip_special_tokens=True)
-        return answer_of(text, request.stop, len(written) >= request.max_tokens and not ended)
+        ended = int(new[-1]) in (ends if isinstance(ends, list) else [ends])
+        text = tokenizer.decode(new, skip_special_tokens=True)
+        return answer_of(text, request.stop, len(new) >= request.max_tokens and not ended)
 
     return generate
 
@@ -120,40 +123,45 @@ class Endpoint:
     """A server that speaks OpenAI's HTTP API, such as vLLM, mlx_lm.server or llama.cpp's.
 
     Attributes:
-        url: up to and including `/v1`.
-        engine: the program behind it, such as `vLLM`, or `server` if it does not say.
-        version: of the program, where it says.
-        model: the name that the server gives its model; None where it offers several, the first being no better than
-            its own choice.
+        url: address up to and including `/v1`.
+        engine: the program that the server proves to be, such as `vLLM`; else `server`.
+        version: the program's version, where it tells.
+        model: the server's name of its model; None where it offers several, of which its own choice is best.
         local: whether it is on this machine, or reached through a port of it.
     """
 
     def __init__(self, url: str, timeout: float = 3600.0) -> None:
-        """Ask the server what it is and which model it serves.
+        """Ask the server for its program and its model.
 
         Raises:
-            HlwqError: it does not answer, or serves no model.
+            ResourceError: it does not answer, or serves no model.
         """
         self.url, self._timeout = url.rstrip("/"), timeout
         self.local = urlsplit(self.url).hostname in ("127.0.0.1", "localhost", "::1")
         served = self._call("/models").get("data")
         if not served:
-            raise HlwqError(f"--endpoint {self.url} serves no model.")
+            raise ResourceError(f"The server at {self.url} serves no model.")
         self.model = str(served[0]["id"]) if len(served) == 1 else None
-        self.engine = ENGINES.get(served[0].get("owned_by"), "server")
-        self.version = self._version()
+        self.engine, self.version = self._identify(served[0].get("owned_by"))
 
-    def _version(self) -> str | None:
-        if self.engine != "vLLM":
-            return None
-        address = self.url.removesuffix("/v1")
-        return str(self._call("/version", address=address)["version"])
+    def _identify(self, owner: str | None) -> tuple[str, str | None]:
+        """The program and its version, by the owner of its model or, without one, by how it signs a completion."""
+        if owner is not None:
+            engine = ENGINES.get(owner, "server")
+            version = self._call("/version", address=self.url.removesuffix("/v1")) if engine == "vLLM" else {}
+            return engine, version.get("version")
+        try:
+            signature = self._call("/completions", {"prompt": "A", "max_tokens": 1}).get("system_fingerprint")
+        except ResourceError:
+            return "server", None
+        mlx = MLX_FINGERPRINT.fullmatch(str(signature))
+        return ("mlx-lm", mlx[1]) if mlx else ("server", None)
 
     def generate(self, request: Request) -> Answer:
         """The server's answer.
 
         Raises:
-            HlwqError: it fails, or answers in a way that is not understood.
+            ResourceError: it fails, or its answer is not JSON.
         """
         body: dict[str, Any] = {
             "max_tokens": request.max_tokens,
@@ -177,48 +185,53 @@ class Endpoint:
         """Have the server continue a text by `count` tokens, past the end of its own answer where it can do that.
 
         Returns:
-            How many tokens the prompt had, and how many were written.
+            Tokens of the prompt, and new tokens.
 
         Raises:
-            HlwqError: it fails.
+            ResourceError: it fails.
         """
         body = {"prompt": prompt, "max_tokens": count, "temperature": 0, "ignore_eos": True}
         usage = self._call("/completions", body)["usage"]
         return int(usage["prompt_tokens"]), int(usage["completion_tokens"])
 
     def prompt_logprobs(self, tokens: Sequence[int], top: int) -> list[dict[int, float]]:
-        """The server's log-probabilities of each token but the first: of the token itself, and of the likeliest.
+        """Log-probabilities, for each token but the first, of the token itself and of the `top` likeliest.
 
-        vLLM returns them; it is asked for one more token, which is ignored.
+        vLLM returns them, with one new token, which is ignored.
 
         Raises:
-            HlwqError: the server does not return them.
+            UnsupportedError: the server does not return them.
+            ResourceError: it does not answer.
         """
         body = {"prompt": list(tokens), "max_tokens": 1, "temperature": 0, "prompt_logprobs": top}
         try:
-            found = self._call("/completions", body)["choices"][0].get("prompt_logprobs")
-        except HlwqError as error:
-            raise HlwqError(f"{error} It was asked for log-probabilities of a prompt, which vLLM gives.") from None
-        if not found:
-            raise HlwqError(f"--endpoint {self.url} gives no log-probabilities of prompts. vLLM does.")
-        return [{int(token): float(entry["logprob"]) for token, entry in each.items()} for each in found[1:]]
+            logprobs = self._call("/completions", body)["choices"][0].get("prompt_logprobs")
+        except ResourceError as error:
+            raise ResourceError(
+                f"{error} The request was for log-probabilities of a prompt, which vLLM gives."
+            ) from None
+        if not logprobs:
+            raise UnsupportedError(f"The server at {self.url} gives no log-probabilities of prompts. vLLM does.")
+        return [{int(token): float(entry["logprob"]) for token, entry in each.items()} for each in logprobs[1:]]
 
     def _call(self, path: str, body: dict[str, Any] | None = None, address: str | None = None) -> dict[str, Any]:
         if body is not None and self.model is not None:
             body = {"model": self.model, **body}
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request((address or self.url) + path, data, {"Content-Type": "application/json"})
         try:
+            request = urllib.request.Request((address or self.url) + path, data, {"Content-Type": "application/json"})
             with urllib.request.urlopen(request, timeout=self._timeout) as response:
-                said = response.read().decode(errors="replace")
+                text = response.read().decode(errors="replace")
         except urllib.error.HTTPError as error:
-            said = error.read().decode(errors="replace")[:300]
-            raise HlwqError(f"--endpoint {self.url}{path} answered {error.code}: {said}") from None
+            text = error.read().decode(errors="replace")[:300]
+            raise ResourceError(f"The server at {self.url}{path} answered {error.code}: {text}") from None
         except (OSError, HTTPException, ValueError) as error:
             reason = getattr(error, "reason", error)
-            raise HlwqError(f"--endpoint {self.url} does not answer ({reason}). Is the server up?") from None
+            raise ResourceError(f"The server at {self.url} does not answer ({reason}). Is it up?") from None
         try:
-            answer: dict[str, Any] = json.loads(said)
+            answer = json.loads(text)
         except ValueError:
-            raise HlwqError(f"--endpoint {self.url}{path} answered what is not JSON: {said[:100]!r}.") from None
+            answer = None
+        if not isinstance(answer, dict):
+            raise ResourceError(f"The answer of the server at {self.url}{path} is no JSON object: {text[:100]!r}.")
         return answer

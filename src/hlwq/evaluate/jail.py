@@ -1,9 +1,9 @@
-"""Run one untrusted Python program where it can harm nothing. A script of its own: `sandbox.py` starts it.
+"""Run one untrusted Python program where it can harm nothing. This is a script, which `sandbox.py` starts.
 
-It reads a JSON request on standard input and writes `passed` or a reason, after the request's secret word, on standard
-output, which the program itself never sees. Linux only, by namespaces: a file system with nothing but Python in it,
-read-only; no network; no other processes; limits on time, memory, processes and files. When this process ends, the
-kernel kills everything that was started in it.
+It reads a JSON request on standard input. On standard output, which the program never sees, it writes the request's
+secret word and then `passed` or a reason. Linux only, by namespaces: a read-only file system with nothing but Python in
+it; no network; no other processes; limits on time, memory, processes and files. When this process ends, the kernel
+kills everything that was started in it.
 
 Only the standard library: it runs as `python -I` with an empty environment.
 """
@@ -28,7 +28,7 @@ MNT_DETACH, PR_SET_NO_NEW_PRIVS, PR_SET_PDEATHSIG, PR_CAPBSET_DROP = 2, 38, 1, 2
 CAPABILITY_VERSION = 0x20080522
 NOBODY = 65534
 STARTED = "started"
-"""What the program's process says first, so that a jail that fails is not taken for a program that does."""
+"""First word of the program's process, which tells a failing program from a failing jail."""
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def leave_namespaces() -> None:
-    """Part from the network, the processes, the mounts and the user that started this."""
+    """Leave the network, the processes, the mounts and the user that started this."""
     user, group = os.getuid(), os.getgid()
     if user == 0:
         check(libc.unshare(CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWPID | CLONE_NEWNET), "unshare")
@@ -67,7 +67,7 @@ def leave_namespaces() -> None:
 
 
 def supervise(request: dict[str, Any], report: Any) -> NoReturn:
-    """As process 1: build the file system, start the program, and stop it after its time."""
+    """Process 1: build the file system, start the program, and stop it after its time."""
     secret = request["secret"]
     try:
         build_root(Path(request["root"]), request["visible"], request["disk_bytes"])
@@ -88,15 +88,15 @@ def supervise(request: dict[str, Any], report: Any) -> NoReturn:
 
 
 def wait_for(program: int, reading: int, seconds: float) -> str:
-    """What became of the program: `passed`, or why not."""
+    """Verdict on the program: `passed`, or why not."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         ended, status = os.waitpid(program, os.WNOHANG)
         if ended:
-            said = b""
-            with contextlib.suppress(BlockingIOError):  # it ended without a word
-                said = os.read(reading, 1000)
-            started, _, verdict = said.decode(errors="replace").partition(" ")
+            report = b""
+            with contextlib.suppress(BlockingIOError):  # it ended without a report
+                report = os.read(reading, 1000)
+            started, _, verdict = report.decode(errors="replace").partition(" ")
             if started != STARTED:
                 return "no isolation: the process of the program ended before it began"
             if verdict:
@@ -109,7 +109,7 @@ def wait_for(program: int, reading: int, seconds: float) -> str:
 
 
 def build_root(root: Path, visible: list[str], disk_bytes: int) -> None:
-    """A new root, read-only, with the given directories and an empty /program in memory, and nothing else."""
+    """Make a read-only root of the visible directories and an empty /program in memory, and nothing else."""
     mount(None, Path("/"), None, MS_REC | MS_PRIVATE)
     mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, "mode=755")
     for name in visible:
@@ -143,7 +143,7 @@ PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 
 
 def run(request: dict[str, Any], writing: int) -> NoReturn:
-    """As the program's process: give up all rights, set the limits, and execute it."""
+    """The program's process: give up all rights, set the limits, and execute the program."""
     memory = request["memory_bytes"]
     limits = {
         resource.RLIMIT_CPU: request["seconds"],
@@ -172,7 +172,7 @@ def run(request: dict[str, Any], writing: int) -> NoReturn:
 
 
 def drop_capabilities() -> None:
-    """Give up what the first user of a namespace may do there, for good."""
+    """Give up, for good, the rights of a namespace's first user."""
     capability = 0
     while libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0) == 0:
         capability += 1

@@ -10,14 +10,14 @@ import torch
 from hlwq.containers import Reader
 from hlwq.decoded import DecodedCheckpoint
 from hlwq.devices import compute_dtype, torch_device
-from hlwq.errors import HlwqError
+from hlwq.errors import CheckpointError, RequestError
 from hlwq.families import describe
 from hlwq.formats import detect_format
 from hlwq.transformers_models import build_skeleton, load_tokenizer, quiet_transformers, require_transformers
 
 
 def load_for_evaluation(path: Path, device: str = "cpu") -> tuple[Any, Any]:
-    """`load_model` with weights rounded to bfloat16, and run in float32 on a CPU without fast kernels for bfloat16.
+    """`load_model` in bfloat16, whose weights run in float32 on a CPU without fast kernels for bfloat16.
 
     Raises:
         HlwqError: see `load_model`.
@@ -32,7 +32,7 @@ def load_model(path: Path, device: str = "cpu", dtype: torch.dtype = torch.bfloa
     Args:
         path: the directory.
         device: where the model goes.
-        dtype: of its weights. float32 holds decoded weights exactly.
+        dtype: dtype of its weights; float32 holds decoded weights exactly.
 
     Returns:
         The model, in evaluation mode, and its tokenizer.
@@ -40,10 +40,9 @@ def load_model(path: Path, device: str = "cpu", dtype: torch.dtype = torch.bfloa
     Raises:
         HlwqError: transformers is not installed, the directory cannot be read, or the device cannot be used.
     """
-    require_transformers()
     target = torch_device(device)
     checkpoint = DecodedCheckpoint(path)
-    # Its class, and the text configuration that it uses.
+    # Only for its class and its text configuration.
     skeleton = build_skeleton(checkpoint.config, tied=describe(checkpoint.config, checkpoint.tensors).tied)
     weights = {name: checkpoint.read(name).to(dtype) for name in checkpoint.tensors}
     with quiet_transformers():
@@ -51,12 +50,13 @@ def load_model(path: Path, device: str = "cpu", dtype: torch.dtype = torch.bfloa
             None, config=skeleton.config, state_dict=weights, dtype=dtype, output_loading_info=True
         )
     if loading["missing_keys"]:  # transformers would fill them at random
-        raise HlwqError(f"{path}: tensors are missing: {', '.join(sorted(loading['missing_keys'])[:3])}.")
+        missing = sorted(loading["missing_keys"])
+        raise CheckpointError(f"{path}: tensors are missing: {', '.join(missing[:3])}.", path=path, tensor=missing[0])
     return model.eval().to(target), load_tokenizer(path)
 
 
 def load_packed(path: Path, device: str = "cpu") -> tuple[Any, Any]:
-    """Load an hlwq directory into transformers with its codes as they are, in the model's own dtype.
+    """Load an hlwq directory into transformers without decoding it, in the model's own dtype.
 
     Args:
         path: the directory.
@@ -66,13 +66,18 @@ def load_packed(path: Path, device: str = "cpu") -> tuple[Any, Any]:
         The model, in evaluation mode, and its tokenizer.
 
     Raises:
-        HlwqError: transformers is not installed, the directory is of another format, or the device cannot be used.
+        RequestError: the directory is of another format.
+        ResourceError: transformers is not installed, or the device cannot be used.
     """
     transformers = require_transformers()
     target = torch_device(device)
-    found = detect_format(Reader(path)).name
-    if found != "hlwq":
-        raise HlwqError(f"{path} is in format {found}: only format hlwq runs packed. Leave --packed out.")
+    format_name = detect_format(Reader(path)).name
+    if format_name != "hlwq":
+        raise RequestError(
+            f"{path} is in format {format_name}: only format hlwq runs packed. Leave `packed=True` out.",
+            argument="packed",
+            path=path,
+        )
     with quiet_transformers():
         model = transformers.AutoModelForCausalLM.from_pretrained(path)
     return model.to(target), load_tokenizer(path)

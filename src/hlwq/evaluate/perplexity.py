@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hlwq.errors import HlwqError
+from hlwq.errors import CheckpointError, RequestError
 from hlwq.evaluate.generation import Endpoint
 from hlwq.evaluate.model import load_for_evaluation
 from hlwq.evaluate.statistics import mean_estimate, standard_error
@@ -24,16 +24,16 @@ Protocol = Literal["windowed", "chunked"]
 
 @dataclass(frozen=True)
 class Perplexity:
-    """A perplexity and how sure it is.
+    """A perplexity with its uncertainty.
 
     Attributes:
         protocol: `windowed` or `chunked`, see `perplexity`.
         context: tokens the model sees at once.
         stride: tokens between the starts of two windows; for `chunked`, the same as `context`.
         perplexity: exp of the mean negative log-likelihood over all scored tokens.
-        standard_error: of the perplexity, from the spread over chunks (delta method); None for a single chunk.
-        tokens: how many were scored.
-        tokens_sha256: of all token ids of the text, so that results on different texts are never compared.
+        standard_error: standard error of the perplexity over chunks (delta method); None for a single chunk.
+        tokens: number of scored tokens.
+        tokens_sha256: SHA-256 of all token ids of the text: results on different texts are never compared.
         chunk_losses: mean negative log-likelihood, in nats per token, of each chunk. All chunks score the same number
             of tokens, so their plain mean is the mean over tokens.
     """
@@ -65,29 +65,32 @@ def perplexity(
     `windowed`: windows of `context` tokens start every `stride` tokens and the last `stride` tokens of each are scored,
     in the first window too, so that every scored token has at least `context − stride` before it. `chunked`: chunks of
     `context` tokens that do not overlap; all tokens but each chunk's first are scored (the protocol of Frantar et al.,
-    arXiv 2210.17323). Weights in bfloat16 (run in float32 on a CPU without
-    fast kernels for it), log-softmax in float32; the file is tokenized once, whole.
+    arXiv 2210.17323). Weights are in bfloat16 (run in float32 on a CPU without fast kernels for it), the log-softmax
+    is in float32; the file is tokenized once, whole.
 
     Args:
         model: a directory of any format, a hub id, a `.gguf` file, or a server that gives log-probabilities of prompts.
         text: a UTF-8 file.
-        tokenizer_of: for a server: where the tokenizer of its model lies.
-        protocol: see above.
+        tokenizer_of: the directory or hub id whose tokenizer a server's model has; for servers alone.
+        protocol: `windowed` or `chunked`.
         context: tokens in a window or chunk.
-        stride: for `windowed`.
-        limit: measure only so many windows or chunks, from the start.
+        stride: tokens between the starts of two windows, for `windowed`.
+        limit: most windows or chunks to measure, from the start.
         device: where the model runs.
         progress: told how many chunks are done.
 
     Raises:
-        HlwqError: the model or the text cannot be read, or the text is shorter than one window.
+        RequestError: an argument is out of range, or the text is shorter than one window.
+        HlwqError: the model or the text cannot be read.
     """
     contents = read_text(text)
     if progress:
         progress(0, 1, "loading the model")
     if isinstance(model, Endpoint):
         if tokenizer_of is None:
-            raise HlwqError("A server does not say how it tokenizes. Name the model's directory too.")
+            raise RequestError(
+                "A server does not say how it tokenizes. Name the model's directory too.", argument="tokenizer_of"
+            )
         loaded, tokenizer = model, load_tokenizer(locate(tokenizer_of))
     else:
         loaded, tokenizer = load_for_evaluation(locate(model), device)
@@ -102,25 +105,31 @@ def read_text(file: str | Path) -> str:
     """The text of a file.
 
     Raises:
-        HlwqError: it does not exist, or is not text in UTF-8.
+        RequestError: it does not exist.
+        CheckpointError: it is not text in UTF-8.
     """
     try:
         return Path(file).read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise HlwqError(f"--text {file} does not exist.") from None
+        raise RequestError(f"`text={str(file)!r}` does not exist.", argument="text", path=file) from None
     except (UnicodeDecodeError, IsADirectoryError):
-        raise HlwqError(f"--text {file} is not a UTF-8 text file.") from None
+        raise CheckpointError(f"`text={str(file)!r}` is not a UTF-8 text file.", argument="text", path=file) from None
 
 
 def windows_of(tokens: Sequence[int], context: int, stride: int, limit: int | None = None) -> list[list[int]]:
     """Windows of `context` tokens that start every `stride` tokens; a shorter rest at the end is left out.
 
     Raises:
-        HlwqError: there are fewer tokens than one window holds.
+        RequestError: there are fewer tokens than one window holds, or an argument is out of range.
     """
+    if context < 2 or (limit is not None and limit < 1):
+        raise RequestError("`context` must be at least 2, and `limit` at least 1.")
     starts = range(0, len(tokens) - context + 1, stride)[:limit]
     if not starts:
-        raise HlwqError(f"The text has {len(tokens)} tokens, fewer than one window of {context}. Lower --context.")
+        raise RequestError(
+            f"The text has {len(tokens)} tokens, fewer than one window of {context}. Lower `context`.",
+            argument="context",
+        )
     return [list(tokens[start : start + context]) for start in starts]
 
 
@@ -137,16 +146,18 @@ def perplexity_of_tokens(
     """`perplexity` of a loaded model on token ids, int64 (n,).
 
     Raises:
-        HlwqError: an option is out of range, or there are fewer tokens than one window holds.
+        RequestError: an argument is out of range, or there are fewer tokens than one window holds.
     """
     if protocol == "chunked":
         stride, scored = context, context - 1
     elif protocol == "windowed":
         scored = stride
     else:
-        raise HlwqError(f"There is no protocol {protocol}. Protocols are: windowed, chunked.")
-    if context < 2 or not 0 < stride <= context or scored >= context:
-        raise HlwqError(f"--stride {stride} must be at least 1 and below --context {context}.")
+        raise RequestError(
+            f"`protocol={protocol!r}` is unknown. Protocols are: windowed, chunked.", argument="protocol"
+        )
+    if protocol == "windowed" and not 0 < stride < context:
+        raise RequestError(f"`stride={stride}` must be at least 1 and below `context={context}`.", argument="stride")
     windows = windows_of(tokens.tolist(), context, stride, limit)
     score = _server_loss if isinstance(model, Endpoint) else _loss
     losses = []
@@ -162,7 +173,7 @@ def perplexity_of_tokens(
 def perplexity_of_losses(
     losses: Sequence[float], scored: int, tokens: Tensor, protocol: Protocol, context: int, stride: int
 ) -> Perplexity:
-    """What follows from the mean loss, in nats, of each chunk of a text, in which `scored` tokens were scored."""
+    """The perplexity that follows from each chunk's mean loss in nats, over `scored` tokens each."""
     mean = sum(losses) / len(losses)
     return Perplexity(
         protocol=protocol,
@@ -177,22 +188,21 @@ def perplexity_of_losses(
 
 
 def paired_difference(a: Perplexity, b: Perplexity, confidence: float = 0.95) -> tuple[float, float, float]:
-    """How much higher b's loss is than a's, chunk by chunk on the same text.
+    """Mean loss of b minus that of a, paired by the chunks of one text.
 
-    Pairing takes out what the chunks have in common, so the interval is far narrower than the two standard errors
-    suggest.
+    Pairing cancels the chunks' own difficulty, so the interval is far narrower than the two standard errors suggest.
 
     Returns:
         The mean difference in nats per token, and the ends of its confidence interval (Student's t over chunks).
 
     Raises:
-        HlwqError: the two were not measured by the same protocol on the same chunks, or on a single one.
+        RequestError: the two were not measured by the same protocol on the same chunks, or on a single one.
     """
     if _protocol_of(a) != _protocol_of(b):
-        raise HlwqError("The two perplexities were not measured by the same protocol on the same text.")
+        raise RequestError("The two perplexities were not measured by the same protocol on the same text.")
     differences = [y - x for x, y in zip(a.chunk_losses, b.chunk_losses, strict=True)]
     if len(differences) < 2:
-        raise HlwqError("One chunk gives no interval. Raise --limit or lower --context.")
+        raise RequestError("One chunk gives no interval. Raise `limit` or lower `context`.")
     estimate = mean_estimate(differences, confidence)
     return estimate.mean, estimate.low, estimate.high
 
@@ -212,6 +222,6 @@ def _loss(model: Any, window: list[int], scored: int) -> float:
 
 
 def _server_loss(endpoint: Endpoint, window: list[int], scored: int) -> float:
-    """The same, from the log-probabilities that a server gives."""
-    found = endpoint.prompt_logprobs(window, 0)
-    return -math.fsum(each[token] for each, token in zip(found[-scored:], window[-scored:], strict=True)) / scored
+    """`_loss` by a server's log-probabilities."""
+    rows = zip(endpoint.prompt_logprobs(window, 0)[-scored:], window[-scored:], strict=True)
+    return -math.fsum(logprobs[token] for logprobs, token in rows) / scored

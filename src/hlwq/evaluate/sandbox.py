@@ -10,25 +10,25 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from hlwq.errors import HlwqError
+from hlwq.errors import ResourceError
 
 JAIL = Path(__file__).with_name("jail.py")
 SYSTEM_DIRECTORIES = ("/usr", "/bin", "/lib", "/lib64")
 FINISHED = "hlwq: the program ran to its end"
 GRACE_SECONDS = 60.0
-"""Beyond a program's own time, for making the jail and taking it down."""
+"""Time beyond a program's own, to build its jail and take it down."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one program may use.
+    """Resources of one program.
 
     Attributes:
-        seconds: of processor time of each process. A busy machine does not take them away.
-        wall_seconds: from the start of the program until it is stopped.
+        seconds: processor time of each process, which a busy machine does not shorten.
+        wall_seconds: time from the start of the program until it is stopped.
         memory_bytes: address space of each process.
-        disk_bytes: of all files together, which are in memory.
-        processes: and threads, the program itself included.
+        disk_bytes: size of all files together, which are in memory.
+        processes: number of processes and threads, the program itself included.
     """
 
     seconds: int = 4
@@ -40,7 +40,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a program: whether it ran to its end without an exception, or why not."""
+    """Result of a program: whether it ran to its end without an exception, and why not."""
 
     passed: bool
     reason: str
@@ -51,14 +51,14 @@ def run_program(program: str, limits: Limits | None = None) -> Outcome:
 
     Args:
         program: the source, test included.
-        limits: what it may use.
+        limits: its resources.
 
     Raises:
-        HlwqError: this system cannot isolate it, and nothing was run; or the sandbox itself was lost.
+        ResourceError: this system cannot isolate it, and nothing was run; or the sandbox itself was lost.
     """
     limits = limits or Limits()
     if sys.platform != "linux":
-        raise HlwqError("Programs can be isolated on Linux only. Run it there, or in a Linux container.")
+        raise ResourceError("Programs can be isolated on Linux only. Run it there, or in a Linux container.")
     secret = secrets.token_hex(16)
     with tempfile.TemporaryDirectory() as root:
         request = {"secret": secret, "program": program, "root": root, "visible": _visible(), **asdict(limits)}
@@ -73,23 +73,24 @@ def run_program(program: str, limits: Limits | None = None) -> Outcome:
             start_new_session=True,
         )
         try:
-            said, _ = process.communicate(json.dumps(request).encode(), timeout=limits.wall_seconds + GRACE_SECONDS)
+            reply, _ = process.communicate(json.dumps(request).encode(), timeout=limits.wall_seconds + GRACE_SECONDS)
         except subprocess.TimeoutExpired:
             process.kill()
-            said, _ = process.communicate()
-    word, _, verdict = said.decode(errors="replace").partition(" ")
+            reply, _ = process.communicate()
+    word, _, verdict = reply.decode(errors="replace").partition(" ")
     if word != secret:
-        raise HlwqError("The sandbox was lost before it could say what became of a program. Is there enough memory?")
+        raise ResourceError("The sandbox was lost before it could report on a program. Is there enough memory?")
     if verdict.startswith("no isolation"):
-        raise HlwqError(
-            f"Programs cannot be isolated here ({verdict}): user namespaces are needed. Run it as root, in a container "
-            "with --privileged, or say --unsafe to run them without."
+        raise ResourceError(
+            f"Programs cannot be isolated here ({verdict}): user namespaces are needed. Run it as root, in a "
+            "privileged container, or without isolation: `run=run_unsafely`.",
+            argument="run",
         )
     return Outcome(verdict == "passed", verdict)
 
 
 def run_unsafely(program: str, limits: Limits | None = None) -> Outcome:
-    """Run a Python program in a process of its own with nothing but a time limit, for those who accept the danger."""
+    """Run a Python program without a sandbox, in a process of its own with a time limit: it can do any harm."""
     seconds = (limits or Limits()).wall_seconds
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -109,7 +110,7 @@ def run_unsafely(program: str, limits: Limits | None = None) -> Outcome:
 
 
 def _visible() -> list[str]:
-    """What a program needs to see to run: the system's libraries and Python itself."""
+    """Directories that a program needs to run: the system's libraries and Python itself."""
     python = {str(Path(each).resolve()) for each in (sys.base_prefix, sys.prefix)}
     system = [each for each in SYSTEM_DIRECTORIES if Path(each).is_dir() and not Path(each).is_symlink()]
     inside = [each for each in sorted(python) if not each.startswith(tuple(f"{name}/" for name in system))]

@@ -1,4 +1,4 @@
-"""How fast a model runs and what it takes: prefill and decode tokens per second, load time, peak memory."""
+"""Speed and memory of a model: prefill and decode tokens per second, load time, peak memory."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 
 import torch
 
-from hlwq.devices import peak_memory, peak_of_process
-from hlwq.errors import HlwqError
+from hlwq.devices import device_peak, peak_memory, peak_of_process, reset_device_peak, torch_device
+from hlwq.errors import RequestError, ResourceError
 from hlwq.evaluate.generation import PACKED, TRANSFORMERS, Endpoint
 from hlwq.evaluate.model import load_model, load_packed
 from hlwq.sources import locate
@@ -23,29 +23,11 @@ from hlwq.transformers_models import quiet_transformers
 
 Progress = Callable[[int, int, str], None]
 PROMPT_TOKENS, NEW_TOKENS, RUNS = 512, 64, 3
-"""What is measured unless told otherwise."""
+"""Defaults of `speed`."""
 ATTEMPTS = 5
-"""Prompts that a server which ends its answers early is given for one run."""
-WORDS = (
-    "the",
-    "of",
-    "and",
-    "to",
-    "in",
-    "is",
-    "it",
-    "that",
-    "for",
-    "was",
-    "on",
-    "are",
-    "as",
-    "with",
-    "at",
-    "be",
-    "this",
-)
-"""About one token each. Servers are timed on texts, since not all of them take tokens."""
+"""Prompts for one run of a server that ends its answers early."""
+WORDS = ("the", "of", "and", "to", "in", "is", "it", "that", "for", "was", "on", "are", "as", "with", "at", "be")
+"""Words of about one token. Servers are timed on texts, since not all of them take tokens."""
 
 
 @dataclass(frozen=True)
@@ -61,15 +43,15 @@ class Speed:
     """Medians over runs, with the slowest and the fastest; batch 1, after a warm-up.
 
     Attributes:
-        engine: what ran the model.
-        prompt_tokens: of each run, about as many for a server.
-        new_tokens: of each run; a server may end earlier, and is then timed on what it wrote.
-        runs: how many.
+        engine: the program that ran the model.
+        prompt_tokens: tokens of each prompt; about as many for a server.
+        new_tokens: tokens that each run generates; a server may end earlier, and is then timed on what it wrote.
+        runs: number of runs.
         prefill: prompt tokens per second: median, least, most.
         decode: new tokens per second after the first: median, least, most.
-        load_seconds: until the model could be used; None for a server, which was up.
-        peak_memory: bytes of this process, or of a server's on this machine; None if it is elsewhere.
-        device_memory: bytes of this process on the GPU at their peak; None without one, and for a server.
+        load_seconds: time until the model could be used; None for a server, which was up.
+        peak_memory: bytes of this process, or of a server's on this machine; None if unknown.
+        device_memory: peak bytes of this process on the GPU; None without one, and for a server.
     """
 
     engine: str
@@ -95,23 +77,39 @@ def speed(
 ) -> Speed:
     """Measure a model in this process (transformers, decoded to bfloat16, or packed) or in a server.
 
-    A server's prefill is timed by asking for a single token, its decoding by what more tokens take beyond that; each
-    prompt is another one, so that none is served from a cache. Its memory is that of its processes, if it runs here.
+    A server's prefill is the time of a request for a single token, its decoding the time that a request for more takes
+    beyond that; each prompt is new, so that none is served from a cache. Its memory is that of its processes, if it
+    runs here.
+
+    Args:
+        model: a directory of any format, a hub id, a `.gguf` file, or a server.
+        prompt_tokens: tokens of each prompt.
+        new_tokens: tokens that each run generates.
+        runs: number of runs, after a warm-up.
+        device: where the model runs.
+        packed: run an hlwq directory on its codes instead of decoding it.
+        progress: told how many runs are done.
 
     Raises:
-        HlwqError: an option is out of range, or the model or the server cannot be used.
+        RequestError: an argument is out of range or changes nothing.
+        HlwqError: the model or the server cannot be used.
     """
     if min(prompt_tokens, new_tokens - 1, runs) < 1:
-        raise HlwqError("--prompt-tokens and --runs must be at least 1, and --new-tokens at least 2.")
+        raise RequestError("`prompt_tokens` and `runs` must be at least 1, and `new_tokens` at least 2.")
     report = progress or (lambda done, total, item: None)
     report(0, runs + 1, "loading")
-    started = time.monotonic()
     load_seconds = None
     if isinstance(model, Endpoint):
         if packed:
-            raise HlwqError("--packed changes nothing in a server, which runs what it has loaded. Leave it out.")
+            raise RequestError(
+                "`packed=True` changes nothing in a server, which runs what it has loaded. Leave it out.",
+                argument="packed",
+            )
         measure, engine = _server_timer(model, prompt_tokens, new_tokens), model.engine
     else:
+        target = torch_device(device)
+        reset_device_peak(target)
+        started = time.monotonic()
         loaded, tokenizer = (load_packed if packed else load_model)(locate(model), device)
         load_seconds = time.monotonic() - started
         measure = _local_timer(loaded, len(tokenizer), prompt_tokens, new_tokens)
@@ -119,11 +117,10 @@ def speed(
     times = []
     for run in range(runs + 1):
         report(run, runs + 1, "warming up" if run == 0 else f"run {run}")
-        found = measure(run)
+        measurement = measure(run)
         if run:
-            times.append(found)
+            times.append(measurement)
     report(runs + 1, runs + 1, "measured")
-    cuda = load_seconds is not None and torch.device(device).type == "cuda"
     return Speed(
         engine=engine,
         prompt_tokens=prompt_tokens,
@@ -133,7 +130,7 @@ def speed(
         decode=_spread([each.decode for each in times]),
         load_seconds=load_seconds,
         peak_memory=server_memory(model) if isinstance(model, Endpoint) else peak_memory(),
-        device_memory=torch.cuda.max_memory_allocated() if cuda else None,
+        device_memory=None if isinstance(model, Endpoint) else device_peak(torch.device(device)),
     )
 
 
@@ -142,7 +139,7 @@ def _spread(values: list[float]) -> tuple[float, float, float]:
 
 
 def _local_timer(model: Any, vocabulary: int, prompt_tokens: int, new_tokens: int) -> Callable[[int], Run]:
-    """By greedy steps of a model in this process."""
+    """Timer of a model in this process, by greedy steps."""
 
     @torch.inference_mode()
     def measure(run: int) -> Run:
@@ -164,37 +161,40 @@ def _local_timer(model: Any, vocabulary: int, prompt_tokens: int, new_tokens: in
 
 
 def _server_timer(endpoint: Endpoint, prompt_tokens: int, new_tokens: int) -> Callable[[int], Run]:
-    """By two requests to a server: for a single token, and for more."""
+    """Timer of a server, by two requests: for a single token, and for more."""
 
     chooser = random.Random()  # with no seed: a server remembers the prompts of an earlier measurement too
 
     def measure(run: int) -> Run:
         for _ in range(ATTEMPTS):
-            seconds, written = [], []
+            seconds, completed = [], []
             for count in (1, new_tokens):
                 prompt = " ".join(chooser.choices(WORDS, k=prompt_tokens))
                 started = time.perf_counter()
-                asked, made = endpoint.complete(prompt, count)
+                length, new = endpoint.complete(prompt, count)
                 seconds.append(time.perf_counter() - started)
-                written.append(made)
-            if written[1] > new_tokens // 2 and seconds[1] > seconds[0]:
-                return Run(asked / seconds[0], (written[1] - 1) / (seconds[1] - seconds[0]))
-        raise HlwqError(
-            f"--endpoint {endpoint.url} wrote {written[1]} tokens of {new_tokens} in {seconds[1]:.3f} s and one in "
-            f"{seconds[0]:.3f} s, after {ATTEMPTS} attempts: that gives no speed. Change --new-tokens."
+                completed.append(new)
+            if completed[1] > new_tokens // 2 and seconds[1] > seconds[0]:
+                return Run(length / seconds[0], (completed[1] - 1) / (seconds[1] - seconds[0]))
+        raise ResourceError(
+            f"The server at {endpoint.url} wrote {completed[1]} tokens of {new_tokens} in {seconds[1]:.3f} s and one "
+            f"in {seconds[0]:.3f} s, after {ATTEMPTS} attempts: that gives no speed. Change `new_tokens`.",
+            argument="new_tokens",
         )
 
     return measure
 
 
 def server_memory(endpoint: Endpoint) -> int | None:
-    """The most memory that the processes of a server have held, each at its own peak, in bytes.
+    """Memory of a server's processes, each at its own peak, in bytes.
 
-    Pages that they share count once for each. None for a server on another machine; where the system does not tell
-    the peaks of other processes, what they hold now.
+    Shared pages count once for each process. Where the system does not tell the peaks of other processes, their
+    memory now counts. None for a server on another machine, and without psutil.
     """
-    import psutil  # here, since it is an extra
-
+    try:
+        import psutil  # an extra
+    except ImportError:
+        return None
     if not endpoint.local:
         return None
     port = urlsplit(endpoint.url).port

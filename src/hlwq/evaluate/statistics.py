@@ -1,4 +1,4 @@
-"""How sure a number is, and whether two numbers differ."""
+"""Uncertainty of numbers, and whether two of them differ."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Estimate:
         mean: the estimate.
         low: the lower end of its interval.
         high: the upper end.
-        n: how many observations it rests on.
+        n: number of observations.
     """
 
     mean: float
@@ -29,14 +29,14 @@ class Estimate:
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """The standard error of the mean of independent values, of which there must be at least two."""
+    """Standard error of the mean of two or more independent values."""
     mean = math.fsum(values) / len(values)
     return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
 
 
 def mean_estimate(values: Sequence[float], confidence: float = CONFIDENCE) -> Estimate:
     """The mean of independent values with Student's t interval; infinitely wide for a single value."""
-    from scipy.stats import t  # here, since scipy is an extra
+    from scipy.stats import t  # an extra
 
     mean = math.fsum(values) / len(values)
     if len(values) < 2:
@@ -66,7 +66,7 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
 
     Args:
         first: outcomes of one method, problem by problem.
-        second: of the other, on the same problems.
+        second: outcomes of the other method on the same problems.
     """
     from scipy.stats import binomtest
 
@@ -77,7 +77,7 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
 
 
 def paired_verdict(ours: Sequence[bool], theirs: Sequence[bool]) -> tuple[float, Verdict]:
-    """McNemar's p-value for two paired yes/no outcomes, and what it says about ours, yes being better."""
+    """McNemar's p-value for paired yes/no outcomes, and whether ours are better, yes being good."""
     p_value = mcnemar(ours, theirs)
     if p_value >= 1 - CONFIDENCE:
         return p_value, "no measurable difference"
@@ -88,9 +88,9 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
     """The unbiased estimate of pass@k for one problem: 1 − C(n−c, k)/C(n, k) (Chen et al., arXiv 2107.03374, eq. 1).
 
     Args:
-        samples: n, programs generated for the problem.
-        correct: c, of them that pass.
-        k: programs drawn; at most n.
+        samples: n, the number of programs for the problem.
+        correct: c, the number of programs that pass.
+        k: number of programs drawn; at most n.
     """
     if not 0 <= correct <= samples or not 1 <= k <= samples:
         raise ValueError(f"pass@{k} of {correct} correct in {samples} samples is not defined")
@@ -98,7 +98,7 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
 
 
 def verdict(difference: Estimate, *, higher_is_better: bool) -> Verdict:
-    """What an interval of (ours − theirs) says about ours."""
+    """Whether ours is better, by the interval of (ours − theirs)."""
     if difference.low > 0:
         return "better" if higher_is_better else "worse"
     if difference.high < 0:

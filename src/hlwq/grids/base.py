@@ -49,6 +49,8 @@ class Grid(Protocol):
     """
 
     name: ClassVar[str]
+    title: ClassVar[str]
+    reference: ClassVar[str]
 
     @property
     def bits(self) -> int:

@@ -31,6 +31,8 @@ class LloydGrid:
     """
 
     name: ClassVar[str] = "lloyd"
+    title: ClassVar[str] = "Lloyd–Max levels"
+    reference: ClassVar[str] = "Lloyd–Max quantization: Max 1960; Lloyd 1982"
     bits: int = option("Bits of a code in the file.")
     group_size: int = option("Weights that share a scale or norm in the file.")
     least_squares: bool = True

@@ -37,6 +37,8 @@ class UniformGrid:
     """
 
     name: ClassVar[str] = "uniform"
+    title: ClassVar[str] = "uniform levels"
+    reference: ClassVar[str] = ""
     bits: int = option("Bits of a code in the file.")
     group_size: int = option("Weights that share a scale or norm in the file.")
     symmetric: bool | None = option(

@@ -1,4 +1,4 @@
-"""A model card: what the checkpoint is, how to run it, what was measured and what was not."""
+"""Model cards: what a checkpoint is, how to run it, what was measured and what was not."""
 
 from __future__ import annotations
 
@@ -10,22 +10,19 @@ from typing import Any
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from rich.filesize import decimal
 
+from hlwq.bases import Identity
 from hlwq.check import check_directory
-from hlwq.errors import HlwqError
+from hlwq.errors import CheckpointError, RequestError, ResourceError
 from hlwq.evaluate.results import fingerprint, kept
 from hlwq.files import read_json
 from hlwq.inspect import inspect
+from hlwq.options import recorded, references
+from hlwq.recipes import Stage
 from hlwq.usage import commands
 from hlwq.version import __version__
 
 KINDS = ("perplexity", "divergence", "humaneval", "speed")
 CHARTS = "charts"
-CITATIONS = {
-    "gptq": "GPTQ: Frantar et al., arXiv 2210.17323",
-    "foem_beta": "FOEM: Zheng et al., arXiv 2507.11017",
-    "gptaq_alpha": "GPTAQ: Li et al., arXiv 2504.02692",
-    "lloyd": "Lloyd–Max quantization: Max 1960; Lloyd 1982",
-}
 
 
 def write_card(
@@ -35,48 +32,52 @@ def write_card(
 
     Args:
         directory: the checkpoint.
-        repository: the hub id it will have; by default the directory's name.
-        report: what `compare` wrote, of this checkpoint among others; its table and charts go into the card.
-        overwrite: replace a `README.md` that is there.
+        repository: its future hub id; by default the directory's name.
+        report: directory that `compare` wrote about this checkpoint and others; its table and charts go into the card.
+        overwrite: replace an existing `README.md`.
 
     Returns:
         The file.
 
     Raises:
-        HlwqError: the directory was not made by hlwq, has a card that is not to be replaced, or is not in the report.
+        RequestError: the directory was not made by hlwq, has a card already, or is not in the report.
+        CheckpointError: the report is incomplete.
     """
     if not (directory / "hlwq.json").is_file():
-        raise HlwqError(f"{directory} has no hlwq.json: only what `hlwq quantize` made can be described.")
-    if (directory / "README.md").exists() and not overwrite:
-        raise HlwqError(f"{directory / 'README.md'} is there already. --overwrite replaces it.")
+        raise RequestError(
+            f"{directory} has no hlwq.json: only what `hlwq quantize` made can be described.", path=directory
+        )
+    file = directory / "README.md"
+    if file.exists() and not overwrite:
+        raise RequestError(f"{file} exists. `overwrite=True` replaces it.", argument="overwrite", path=file)
     manifest = read_json(directory / "hlwq.json")
-    found = inspect(directory)
+    contents = inspect(directory)
     origin = manifest["origin"]
     stated = dict(origin.get("card", {}))
-    if origin.get("revision"):  # a name of the hub's; a local one says nothing to readers
+    if origin.get("revision"):  # a name on the hub; a local one says nothing to readers
         stated["base_model"] = origin["source"]
     results = {kind: entry for kind in KINDS if (entry := _fit_to_show(directory, kind))}
     title = repository or directory.resolve().name
     data = ModelCardData(
         base_model_relation="quantized" if "base_model" in stated else None,
-        library_name="mlx" if found.format == "mlx" else "transformers",
-        tags=["hlwq", manifest["recipe"], found.format],
+        library_name="mlx" if contents.format == "mlx" else "transformers",
+        tags=["hlwq", manifest["recipe"], contents.format],
         model_name=title.rsplit("/", 1)[-1],
         eval_results=_eval_results(results) or None,
         **stated,
     )
-    bits = found.bits_per_quantized_weight
+    bits = contents.bits_per_quantized_weight
     failing = {line.engine for line in check_directory(directory) if not line.passed}
     runs = [
         f"**{engine}**\n\n    {command}\n"
-        for engine, command in commands(directory, found.format, without=failing, called=title)
+        for engine, command in commands(directory, contents.format, without=failing, called=title)
     ]
     text = "\n".join(
         [
             f"---\n{data.to_yaml()}\n---\n",
             f"# {title}\n",
             f"{origin['source']}, quantized by [hlwq](https://github.com/hlwq/hlwq) {__version__} "
-            f"with recipe `{manifest['recipe']}` in format `{found.format}`: {decimal(found.nbytes)}, "
+            f"with recipe `{manifest['recipe']}` in format `{contents.format}`: {decimal(contents.nbytes)}, "
             + (f"{bits:.3f} bits per quantized weight, all overhead counted.\n" if bits else "weights decoded.\n"),
             "## How to run it\n",
             *runs,
@@ -91,22 +92,22 @@ def write_card(
             *(f"- {citation}" for citation in _citations(manifest)),
         ]
     )
-    card = ModelCard(text + "\n")
-    card.save(directory / "README.md")
-    return directory / "README.md"
+    ModelCard(text + "\n").save(file)
+    return file
 
 
 def push(directory: Path, repository: str, *, private: bool = False, api: HfApi | None = None) -> str:
-    """Upload a checkpoint to the hub; returns its address.
+    """Upload a checkpoint to the hub, and return its address.
 
     Args:
         directory: the checkpoint.
         repository: the hub id; made if need be.
-        private: if it is made, for yourself alone.
-        api: another hub than the usual one.
+        private: make it for yourself alone.
+        api: client of another hub than the usual one.
 
     Raises:
-        HlwqError: there is no card, it is of another repository, or the hub refuses.
+        RequestError: there is no card, or it is of another repository.
+        ResourceError: the hub refuses.
     """
     check_card(directory, repository)
     hub = api or HfApi()
@@ -120,45 +121,54 @@ def push(directory: Path, repository: str, *, private: bool = False, api: HfApi 
         hub.upload_folder(repo_id=repository, folder_path=directory, commit_message=message, delete_patterns=stale)
     except Exception as error:  # of the network, of the hub, of the token
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise HlwqError(f"The hub did not take {repository}: {reason} Log in with `hf auth login`.") from None
+        raise ResourceError(f"The hub did not take {repository}: {reason} Log in with `hf auth login`.") from None
     return str(url)
 
 
 def check_card(directory: Path, repository: str) -> None:
-    """Raise HlwqError unless a directory has a card that calls it by the name it will have on the hub."""
+    """Raise RequestError unless a directory has a card under the name it will have on the hub."""
     file = directory / "README.md"
     again = f"hlwq card {directory} --repository {repository}"
     if not file.is_file():
-        raise HlwqError(f"{directory} has no model card. Write one: {again}")
+        raise RequestError(f"{directory} has no model card. Write one: {again}", path=directory)
     if f"\n# {repository}\n" not in file.read_text(encoding="utf-8"):
-        raise HlwqError(
-            f"{file} does not call it {repository}, as its commands must. Write it anew: {again} --overwrite"
+        raise RequestError(
+            f"{file} does not call it {repository}, as its commands must. Write it anew: {again} --overwrite",
+            argument="repository",
+            path=file,
         )
 
 
 def _fit_to_show(directory: Path, kind: str) -> dict[str, Any] | None:
-    """The latest measurement of a kind; of HumanEval, the latest of all problems by greedy programs."""
-    entries = kept(directory, kind)
-    if kind == "humaneval":
-        asked = [entry["setting"] for entry in entries]
-        whole = [each["limit"] is None and each["samples"] == 1 and not each["temperature"] for each in asked]
-        entries = [entry for entry, fit in zip(entries, whole, strict=True) if fit]
-    return entries[0] if entries else None
+    """The latest measurement of a kind; of HumanEval, the latest of greedy programs for all problems."""
+    for entry in kept(directory, kind):
+        setting = entry["setting"]
+        if kind != "humaneval" or (setting["limit"] is None and setting["samples"] == 1 and not setting["temperature"]):
+            return entry
+    return None
 
 
 def files_to_push(directory: Path) -> list[tuple[str, int]]:
-    """What `push` would upload: paths inside the directory, and bytes."""
+    """Files that `push` would upload: paths inside the directory, and bytes."""
     files = sorted(file for file in directory.rglob("*") if file.is_file())
     return [(file.relative_to(directory).as_posix(), file.stat().st_size) for file in files]
 
 
 def _compared(directory: Path, report: Path) -> list[str]:
-    """The table and the charts of a report, whose pictures are copied beside the card."""
+    """The table and the charts of a report; its pictures are copied beside the card."""
     rows, table = report / "rows.json", report / "table.md"
     if not (rows.is_file() and table.is_file()):
-        raise HlwqError(f"--report {report} is not what `hlwq compare` wrote: it has no rows.json and table.md.")
+        raise CheckpointError(
+            f"`report={str(report)!r}` is not what `hlwq compare` wrote: it has no rows.json and table.md.",
+            argument="report",
+            path=report,
+        )
     if fingerprint(directory) not in (row["checkpoint"] for row in json.loads(rows.read_text(encoding="utf-8"))):
-        raise HlwqError(f"--report {report} does not compare {directory} as it is. Run `hlwq compare` with it.")
+        raise RequestError(
+            f"`report={str(report)!r}` does not compare {directory} as it is. Run `hlwq compare` with it.",
+            argument="report",
+            path=report,
+        )
     (directory / CHARTS).mkdir(exist_ok=True)
     lines = ["## Compared with others\n", table.read_text(encoding="utf-8")]
     for picture in sorted(report.glob("*.png")):
@@ -196,13 +206,14 @@ def _eval_results(results: dict[str, dict[str, Any]]) -> list[EvalResult]:
 
 def _details(manifest: dict[str, Any]) -> list[str]:
     lines = []
-    for stage in manifest["stages"]:
-        basis = "Hadamard-rotated blocks, " if stage["basis"] == "hadamard" else ""
-        grid = "Lloyd–Max levels" if stage["grid"] == "lloyd" else "uniform levels"
-        lines.append(f"- {basis}{grid}, {stage['bits']} bits, groups of {stage['group_size']}")
-        if stage.get("gptq"):
-            options = ", ".join(f"{name} {value}" for name, value in stage["gptq"].items())
-            lines.append(f"- GPTQ's loop, columns in the order of their importance inside fixed groups; {options}")
+    for record in manifest["stages"]:
+        stage = Stage.recorded(record)
+        basis = "" if stage.basis == Identity() else f"{stage.basis.title}, "
+        lines.append(f"- {basis}{stage.grid.title}, {stage.grid.bits} bits, groups of {stage.grid.group_size}")
+        if stage.solver.needs:
+            values = {name: value for name, value in recorded(stage.solver).items() if name != "name"}
+            options = ", ".join(f"{name} {value}" for name, value in values.items())
+            lines.append(f"- {stage.solver.title}; {options}")
     calibration = manifest.get("calibration")
     if calibration:
         sources = ", ".join(Path(each["source"]).name for each in calibration["sources"])
@@ -266,7 +277,7 @@ def _caveats(manifest: dict[str, Any], results: dict[str, dict[str, Any]]) -> li
     calibration = (manifest.get("calibration") or {}).get("sources", ())
     first = manifest.get("origin", {}).get("made_by")
     if first and manifest.get("stages"):
-        caveats.append(f"The weights were rounded twice: by recipe `{first['recipe']}`, then as said above.")
+        caveats.append(f"The weights were rounded twice: by recipe `{first['recipe']}`, then as described above.")
     own = {source["sha256"][:16] for source in calibration if "sha256" in source}
     seen = [kind for kind in KINDS if kind in results and results[kind]["setting"].get("text_sha256") in own]
     if seen:
@@ -278,10 +289,6 @@ def _caveats(manifest: dict[str, Any], results: dict[str, dict[str, Any]]) -> li
 
 
 def _citations(manifest: dict[str, Any]) -> list[str]:
-    wanted = set()
-    for stage in manifest["stages"]:
-        wanted.add(stage["grid"])
-        gptq = stage.get("gptq") or {}
-        wanted.update(["gptq"] if gptq else [])
-        wanted.update(name for name in ("foem_beta", "gptaq_alpha") if gptq.get(name))
-    return [text for key, text in CITATIONS.items() if key in wanted] or ["Rounding to nearest needs none."]
+    stages = [Stage.recorded(record) for record in manifest["stages"]]
+    cited = [text for stage in stages for part in (stage.solver, stage.grid, stage.basis) for text in references(part)]
+    return list(dict.fromkeys(cited)) or ["Rounding to nearest needs none."]

@@ -1,4 +1,4 @@
-"""The three charts: loss by method, loss against size, speed and memory. Readable in print and by the colour-blind."""
+"""Charts: loss by method, loss against size, speed and memory, layers. Legible in print and to the colour-blind."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from io import BytesIO, StringIO
 from typing import Any
 
-from hlwq.errors import HlwqError
-from hlwq.report.compare import BASE, Row
+from hlwq.errors import ResourceError
+from hlwq.evaluate.statistics import Estimate
+from hlwq.report.compare import Row
 
-# Okabe and Ito's colours, which are told apart with any kind of colour vision and in grey.
+# Okabe and Ito's colours, which any kind of colour vision can tell apart, and in grey.
 BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#7F7F7F"
 LOOKS = [
     {"facecolor": BLUE},
@@ -18,25 +19,23 @@ LOOKS = [
     {"facecolor": "#56B4E9", "hatch": ".."},
     {"facecolor": GREY},
 ]
-"""Of the engines' bars."""
+"""Styles of the engines' bars."""
 
 
 @dataclass(frozen=True)
 class Chart:
-    """One chart: as text for pages, and as pixels for cards, since the hub shows no SVG."""
+    """One chart as SVG for pages, and as PNG for cards, since the hub shows no SVG."""
 
     svg: str
     png: bytes
 
 
 def loss_chart(rows: Sequence[Row]) -> Chart:
-    """Loss above the base with its interval, the best first."""
+    """Loss above the base with its interval, the best on top."""
     plt = _pyplot()
-    compared = sorted((row for row in rows if row.loss_above_base), key=lambda row: -_mean(row))
+    compared = sorted(_compared(rows), key=lambda pair: -pair[1].mean)
     figure, axes = plt.subplots(figsize=(7, 0.45 * len(compared) + 1.2))
-    for place, row in enumerate(compared):
-        estimate = row.loss_above_base
-        assert estimate is not None
+    for place, (row, estimate) in enumerate(compared):
         error = [[estimate.mean - estimate.low], [estimate.high - estimate.mean]]
         axes.errorbar(estimate.mean, place, xerr=error, fmt="o", color=BLUE, capsize=4)
         axes.annotate(
@@ -49,7 +48,7 @@ def loss_chart(rows: Sequence[Row]) -> Chart:
             color=GREY,
             annotation_clip=False,
         )
-    axes.set_yticks(range(len(compared)), [row.name for row in compared])
+    axes.set_yticks(range(len(compared)), [row.name for row, _ in compared])
     axes.axvline(0, color=GREY, linewidth=0.8)
     axes.set_xlabel("loss above the unquantized model, nats per token (95 % paired interval); in grey: perplexity")
     axes.margins(x=0.12)
@@ -57,20 +56,18 @@ def loss_chart(rows: Sequence[Row]) -> Chart:
 
 
 def size_chart(rows: Sequence[Row]) -> Chart:
-    """Loss above the base against bytes, with the front of those that no other beats in both."""
+    """Loss above the base against bytes, with the Pareto front."""
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(7, 4.5))
-    compared = [row for row in rows if row.loss_above_base]
-    unit, unit_name = (1e9, "GB") if any(row.nbytes >= 1e9 for row in compared) else (1e6, "MB")
-    for row in compared:
-        estimate = row.loss_above_base
-        assert estimate is not None
+    compared = _compared(rows)
+    unit, unit_name = (1e9, "GB") if any(row.nbytes >= 1e9 for row, _ in compared) else (1e6, "MB")
+    for row, estimate in compared:
         error = [[estimate.mean - estimate.low], [estimate.high - estimate.mean]]
         axes.errorbar(row.nbytes / unit, estimate.mean, yerr=error, fmt="o", color=BLUE, capsize=3)
         place = (row.nbytes / unit, estimate.mean)
         axes.annotate(row.name, place, xytext=(6, 3), textcoords="offset points", fontsize=8)
-    front = pareto_front(compared)
-    sizes, losses = [row.nbytes / unit for row in front], [_mean(row) for row in front]
+    front = _compared(pareto_front(rows))
+    sizes, losses = [row.nbytes / unit for row, _ in front], [estimate.mean for _, estimate in front]
     axes.step(sizes, losses, where="post", color=ORANGE, linestyle="--")
     axes.set_xlabel(f"size on disk, {unit_name}")
     axes.set_ylabel("loss above the unquantized model, nats per token")
@@ -118,20 +115,20 @@ def layer_chart(rows: Sequence[Row]) -> Chart | None:
 
 def pareto_front(rows: Sequence[Row]) -> list[Row]:
     """The checkpoints for which no other is both smaller and closer to the base, by size."""
-    front: list[Row] = []
-    for row in sorted(rows, key=lambda row: (row.nbytes, _mean(row))):
-        if row.name != BASE and (not front or _mean(row) < _mean(front[-1])):
-            front.append(row)
-    return front
+    front: list[tuple[Row, Estimate]] = []
+    for row, estimate in sorted(_compared(rows), key=lambda pair: (pair[0].nbytes, pair[1].mean)):
+        if not front or estimate.mean < front[-1][1].mean:
+            front.append((row, estimate))
+    return [row for row, _ in front]
 
 
-def _mean(row: Row) -> float:
-    assert row.loss_above_base is not None
-    return row.loss_above_base.mean
+def _compared(rows: Sequence[Row]) -> list[tuple[Row, Estimate]]:
+    """All rows but the base's, with their losses above it."""
+    return [(row, row.loss_above_base) for row in rows if row.loss_above_base]
 
 
 def check_charts() -> None:
-    """Raise HlwqError if no charts can be drawn here."""
+    """Raise ResourceError if no charts can be drawn here."""
     _pyplot()
 
 
@@ -139,7 +136,7 @@ def _pyplot() -> Any:
     try:
         import matplotlib
     except ImportError:
-        raise HlwqError("Charts need matplotlib. Run: pip install 'hlwq[report]'") from None
+        raise ResourceError("Charts need matplotlib. Run: pip install 'hlwq[report]'") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

@@ -1,4 +1,4 @@
-"""Several checkpoints of one model, measured alike and set side by side."""
+"""Comparison of several checkpoints of one model, measured alike."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hlwq.decoded import DecodedCheckpoint
-from hlwq.errors import HlwqError
+from hlwq.errors import RequestError, ResourceError
 from hlwq.evaluate.divergence import divergence
 from hlwq.evaluate.generation import transformers_generate
 from hlwq.evaluate.humaneval import MAX_TOKENS, Prompting, humaneval
@@ -43,29 +43,29 @@ BASE = "(unquantized)"
 
 @dataclass(frozen=True)
 class Row:
-    """What is known of one checkpoint. Differences are to the base, on the same chunks or problems.
+    """One checkpoint. Differences are to the base, on the same chunks or problems.
 
     Attributes:
-        name: of its directory, or `(unquantized)`.
-        checkpoint: a hash of its weights, see `fingerprint`.
-        recipe: by which it was made, if it says.
-        format: how it is stored.
-        engines: that load it.
-        nbytes: of its tensors.
-        bits_per_weight: over quantized matrices; None for the base.
-        bits_per_parameter: over all parameters.
-        perplexity: with its standard error over chunks.
-        standard_error: of the perplexity.
+        name: name of its directory, or `(unquantized)`.
+        checkpoint: hash of its files, see `fingerprint`.
+        recipe: the recipe that made it, if recorded.
+        format: its format.
+        engines: names of the engines that load it.
+        nbytes: bytes of its tensors.
+        bits_per_weight: mean over quantized matrices; None for the base.
+        bits_per_parameter: mean over all parameters.
+        perplexity: perplexity on the text.
+        standard_error: standard error of the perplexity over chunks.
         loss_above_base: nats per token, paired over chunks; None for the base.
         loss_verdict: whether its loss is measurably better or worse than the base's.
         divergence: KL(base ‖ this), nats per token; None for the base.
-        kl_percentile_99: of that over tokens.
+        kl_percentile_99: 99th percentile of the KL over tokens.
         top1_agreement: share of tokens whose likeliest successor is the base's.
         humaneval: pass@1 of greedy programs; None if it was not measured.
-        humaneval_how: the prompting and the engine.
-        humaneval_p: of McNemar's test against the base; None where the base was not measured alike.
-        humaneval_verdict: whether that says better or worse.
-        speeds: in each engine that it was measured in.
+        humaneval_how: prompting and engine of HumanEval.
+        humaneval_p: p-value of McNemar's test against the base; None where the base was not measured alike.
+        humaneval_verdict: whether that test tells it better or worse.
+        speeds: one for each engine that it was measured in.
         layer_errors: largest relative output error by layer, where the checkpoint records them.
     """
 
@@ -94,17 +94,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Protocols:
-    """How everything is measured.
+    """The protocols of a comparison.
 
     Attributes:
         text: the file that perplexity and divergence are measured on.
-        protocol: of the perplexity.
-        context: tokens in a chunk.
-        stride: of the windowed protocol.
-        limit: chunks, or None for the whole text.
-        humaneval: how programs are asked for, or None to show only what was measured before.
-        speed: whether speed and memory are measured; what was measured before is shown in any case.
-        device: where.
+        protocol: protocol of the perplexity.
+        context: tokens in a window or chunk.
+        stride: stride of the windowed protocol.
+        limit: most chunks to measure, or None for the whole text.
+        humaneval: prompting of HumanEval, or None to show only earlier measurements.
+        speed: whether to measure speed and memory; earlier measurements are shown in any case.
+        device: where models run.
     """
 
     text: Path
@@ -120,26 +120,34 @@ class Protocols:
 def compare(
     directories: Sequence[str | Path], base: str | Path, protocols: Protocols, progress: Progress | None = None
 ) -> list[Row]:
-    """Measure what is missing and read what is there, for the base and each checkpoint.
+    """Measure the base and each checkpoint, as far as there are no earlier results.
 
     Results are kept in `results/` beside each checkpoint (see `measured`).
 
     Raises:
-        HlwqError: a checkpoint cannot be read or measured, or two directories have one name.
+        RequestError: a directory does not exist, two have one name, or the base is quantized.
+        HlwqError: a checkpoint cannot be read or measured.
     """
     source = locate(base)
     paths = [Path(each) for each in directories]
     names = [path.resolve().name for path in paths]
     if len(set(names)) < len(names):
-        raise HlwqError("Two of the directories have the same name, which the tables could not tell apart.")
+        raise RequestError(
+            "Two of the directories have the same name, which the tables could not tell apart.", argument="directories"
+        )
     for path in (source, *paths):  # all of them, before any is measured
         if not path.is_dir():
-            raise HlwqError(f"{path} is not a directory.")
-        stored = DecodedCheckpoint(path)
-        if path == source and stored.quantized_modules():
-            raise HlwqError(f"--base {base} is quantized itself. Name the model that the others were made from.")
+            raise RequestError(f"{path} is not a directory.", argument="directories", path=path)
+        if DecodedCheckpoint(path).quantized_modules() and path == source:
+            raise RequestError(
+                f"`base={str(base)!r}` is quantized itself. Name the model that the others were made from.",
+                argument="base",
+                path=path,
+            )
     report = progress or (lambda done, total, item: None)
     everything = [(BASE, source), *zip(names, paths, strict=True)]
+    for _, path in everything:
+        fingerprint(path, report)  # shows its progress; later calls find the digests
     rows: list[Row] = []
     base_loss: Perplexity | None = None
     programs = _measured_alike(source, paths)
@@ -165,8 +173,11 @@ def _measure(
     protocols: Protocols,
     report: Callable[[str], None],
 ) -> tuple[Row, Perplexity]:
-    """The row of one checkpoint, and the loss of the base, which comes first; `programs` is HumanEval's setting."""
-    found = inspect(path)
+    """The row of one checkpoint, and the perplexity of the base, which comes first.
+
+    `programs` is HumanEval's setting.
+    """
+    contents = inspect(path)
     report(f"{name}: divergence")
     kl = _divergence(path, source, protocols) if base_loss else None
     report(f"{name}: perplexity")
@@ -174,17 +185,17 @@ def _measure(
     difference = (
         Estimate(*paired_difference(base_loss, scored), len(scored.chunk_losses)) if base_loss is not None else None
     )
-    entry, p_value, said = _humaneval(path, source, programs)
+    entry, p_value, humaneval_verdict = _humaneval(path, source, programs)
     report(f"{name}: speed")
     row = Row(
         name=name,
         checkpoint=fingerprint(path),
-        recipe=found.recipe,
-        format=found.format,
-        engines=tuple(engine.name for engine in READABLE_FORMATS[found.format].engines),
-        nbytes=found.nbytes,
-        bits_per_weight=found.bits_per_quantized_weight,
-        bits_per_parameter=found.bits_per_parameter,
+        recipe=contents.recipe,
+        format=contents.format,
+        engines=tuple(engine.name for engine in READABLE_FORMATS[contents.format].engines),
+        nbytes=contents.nbytes,
+        bits_per_weight=contents.bits_per_quantized_weight,
+        bits_per_parameter=contents.bits_per_parameter,
         perplexity=scored.perplexity,
         standard_error=scored.standard_error,
         loss_above_base=difference,
@@ -195,7 +206,7 @@ def _measure(
         humaneval=Estimate(**entry["result"]["pass_at"]["1"]) if entry else None,
         humaneval_how="{prompting}, {engine}".format(**entry["setting"]) if entry else None,
         humaneval_p=p_value,
-        humaneval_verdict=said,
+        humaneval_verdict=humaneval_verdict,
         speeds=_speeds(path, protocols),
         layer_errors=_layer_errors(path),
     )
@@ -210,8 +221,8 @@ def _perplexity(path: Path, protocols: Protocols, kl: dict[str, Any] | None) -> 
 
     def measure() -> dict[str, Any]:
         if kl and protocols.protocol == "chunked":  # of the same chunks
-            found: dict[str, Any] = kl["perplexity"]
-            return found
+            result: dict[str, Any] = kl["perplexity"]
+            return result
         return asdict(perplexity(path, protocols.text, **options, device=protocols.device))
 
     return Perplexity(**_tuples(measured(path, "perplexity", setting, measure)["result"]))
@@ -233,16 +244,16 @@ def _run_humaneval(path: Path, prompting: Prompting, device: str) -> dict[str, A
     setting = humaneval_setting(prompting, 1, 0.0, MAX_TOKENS, None, engine_of(path, device))
 
     def measure() -> dict[str, Any]:
+        record, weights = record_of_programs(path, setting), fingerprint(path)[:16]
         generate = transformers_generate(path, device)
-        return asdict(humaneval(generate, prompting=prompting, record=record_of_programs(path, setting)))
+        return asdict(humaneval(generate, prompting=prompting, record=record, model=weights))
 
     measured(path, "humaneval", setting, measure)
     return setting
 
 
 def _measured_alike(source: Path, paths: Sequence[Path]) -> dict[str, Any] | None:
-    """The latest setting in which greedy programs of the base were measured before, perhaps through a server, and of
-    at least one checkpoint too."""
+    """The latest setting of greedy programs, perhaps through a server, that the base and a checkpoint share."""
     others = [entry["setting"] for path in paths for entry in kept(path, "humaneval")]
     settings = [entry["setting"] for entry in kept(source, "humaneval")]
     return next(
@@ -265,7 +276,7 @@ def _humaneval(
 
 
 def _speeds(path: Path, protocols: Protocols) -> tuple[Speed, ...]:
-    """Speeds measured alike, by engine, and by machine where it is another one."""
+    """Speeds of one protocol by engine, and by machine where it is another one."""
     alike = {"prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS, "runs": RUNS}
     here = speed_setting(**alike, engine=speed_engine(path, protocols.device))
     if protocols.speed and not any(
@@ -275,14 +286,14 @@ def _speeds(path: Path, protocols: Protocols) -> tuple[Speed, ...]:
         command = [sys.executable, "-m", "hlwq.cli", "eval", "speed", str(path), "--device", protocols.device, "--json"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise HlwqError(f"The speed of {path} could not be measured: {done.stderr.strip()[-300:]}")
-    found: dict[str, Speed] = {}
+            raise ResourceError(f"The speed of {path} could not be measured: {done.stderr.strip()[-300:]}", path=path)
+    speeds: dict[str, Speed] = {}
     for entry in kept(path, "speed"):
         if alike.items() <= entry["setting"].items():
             engine = entry["setting"]["engine"]
             name = engine if entry["hardware"] == hardware() else f"{engine} on {entry['hardware']}"
-            found.setdefault(name, replace(Speed(**_tuples(entry["result"])), engine=name))
-    return tuple(found[name] for name in sorted(found))
+            speeds.setdefault(name, replace(Speed(**_tuples(entry["result"])), engine=name))
+    return tuple(speeds[name] for name in sorted(speeds))
 
 
 def _tuples(result: dict[str, Any]) -> dict[str, Any]:

@@ -27,16 +27,16 @@ def write_report(rows: Sequence[Row], protocols: Protocols, base: str, out: Path
     """Write `report.html` (self-contained), `table.md`, `rows.json`, and the charts as SVG and PNG.
 
     Args:
-        rows: of the base first, then of the checkpoints.
-        protocols: how they were measured.
-        base: what the base is called.
+        rows: the base first, then the checkpoints.
+        protocols: the protocols of their measurements.
+        base: name of the base.
         out: the directory; made if need be.
 
     Returns:
         The files written.
 
     Raises:
-        HlwqError: matplotlib is not installed.
+        ResourceError: matplotlib is not installed.
     """
     out.mkdir(parents=True, exist_ok=True)
     charts = {
@@ -70,7 +70,7 @@ def write_report(rows: Sequence[Row], protocols: Protocols, base: str, out: Path
 
 
 def describe_protocols(protocols: Protocols, rows: Sequence[Row]) -> str:
-    """How the numbers were measured, in a few sentences."""
+    """The protocols of the numbers in a few sentences."""
     stride = f", stride {protocols.stride}" if protocols.protocol == "windowed" else ""
     compared = next((row.loss_above_base for row in rows if row.loss_above_base), None)
     count = f" of {compared.n} chunks" if compared else ""

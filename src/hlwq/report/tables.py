@@ -1,4 +1,4 @@
-"""The rows of a comparison as a table: in Markdown for cards, in HTML for the page."""
+"""Rows of a comparison as a table: in Markdown for cards, in HTML for the page."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HEADINGS = (
 
 
 def cells(row: Row) -> tuple[str, ...]:
-    """One row's entries under `HEADINGS`; empty where nothing was measured."""
+    """Entries of a row under `HEADINGS`; empty where nothing was measured."""
     spread = f" ± {row.standard_error:.2f}" if row.standard_error is not None else ""
     loss = f"{_interval(row.loss_above_base, signed=True)}: {row.loss_verdict}" if row.loss_above_base else ""
     programs = f"{_interval(row.humaneval)} ({row.humaneval_how})" if row.humaneval else ""

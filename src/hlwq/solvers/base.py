@@ -37,6 +37,8 @@ class Solver(Protocol):
     """How the codes of a matrix are chosen. A solver knows no file format and no model."""
 
     name: ClassVar[str]
+    title: ClassVar[str]
+    reference: ClassVar[str]
 
     @property
     def needs(self) -> frozenset[str]:

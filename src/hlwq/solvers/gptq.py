@@ -42,8 +42,16 @@ class Gptq:
     """
 
     name: ClassVar[str] = "gptq"
-    foem_beta: float = option("FOEM's β: 0 to 1, 0.2 in foem and hlwq-v7.", default=0.0)
-    gptaq_alpha: float = option("GPTAQ's α: 0 to 1; 0.25 in calibrated rtn and hlwq.", default=0.0)
+    title: ClassVar[str] = "GPTQ's loop, columns in the order of their importance inside fixed groups"
+    reference: ClassVar[str] = "GPTQ: Frantar et al., arXiv 2210.17323"
+    foem_beta: float = option(
+        "FOEM's β: 0 to 1, 0.2 in foem and hlwq-v7.", default=0.0, reference="FOEM: Zheng et al., arXiv 2507.11017"
+    )
+    gptaq_alpha: float = option(
+        "GPTAQ's α: 0 to 1; 0.25 in calibrated rtn and hlwq.",
+        default=0.0,
+        reference="GPTAQ: Li et al., arXiv 2504.02692",
+    )
     desc_act: bool = option("Groups by importance of columns. vLLM refuses it; GPTQModel does not.", default=False)
     damping: float = option("Share of its mean added to the Hessian's diagonal.", default=0.01)
 

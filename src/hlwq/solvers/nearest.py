@@ -18,6 +18,8 @@ class Nearest:
     """RTN with a `UniformGrid`; with a `LloydGrid` in the Hadamard basis, data-free HLWQ."""
 
     name: ClassVar[str] = "nearest"
+    title: ClassVar[str] = "rounded to nearest"
+    reference: ClassVar[str] = ""
 
     @property
     def needs(self) -> frozenset[str]:
