@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -27,6 +27,11 @@ FLOATS = ("F16", "BF16", "F32")
 
 ENGINE_SECTIONS = ("quantization_config", "quantization")
 """The keys of `config.json` that say how weights are stored."""
+
+PIPELINE_COMMAND = (
+    """python -c "from transformers import pipeline; print(pipeline('text-generation', '{path}')('Hello'))\""""
+)
+"""Runs a directory that plain transformers loads."""
 
 _JSON_TYPES: dict[type, str] = {int: "an integer", bool: "true or false", dict: "an object", list: "a list"}
 
@@ -142,10 +147,10 @@ class ReadableFormat:
     stored_modules: Callable[[Reader], dict[str, StoredModule]]
     dequantize: Callable[[Reader, str, Scheme], Tensor]
     demands: Callable[[Reader, ModelLayout, dict[str, StoredModule]], list[Demand]]
-    restoration: Callable[[Reader], Restoration] = lambda reader: Restoration()
+    restoration: Callable[[Reader], Restoration] = field(default=lambda reader: Restoration(), kw_only=True)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Format(ReadableFormat):
     """A way to store quantized matrices that some engine loads: what is written as well as read.
 
@@ -171,6 +176,7 @@ class Format(ReadableFormat):
     outputs: Callable[[str, tuple[int, int], Grid, str], list[TensorSpec]]
     encode: Callable[[str, QuantizedMatrix, str], dict[str, Tensor]]
     json_files: Callable[[dict[str, Any], Contents], dict[str, dict[str, Any]]]
+    _: KW_ONLY
     kept: Callable[[TensorSpec], TensorSpec] = lambda spec: spec
     container: type[Writer] = Writer
     cautions: Callable[[Contents], list[str]] = lambda contents: []
@@ -198,6 +204,17 @@ def check_bits(format_name: str, bits: int, allowed: tuple[int, ...]) -> None:
 def common_scheme(quantized: dict[str, Scheme]) -> Scheme:
     """The scheme that most modules have."""
     return Counter(quantized.values()).most_common(1)[0][0]
+
+
+def modules_with(reader: Reader, part: str) -> list[str]:
+    """The modules that have a part of this name."""
+    return [name.removesuffix(f".{part}") for name in reader.tensors if name.endswith(f".{part}")]
+
+
+def not_as_configured(reader: Reader, module: str) -> CheckpointError:
+    """The error of a module whose tensors and configuration disagree."""
+    message = f"{reader.path}: {module} does not have the bits and group size that config.json gives it."
+    return CheckpointError(message, path=reader.path, tensor=module)
 
 
 def require_parts(reader: Reader, module: str, *parts: str) -> tuple[str, ...]:

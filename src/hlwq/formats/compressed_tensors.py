@@ -21,6 +21,7 @@ from hlwq.errors import CheckpointError, UnsupportedError
 from hlwq.families import ModelLayout
 from hlwq.formats.base import (
     AGAIN,
+    PIPELINE_COMMAND,
     Contents,
     Demand,
     Engine,
@@ -32,6 +33,8 @@ from hlwq.formats.base import (
     demand,
     entry,
     matrix_shape,
+    modules_with,
+    not_as_configured,
     require_parts,
     section_of,
 )
@@ -173,10 +176,7 @@ def stored_modules(reader: Reader) -> dict[str, StoredModule]:
         )
     _check_section(section, where)
     modules = {}
-    for name in reader.tensors:
-        if not name.endswith(".weight_packed"):
-            continue
-        module = name.removesuffix(".weight_packed")
+    for module in modules_with(reader, "weight_packed"):
         weights = configured_weights(section, module)
         if weights is None:
             raise CheckpointError(f"{reader.path}: {module} is stored as codes, but config.json has no scheme for it.")
@@ -186,15 +186,13 @@ def stored_modules(reader: Reader) -> dict[str, StoredModule]:
                 f"{reader.path}: {module} has {bits}-bit codes or scattered groups; files of 2, 4 and 8 bits with "
                 "groups of neighbouring columns can be read."
             )
-        rows, words = matrix_shape(reader, name)
+        rows, words = matrix_shape(reader, f"{module}.weight_packed")
         columns = words * 32 // bits
         scheme = scheme_in(weights, columns)
         zeros = () if scheme.symmetric else ("weight_zero_point",)
         parts = require_parts(reader, module, "weight_packed", "weight_scale", "weight_shape", *zeros)
         if columns != matrix_shape(reader, f"{module}.weight_scale")[1] * scheme.group_size:
-            raise CheckpointError(
-                f"{reader.path}: {module} does not have the bits and group size that config.json gives it."
-            )
+            raise not_as_configured(reader, module)
         check_parts(reader, _parts(module, (rows, columns), scheme, "BF16"))
         modules[module] = StoredModule(scheme, (rows, columns), parts)
     return modules
@@ -271,23 +269,19 @@ def _wrong_groups(
     return wrong + [name for name in outside if configured_weights(section, name) is not None]
 
 
+ENGINES = (
+    Engine("vLLM", WORD_BITS, "symmetric or asymmetric", "vllm serve {path}{text_only}"),
+    Engine("transformers", WORD_BITS, "symmetric or asymmetric", PIPELINE_COMMAND),
+)
 FORMAT = Format(
     name=NAME,
-    engines=(
-        Engine("vLLM", WORD_BITS, "symmetric or asymmetric", "vllm serve {path}{text_only}"),
-        Engine(
-            "transformers",
-            WORD_BITS,
-            "symmetric or asymmetric",
-            """python -c "from transformers import pipeline; print(pipeline('text-generation', '{path}')('Hello'))\"""",
-        ),
-    ),
+    engines=ENGINES,
+    stored_modules=stored_modules,
+    dequantize=dequantize,
+    demands=demands,
     bits=WORD_BITS,
     hold=hold,
     outputs=outputs,
     encode=encode,
     json_files=json_files,
-    stored_modules=stored_modules,
-    dequantize=dequantize,
-    demands=demands,
 )

@@ -12,6 +12,7 @@ from hlwq.containers import DTYPES, Reader, TensorSpec
 from hlwq.families import ModelLayout
 from hlwq.formats.base import (
     ENGINE_SECTIONS,
+    PIPELINE_COMMAND,
     Contents,
     Demand,
     Engine,
@@ -70,25 +71,21 @@ def demands(reader: Reader, layout: ModelLayout, modules: dict[str, StoredModule
     return [demand("transformers", "config.json names no quantization", sections, "Remove that section.")]
 
 
+ENGINES = (
+    Engine("transformers", BITS, "any", PIPELINE_COMMAND),
+    Engine("vLLM", BITS, "any", "vllm serve {path}{text_only}"),
+)
 FORMAT = Format(
     name=NAME,
-    engines=(
-        Engine(
-            "transformers",
-            BITS,
-            "any",
-            """python -c "from transformers import pipeline; print(pipeline('text-generation', '{path}')('Hello'))\"""",
-        ),
-        Engine("vLLM", BITS, "any", "vllm serve {path}{text_only}"),
-    ),
+    engines=ENGINES,
+    stored_modules=stored_modules,
+    dequantize=dequantize,
+    demands=demands,
     bits=BITS,
     hold=hold,
     outputs=outputs,
     encode=encode,
     json_files=json_files,
-    stored_modules=stored_modules,
-    dequantize=dequantize,
-    demands=demands,
     fused_alike=False,
     holds_embeddings=True,
     holds_scattered_groups=True,

@@ -33,6 +33,7 @@ from hlwq.formats.base import (
     engine_storage,
     entry,
     matrix_shape,
+    modules_with,
     require_parts,
     section_of,
 )
@@ -138,12 +139,9 @@ def stored_modules(reader: Reader) -> dict[str, StoredModule]:
     section, where = section_of(reader)
     _check_section(section, where)
     modules = {}
-    for name in reader.tensors:
-        if not name.endswith(".qweight"):
-            continue
-        module = name.removesuffix(".qweight")
+    for module in modules_with(reader, "qweight"):
         parts = require_parts(reader, module, "qweight", "qzeros", "scales")
-        words, rows = matrix_shape(reader, name)
+        words, rows = matrix_shape(reader, f"{module}.qweight")
         groups, zero_words = matrix_shape(reader, f"{module}.qzeros")
         width = 32 * zero_words / rows
         if width not in READABLE_BITS:
@@ -255,20 +253,21 @@ def _first_rule(dynamic: dict[str, Any], name: str) -> dict[str, Any] | bool | N
     return None
 
 
+ENGINES = (
+    Engine("vLLM", WORD_BITS, "symmetric", "vllm serve {path}{text_only}"),
+    Engine("GPTQModel", WORD_BITS, "symmetric or asymmetric"),
+)
 FORMAT = Format(
     name=NAME,
-    engines=(
-        Engine("vLLM", WORD_BITS, "symmetric", "vllm serve {path}{text_only}"),
-        Engine("GPTQModel", WORD_BITS, "symmetric or asymmetric"),
-    ),
+    engines=ENGINES,
+    stored_modules=stored_modules,
+    dequantize=dequantize,
+    demands=demands,
     bits=WORD_BITS,
     hold=hold,
     outputs=outputs,
     encode=encode,
     json_files=json_files,
     cautions=cautions,
-    stored_modules=stored_modules,
-    dequantize=dequantize,
-    demands=demands,
     holds_scattered_groups=True,
 )

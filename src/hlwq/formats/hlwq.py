@@ -30,6 +30,8 @@ from hlwq.formats.base import (
     demand,
     entry,
     matrix_shape,
+    modules_with,
+    not_as_configured,
     require_parts,
     section_of,
 )
@@ -155,19 +157,14 @@ def stored_modules(reader: Reader) -> dict[str, StoredModule]:
     section, where = section_of(reader)
     check_version(section, str(reader.path))
     modules = {}
-    for name in reader.tensors:
-        if not name.endswith(".weight_packed"):
-            continue
-        module = name.removesuffix(".weight_packed")
+    for module in modules_with(reader, "weight_packed"):
         parts = require_parts(reader, module, "weight_packed", "weight_norms")
         scheme = scheme_for(section, module, where)
         (rows, _), (_, groups) = (matrix_shape(reader, part) for part in parts)
         columns = groups * scheme.group_size
         expected = outputs(module, (rows, columns), LloydGrid(scheme.bits, scheme.group_size), "")
         if [reader.tensors[part] for part in parts] != expected or columns * scheme.bits % 8:
-            raise CheckpointError(
-                f"{reader.path}: {module} does not have the bits and group size that config.json gives it."
-            )
+            raise not_as_configured(reader, module)
         modules[module] = StoredModule(scheme, (rows, columns), parts)
     return modules
 
@@ -213,26 +210,27 @@ def demands(reader: Reader, layout: ModelLayout, modules: dict[str, StoredModule
     return lines
 
 
+ENGINES = (
+    Engine(
+        "transformers",
+        BITS,
+        "Lloyd–Max codes",
+        "python -c 'import sys, hlwq; from transformers import pipeline; "
+        'print(pipeline("text-generation", sys.argv[1])("Hello")[0]["generated_text"])\' {path}',
+    ),
+    Engine("vLLM with hlwq", BITS, "Lloyd–Max codes", "vllm serve {path}{text_only}"),
+    Engine("hlwq", BITS, "Lloyd–Max codes", "hlwq convert {path} {path}-dense --format dense"),
+)
 FORMAT = Format(
     name=NAME,
-    engines=(
-        Engine(
-            "transformers",
-            BITS,
-            "Lloyd–Max codes",
-            "python -c 'import sys, hlwq; from transformers import pipeline; "
-            'print(pipeline("text-generation", sys.argv[1])("Hello")[0]["generated_text"])\' {path}',
-        ),
-        Engine("vLLM with hlwq", BITS, "Lloyd–Max codes", "vllm serve {path}{text_only}"),
-        Engine("hlwq", BITS, "Lloyd–Max codes", "hlwq convert {path} {path}-dense --format dense"),
-    ),
+    engines=ENGINES,
+    stored_modules=stored_modules,
+    dequantize=dequantize,
+    demands=demands,
     bits=BITS,
     hold=hold,
     outputs=outputs,
     encode=encode,
     json_files=json_files,
-    stored_modules=stored_modules,
-    dequantize=dequantize,
-    demands=demands,
     holds_embeddings=True,
 )

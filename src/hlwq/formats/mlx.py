@@ -31,6 +31,8 @@ from hlwq.formats.base import (
     demand,
     entry,
     matrix_shape,
+    modules_with,
+    not_as_configured,
     require_parts,
     section_of,
 )
@@ -118,10 +120,7 @@ def stored_modules(reader: Reader) -> dict[str, StoredModule]:
     if section.get("mode", "affine") != "affine":
         raise UnsupportedError(f"{reader.path}: MLX mode {section['mode']} cannot be read; only affine can.")
     modules = {}
-    for name in reader.tensors:
-        if not name.endswith(".scales"):
-            continue
-        module = name.removesuffix(".scales")
+    for module in modules_with(reader, "scales"):
         parts = require_parts(reader, module, "weight", "scales", "biases")
         (rows, words), (_, groups), _ = (matrix_shape(reader, part) for part in parts)
         # An override goes by MLX's path, which is the file's own name or what `sanitize` makes of it.
@@ -132,9 +131,7 @@ def stored_modules(reader: Reader) -> dict[str, StoredModule]:
         if scheme.bits not in BITS:
             raise CheckpointError(f"{here}: bits is {scheme.bits}; MLX files have {', '.join(map(str, BITS))}. {AGAIN}")
         if scheme.bits * scheme.group_size * groups != words * 32:
-            raise CheckpointError(
-                f"{reader.path}: {module} does not have the bits and group size that config.json gives it."
-            )
+            raise not_as_configured(reader, module)
         shape = (rows, words * 32 // scheme.bits)
         check_parts(reader, outputs(module, shape, UniformGrid(scheme.bits, scheme.group_size), "BF16"))
         modules[module] = StoredModule(scheme, shape, parts)
@@ -187,17 +184,18 @@ def demands(reader: Reader, layout: ModelLayout, modules: dict[str, StoredModule
     return lines
 
 
+ENGINES = (Engine("mlx-lm", BITS, "asymmetric or symmetric", "mlx_lm.generate --model {path} --prompt Hello"),)
 FORMAT = Format(
     name=NAME,
-    engines=(Engine("mlx-lm", BITS, "asymmetric or symmetric", "mlx_lm.generate --model {path} --prompt Hello"),),
+    engines=ENGINES,
+    stored_modules=stored_modules,
+    dequantize=dequantize,
+    demands=demands,
     bits=BITS,
     hold=hold,
     outputs=outputs,
     encode=encode,
     json_files=json_files,
-    stored_modules=stored_modules,
-    dequantize=dequantize,
-    demands=demands,
     restoration=restoration,
     default_symmetric=False,
     fused_alike=False,
