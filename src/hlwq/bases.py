@@ -110,4 +110,9 @@ class Hadamard:
         return self.block_size
 
 
+def rotates_groups(basis: Basis, group_size: int) -> bool:
+    """Whether a basis rotates each group of this size by itself."""
+    return isinstance(basis, Hadamard) and basis.block_size == group_size
+
+
 BASES: dict[str, type[Identity] | type[Hadamard]] = {basis.name: basis for basis in (Identity, Hadamard)}

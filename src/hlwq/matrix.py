@@ -9,7 +9,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from hlwq.bases import Basis, Hadamard, Identity
+from hlwq.bases import Basis, Identity, rotates_groups
 from hlwq.grids import Grid, LloydGrid, Parameters
 
 CHUNK_WEIGHTS = 1 << 20
@@ -66,7 +66,7 @@ class QuantizedMatrix:
         weights = torch.empty(self.codes.shape, dtype=dtype, device=self.codes.device)
         if isinstance(self.grid, LloydGrid):
             kernels = self.grid.kernels(self.codes)
-            rotated = isinstance(self.basis, Hadamard) and self.basis.block_size == self.grid.group_size
+            rotated = rotates_groups(self.basis, self.grid.group_size)
             if kernels and (rotated or self.basis == Identity()):
                 kernels.decode(self.codes, self.parameters.scale, self.grid.bits, 8, rotated, weights)
                 return weights

@@ -31,6 +31,9 @@ class Stage:
     basis: Basis = field(default_factory=Identity)
     solver: Solver = field(default_factory=Nearest)
 
+    def __post_init__(self) -> None:
+        self.basis.fitted(self.grid.group_size, self.grid.group_size)  # groups that cannot be rotated are refused here
+
     def record(self) -> dict[str, Any]:
         """The stage as `hlwq.json` has it."""
         return {part: recorded(getattr(self, part)) for part in PARTS}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hlwq.bases import Basis, Hadamard
+from hlwq.bases import Basis, Hadamard, rotates_groups
 from hlwq.containers import DTYPES, Reader, TensorSpec
 from hlwq.errors import CheckpointError, UnsupportedError
 from hlwq.families import ModelLayout
@@ -57,7 +57,7 @@ def hold(module: str, shape: tuple[int, int], grid: Grid, basis: Basis, dtype: s
             "dense.",
             argument="format",
         )
-    if basis != Hadamard(grid.group_size):
+    if not rotates_groups(basis, grid.group_size):
         raise UnsupportedError(
             f"format {NAME} stores groups that are Hadamard-rotated each by itself. Use `basis='hadamard'` without "
             "`block_size`, or format dense."
