@@ -38,7 +38,7 @@ def hlwq(*arguments: object) -> Ended:
     printed, said = StringIO(), StringIO()
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         patch.setattr(sys, "argv", ["hlwq", *map(str, arguments)])
-        patch.setattr("hlwq.cli.output", Console(width=200))
+        patch.setattr("hlwq.cli.printing.console", Console(width=200))
         with redirect_stdout(printed), redirect_stderr(said), pytest.raises(SystemExit) as stopped:
             main()
     return Ended(int(stopped.value.code or 0), printed.getvalue(), said.getvalue())
@@ -149,7 +149,7 @@ MISTAKES = [
     ("pattern that is none", unchanged, ["--exclude", "("], ["not a regular expression"]),
     ("half of a fused matrix", unchanged, ["--exclude", "gate_proj"], ["up_proj", "one matrix"]),
     ("everything excluded", unchanged, ["--exclude", "proj"], ["Nothing is left"]),
-    ("GPTQ embedding", unchanged, ["--include-embeddings"], ["--format mlx"]),
+    ("GPTQ embedding", unchanged, ["--include-embeddings"], ["Use format mlx"]),
     ("idle scale", unchanged, ["--asymmetric", "--scale", "absmax"], ["changes nothing"]),
     ("idle revision", unchanged, ["--revision", "main"], ["--revision main changes nothing"]),
     ("unknown device", unchanged, ["--device", "tpu9"], ["--device tpu9", "--device cpu"]),
@@ -213,7 +213,7 @@ def test_a_full_disk_leaves_nothing_that_looks_finished_and_can_be_resumed(model
 
 def test_too_small_a_disk_is_refused_before_the_work(tmp_path: Path) -> None:
     from hlwq import HlwqError
-    from hlwq.checkpoint import check_disk
+    from hlwq.files import check_disk
 
     with pytest.raises(HlwqError, match="GB free, but the output needs"):
         check_disk(tmp_path, 10**18)
@@ -250,11 +250,11 @@ def test_a_calibrated_run_reports_its_layers_and_warns(tmp_path: Path) -> None:
     with_tokenizer(model)
     options = ["--recipe", "hlwq-v7", "--samples", "8", "--sequence-length", "64", "--batch-size", "3", "--desc-act"]
     planned = hlwq("quantize", model, out, *options, "--dry-run")
-    assert "vLLM 0.32 and later refuse desc_act" in planned.stdout
+    assert "vLLM 0.32 and later refuse --desc-act" in planned.stdout
     ended = hlwq("quantize", model, out, *options, "--offload-activations")
     assert ended.returncode == 0
     assert "warning: calibrating on 8 samples of Python's reference documentation" in ended.stderr
-    assert "warning: vLLM 0.32 and later refuse desc_act" in ended.stderr
+    assert "warning: vLLM 0.32 and later refuse --desc-act" in ended.stderr
     assert "largest relative output error" in ended.stdout
     manifest = json.loads((out / "hlwq.json").read_text())
     assert manifest["calibration"]["sources"][0]["source"] == "embedded"
@@ -289,3 +289,14 @@ def test_check_fails_where_no_engine_would_load_it(model: Path, tmp_path: Path) 
     ended = hlwq("check", out)
     assert ended.returncode == 1
     assert "mlp.down_proj" in ended.stdout
+
+
+def test_an_interrupted_command_says_that_it_goes_on(model: Path, tmp_path: Path) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules["hlwq.quantize"], "run_request", interrupt)
+        ended = hlwq("quantize", model, tmp_path / "out", "--recipe", "rtn")
+    assert ended.returncode == 130
+    assert "go on where they stopped" in ended.stderr

@@ -57,7 +57,7 @@ class Request:
     changes: Mapping[str, Any] = field(default_factory=dict)
     revision: str | None = option("Branch, tag or commit of a hub id.", default=None)
     calibration: Calibration | None = None
-    device: str = option("Where to compute: cpu, cuda, mps.", default="cpu")
+    device: str = option("Where to compute: cpu (default), cuda, mps.", default="cpu")
     shard_bytes: int = DEFAULT_SHARD_BYTES
 
     @classmethod

@@ -1,0 +1,81 @@
+"""The command `hlwq`: the library's functions with tables for people and JSON for machines."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from typer.core import TyperCommand
+
+from hlwq.cli import evaluate, listing, printing, quantize, report
+from hlwq.cli.options import spelled, with_json
+from hlwq.errors import HlwqError, HlwqWarning
+from hlwq.version import __version__
+
+
+class Command(TyperCommand):
+    """A command whose errors and warnings are one line each on standard error, in the command's own flags."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run it and print what it returns. A user's mistake ends it with exit status 1."""
+        warnings.showwarning = self._show_warning
+        try:
+            output = super().invoke(ctx)
+        except HlwqError as error:
+            self._show("[red]error:[/red]", error)
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            text = "interrupted; `quantize`, `convert` and `eval humaneval` go on where they stopped"
+            printing.messages.print(text, highlight=False)
+            raise typer.Exit(130) from None
+        output.show(ctx.params["as_json"], lambda text: spelled(text, self))
+        raise typer.Exit(output.status)
+
+    def _show_warning(self, message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        """Print a warning of hlwq's own; those of libraries are not shown."""
+        if issubclass(category, HlwqWarning):
+            self._show("[yellow]warning:[/yellow]", message)
+
+    def _show(self, kind: str, message: object) -> None:
+        printing.messages.print(f"{kind} {escape(spelled(str(message), self))}", soft_wrap=True, highlight=False)
+
+
+app = typer.Typer(
+    name="hlwq",
+    help="Turn a Hugging Face LLM into the best small checkpoint that vLLM, mlx-lm and transformers load as it is.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+evaluation = typer.Typer(help="Measure a model.", no_args_is_help=True)
+app.add_typer(evaluation, name="eval")
+for command in (
+    *(quantize.quantize, quantize.convert, quantize.inspect, quantize.check),
+    *(report.compare, report.card, report.push),
+    *(listing.demo, listing.models, listing.recipes, listing.formats),
+):
+    app.command(cls=Command)(with_json(command))
+for command in (evaluate.perplexity, evaluate.divergence, evaluate.humaneval, evaluate.speed):
+    evaluation.command(cls=Command)(with_json(command))
+
+
+def _version(value: bool) -> None:
+    if value:
+        printing.console.print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _global_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
