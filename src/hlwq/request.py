@@ -60,9 +60,15 @@ class Request:
     device: str = option("Where to compute: cpu (default), cuda, mps.", default="cpu")
     shard_bytes: int = DEFAULT_SHARD_BYTES
 
+    def __post_init__(self) -> None:
+        if self.shard_bytes < 1:
+            raise RequestError(f"`shard_bytes` is {self.shard_bytes}; it must be positive.")
+
     @classmethod
     def of(cls, source: str | Path, recipe: str | Recipe = "rtn", **options: Any) -> Request:
         """A request from keyword arguments: fields of `Request` and of `Selection`, and changes of the recipe.
+
+        None stands for an argument that is not given.
 
         Raises:
             TypeError: an argument is none of these.
@@ -74,13 +80,11 @@ class Request:
         if unknown := options.keys() - own - selecting - changing:
             known = ", ".join(sorted((own | selecting | changing) - {"source"}))
             raise TypeError(f"unknown argument {min(unknown)!r}; arguments are {known}")
-        return cls(
-            source,
-            recipe,
-            selection=Selection(**{name: value for name, value in options.items() if name in selecting}),
-            changes={name: value for name, value in options.items() if name in changing and value is not None},
-            **{name: value for name, value in options.items() if name in own},
-        )
+        given = {name: value for name, value in options.items() if value is not None}
+        selection = Selection(**{name: value for name, value in given.items() if name in selecting})
+        changes = {name: value for name, value in given.items() if name in changing}
+        rest = {name: value for name, value in given.items() if name in own}
+        return cls(source, recipe, selection=selection, changes=changes, **rest)
 
     def changed_recipe(self) -> Recipe:
         """The recipe with its changes.

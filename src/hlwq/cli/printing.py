@@ -206,7 +206,8 @@ def result_output(result: QuantizeResult) -> Output:
     lines.append(
         f"{result.out}: format {result.plan.format.name}, {result.nbytes:,} bytes"
         + (f", {per_weight:.3f} bits per quantized weight" if per_weight else "")
-        + f", {result.seconds:.1f} s, peak memory {result.peak_memory / 1e9:.2f} GB"
+        + f", {result.seconds:.1f} s"
+        + (f", peak memory {result.peak_memory / 1e9:.2f} GB" if result.peak_memory else "")
     )
     refusing = {each.engine for each in result.checks if not each.passed}
     lines += [f"  {engine}: {line}" for engine, line in commands(result.out, result.plan.format.name, without=refusing)]
