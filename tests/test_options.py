@@ -23,15 +23,17 @@ from hlwq.recipes import PARTS, stage_options
 from hlwq.request import Request, Selection
 
 SOURCE = Path(hlwq.__file__).parent
-UNCONVERTED = ("evaluate/", "report/", "devices.py", "usage.py", "inspect.py")
-"""Modules whose messages still spell flags. None should be left here."""
 SHELL_COMMANDS = (
     " --language-model-only",
     "mlx_lm.generate --model {path} --prompt Hello",
     "hlwq convert {path} {path}-dense --format dense",
     "`hlwq quantize … --dry-run`",
+    " --repository ",
+    " --overwrite",
+    "--device",
+    "--json",
 )
-"""What users are told to paste into a shell, which alone may spell flags outside the command line."""
+"""What users are told to paste into a shell, or `compare` runs: these alone spell flags outside the command line."""
 LABELS = (" --calibrate",)
 """The demonstration's names for recipes, in its table."""
 
@@ -234,7 +236,7 @@ def spells_flags(module: Path) -> list[str]:
 MODULES = [
     name
     for name in sorted(path.relative_to(SOURCE).as_posix() for path in SOURCE.rglob("*.py"))
-    if not name.startswith(("cli/", *UNCONVERTED))
+    if not name.startswith("cli/")
 ]
 
 
