@@ -14,7 +14,7 @@ WIDTHS = range(1, 9)
 
 
 def cells(book: Codebook) -> list[tuple[float, float, float]]:
-    """Of each level: the left edge of its cell, the level, the right edge."""
+    """Each level: the left edge of its cell, the level, the right edge."""
     levels, inner = book.centroids.double().tolist(), book.boundaries.double().tolist()
     return list(zip([-inf, *inner], levels, [*inner, inf], strict=True))
 

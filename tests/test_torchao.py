@@ -42,7 +42,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 
 def group_sizes(model: nn.Module) -> dict[str, int | None]:
-    """Of each linear layer: the weights that share a scale, or None if torchao has left it alone."""
+    """The weights that share a scale, for each linear layer, or None if torchao has left it alone."""
     return {
         name: getattr(module.weight, "block_size", (None, None))[1]
         for name, module in model.named_modules()

@@ -94,9 +94,11 @@ def _measure(directory: Path) -> Perplexity:
 
 
 def _row(recipe: str, format_name: str, directory: Path, measured: Perplexity, base: Perplexity | None) -> DemoRow:
-    found = inspect(directory, bundled_model() if base else None)
+    inspection = inspect(directory, bundled_model() if base else None)
     errors = [
-        (tensor.relative_error, tensor.shape[0] * tensor.shape[1]) for tensor in found.tensors if tensor.relative_error
+        (tensor.relative_error, tensor.shape[0] * tensor.shape[1])
+        for tensor in inspection.tensors
+        if tensor.relative_error
     ]
     weights = sum(count for _, count in errors)
     return DemoRow(
@@ -110,6 +112,6 @@ def _row(recipe: str, format_name: str, directory: Path, measured: Perplexity, b
         standard_error=measured.standard_error,
         difference=paired_difference(base, measured) if base else None,
         relative_error=sum(error * count for error, count in errors if error) / weights if weights else None,
-        bits_per_weight=found.bits_per_quantized_weight,
-        nbytes=found.nbytes,
+        bits_per_weight=inspection.bits_per_quantized_weight,
+        nbytes=inspection.nbytes,
     )
