@@ -1,6 +1,6 @@
 """Encoding, decoding, packing and products of HLWQ matrices: weights per second, and as ratios within one run.
 
-    python benchmarks/kernels.py --polarquant VENV/bin/python --json kernels.json
+    python benchmarks/kernel_speed.py --polarquant VENV/bin/python --json kernel_speed.json
 
 beside polarquant 0.6.0, the published HLWQ code (`pip install polarquant==0.6.0` in VENV; a second process runs it on
 the same matrix), the same in plain torch, and a copy of a float32 matrix. All take turns, and the best of several
