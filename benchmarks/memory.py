@@ -1,9 +1,9 @@
-"""Peak memory of calibrated quantization against the number of layers: hybrids with the layer shapes of Qwen3.5-9B.
+"""Peak memory of calibrated quantization by number of layers, on hybrids with the layer shapes of Qwen3.5-9B.
 
     python benchmarks/memory.py --layers 2 6
 
-The weights are random and the vocabulary is small, so that the layers are what counts. Each run is a process of its
-own; half of the layers are linear attention, half full attention.
+The weights are random, and the vocabulary is small so that nearly all weights are in the layers. Every other layer has
+linear attention, the others full attention. Each run has its own process.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ REAL_9B = {
     "rms_norm_eps": 1e-6,
     "max_position_embeddings": 262144,
     "tie_word_embeddings": True,
-    "vocab_size": 2048,  # the bundled tokenizer's
+    "vocab_size": 2048,  # size of the bundled tokenizer's vocabulary
 }
 
 
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def make_model(path: Path, layers: int) -> int:
-    """Write a random checkpoint, a shard for each layer; returns the bytes of the layers."""
+    """Random checkpoint with one shard per layer, written to `path`; returns the size of the layers in bytes."""
     kinds = ["linear_attention", "full_attention"] * (layers // 2) + ["linear_attention"] * (layers % 2)
     config = {**REAL_9B, "num_hidden_layers": layers, "layer_types": kinds, "architectures": ["Qwen3_5ForCausalLM"]}
     config |= {"dtype": "bfloat16", "rope_parameters": {"rope_type": "default", "rope_theta": 1e7}}
