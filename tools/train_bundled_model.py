@@ -1,9 +1,9 @@
-"""Train the bundled model: a small Qwen3.5 hybrid with a (tiny, untrained) vision tower.
+"""Training of the bundled model, a small Qwen3.5 hybrid with a tiny, untrained vision tower.
 
-The corpus is CPython's own: the source of its standard library (tests, IDLE and the like left
-out) and the language reference in `pydoc_data.topics`. One file in twenty-five, chosen by the hash
-of its name, is held out; the held-out text is written beside the model's directory and is what `hlwq demo`
-measures on. Everything is seeded, so the same Python, torch and machine type give the same model.
+The corpus is CPython's own: the source of its standard library (without tests, IDLE and the like) and the
+language reference in `pydoc_data.topics`. One file in twenty-five, selected by the hash of its name, is held
+out. The held-out text is written beside the model's directory, and `hlwq demo` measures on it. All random
+numbers are seeded: the same Python, torch and machine type give the same model.
 
     python tools/train_bundled_model.py src/hlwq/bundled/model    # half an hour on two cores
 
@@ -50,7 +50,7 @@ CHAT_TEMPLATE = (
 
 
 def corpus() -> tuple[list[str], list[str]]:
-    """The training and the held-out documents, in a fixed order."""
+    """Training and held-out documents, in a fixed order."""
     from pydoc_data import topics
 
     library = Path(sysconfig.get_paths()["stdlib"])
@@ -70,7 +70,7 @@ def corpus() -> tuple[list[str], list[str]]:
 
 
 def train_tokenizer(documents: list[str]) -> Qwen3_5Tokenizer:
-    """A small vocabulary in Qwen3.5's own tokenizer class, which transformers picks for the model whatever is saved."""
+    """Small vocabulary in Qwen3.5's tokenizer class, which transformers uses for this model in any case."""
     tokenizer = Qwen3_5Tokenizer(eos_token="<|im_end|>", pad_token="<|endoftext|>").train_new_from_iterator(
         documents,
         vocab_size=VOCAB_SIZE,
@@ -84,7 +84,7 @@ def train_tokenizer(documents: list[str]) -> Qwen3_5Tokenizer:
 
 
 def build_model(tokenizer: Qwen3_5Tokenizer) -> Qwen3_5ForConditionalGeneration:
-    """Every in_features is a multiple of 128; three linear-attention layers to one of full attention."""
+    """Model with in_features of multiples of 128; three layers of linear attention, then one of full attention."""
     token = tokenizer.convert_tokens_to_ids
     config = Qwen3_5Config(
         text_config=dict(
@@ -139,7 +139,7 @@ def learning_rate(step: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=STEPS, help="fewer, to try the script")
+    parser.add_argument("--steps", type=int, default=STEPS, help="training steps; a few are enough to try the script")
     arguments = parser.parse_args()
 
     torch.manual_seed(0)

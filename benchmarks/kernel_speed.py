@@ -1,11 +1,11 @@
-"""Encoding, decoding, packing and products of HLWQ matrices: weights per second, and as ratios within one run.
+"""Speed of encoding, decoding, packing and multiplying HLWQ matrices: weights per second, and ratios within one run.
 
-    python benchmarks/kernels.py --polarquant VENV/bin/python --json kernels.json
+    python benchmarks/kernel_speed.py --polarquant VENV/bin/python --json kernel_speed.json
 
-beside polarquant 0.6.0, the published HLWQ code (`pip install polarquant==0.6.0` in VENV; a second process runs it on
-the same matrix), the same in plain torch, and a copy of a float32 matrix. All take turns, and the best of several
-rounds counts, since whatever else the machine does only adds to a time. Decoding writes to memory that is there
-already, as the copy does; polarquant and plain torch cannot be told where to.
+The ratios are to polarquant 0.6.0, the published HLWQ code (`pip install polarquant==0.6.0` in VENV; a second process
+runs it on the same matrix), to the same computation in plain torch, and to a copy of a float32 matrix. The candidates
+alternate, and the shortest time over the rounds counts, because other load on the machine can only lengthen a time.
+Decoding and the copy write to memory that is already allocated; polarquant and plain torch allocate their results.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from hlwq.packing import pack, unpack
 from hlwq.solvers.nearest import quantize_nearest
 
 PAUSE = 0.02
-"""Seconds before each run: threads of torch's go on waiting busily for a while after theirs."""
+"""Seconds before each run. torch's threads spin for a while after their work, and would slow the next candidate."""
 GROUP = 128
 
-# What the process beside this one runs: it answers each line `work bits` with seconds.
+# Program of the second process: its answer to each input line `work bits` is a time in seconds.
 POLARQUANT = """
 import math, sys, time
 import torch
@@ -76,12 +76,12 @@ Run = Callable[[], object]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--polarquant", metavar="PYTHON", help="an interpreter that has polarquant 0.6.0")
+    parser.add_argument("--polarquant", metavar="PYTHON", help="interpreter of an environment with polarquant 0.6.0")
     parser.add_argument("--matrix", type=int, nargs=2, default=(1024, 4096), help="rows and columns to encode")
     parser.add_argument("--product", type=int, nargs=2, default=(4096, 12288), help="rows and columns to multiply by")
     parser.add_argument("--bits", type=int, nargs="+", default=list(range(2, 9)))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--shared", action="store_true", help="others use this machine: processor time, one thread")
+    parser.add_argument("--shared", action="store_true", help="processor time of one thread, for a machine in use")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -98,13 +98,13 @@ def main() -> None:
             size = factor.numel() if work == "product" else weights.numel()
             results.append({"work": work, "bits": bits, "weights": size, "seconds": best(runs, options.rounds, clock)})
     if options.json:
-        found = {"setting": vars(options), "results": results}
-        options.json.write_text(json.dumps(found, default=str, indent=1) + "\n")
+        record = {"setting": vars(options), "results": results}
+        options.json.write_text(json.dumps(record, default=str, indent=1) + "\n")
     print(table(results))
 
 
 def on_one_matrix(weights: Tensor, bits: int, peer: Peer | None) -> Iterator[tuple[str, dict[str, Run]]]:
-    """Encoding, decoding, packing and unpacking of a matrix, by us and by others."""
+    """Candidates for encoding, decoding, packing and unpacking one matrix: hlwq and those it is compared with."""
     grid, plain = LloydGrid(bits, GROUP), LloydGrid(bits, GROUP, least_squares=False)
     quantized = quantize_nearest(weights, grid, "hadamard")
     codes, norms = quantized.codes, quantized.parameters.scale
@@ -121,9 +121,9 @@ def on_one_matrix(weights: Tensor, bits: int, peer: Peer | None) -> Iterator[tup
         return groups * (norms / sqrt(GROUP)).unsqueeze(-1)
 
     def others(work: str) -> dict[str, Run]:
-        # It packs codes of up to 4 bits as 4, and of 5 as 5.
-        asked = peer is not None and (bits <= 5 or "pack" not in work)
-        polarquant: dict[str, Run] = {"polarquant": lambda: peer.seconds(work, bits)} if peer and asked else {}
+        # polarquant packs codes up to 4 bits wide as 4 bits, 5-bit codes as 5, and no wider ones.
+        supported = peer is not None and (bits <= 5 or "pack" not in work)
+        polarquant: dict[str, Run] = {"polarquant": lambda: peer.seconds(work, bits)} if peer and supported else {}
         return {**polarquant, "copy": lambda: target.copy_(weights)}
 
     yield (
@@ -142,7 +142,7 @@ def on_one_matrix(weights: Tensor, bits: int, peer: Peer | None) -> Iterator[tup
 
 
 def products(weights: Tensor, bits: int) -> dict[str, Run]:
-    """One row of inputs times a matrix; the values of codes do not matter to speed."""
+    """Candidates for one row of inputs times a matrix. Random codes will do: their values do not affect the speed."""
     rows, columns = weights.shape
     packed = torch.randint(256, (rows, columns * bits // 8), dtype=torch.uint8)
     norms = torch.rand(rows, columns // GROUP).to(torch.float16)
@@ -156,7 +156,7 @@ def products(weights: Tensor, bits: int) -> dict[str, Run]:
 
 
 def best(runs: dict[str, Run], rounds: int, clock: Callable[[], float]) -> dict[str, float]:
-    """The least time of each, in seconds, after one round that does not count; what takes long, less often."""
+    """Shortest time of each candidate in seconds. Round 0 is a warm-up; candidates above half a second run twice."""
     seconds = dict.fromkeys(runs, inf)
     for number in range(rounds + 1):
         for name, run in runs.items():
@@ -172,7 +172,7 @@ def best(runs: dict[str, Run], rounds: int, clock: Callable[[], float]) -> dict[
 
 
 class Peer:
-    """The process that runs polarquant, and says how long that took."""
+    """Second process, which runs polarquant and measures its time."""
 
     def __init__(self, python: str, *arguments: int) -> None:
         command = [python, "-c", POLARQUANT, *map(str, arguments)]
@@ -190,7 +190,7 @@ class Peer:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Millions of weights per second, and ratios."""
+    """Markdown tables: millions of weights per second, and ratios."""
     lines = []
     for work in dict.fromkeys(result["work"] for result in results):
         of_work = [result for result in results if result["work"] == work]
