@@ -18,6 +18,7 @@ from transformers.quantizers import auto
 import hlwq
 from hlwq import HlwqError, integrations
 from hlwq.containers import Reader
+from hlwq.decoded import DecodedCheckpoint
 from hlwq.demo import bundled_model, held_out_text
 from hlwq.errors import HlwqWarning
 from hlwq.evaluate.model import load_model
@@ -25,7 +26,6 @@ from hlwq.evaluate.perplexity import perplexity_of_tokens
 from hlwq.evaluate.speed import speed
 from hlwq.formats import Scheme
 from hlwq.linear import HLWQEmbedding, HLWQLinear, HLWQTiedHead
-from hlwq.decoded import DecodedCheckpoint
 from hlwq.usage import commands
 
 TOKENS = torch.arange(1, 33)[None]
@@ -449,7 +449,8 @@ def test_what_cannot_be_quantized_on_the_fly_is_refused_in_a_line(tmp_path: Path
     config = hlwq.HLWQConfig
     for options, message in [
         ({"dequantize": True}, "not quantized"),
-        ({"bits": 9}, "2, 3, 4"),
+        ({"bits": 9}, "1 to 8 bits"),
+        ({"bits": 1}, "2, 3, 4"),
         ({"group_size": 96}, "power of two"),
         ({"exclude": ["nothing"]}, "matches no tensor"),
     ]:
@@ -491,7 +492,9 @@ def test_a_trained_head_that_is_said_to_be_tied_is_refused(options: dict[str, bo
     "options", [{"bits": 3}, {"group_size": 128}, {"include_embeddings": True}, {"exclude": ["q"]}]
 )
 def test_options_change_nothing_where_codes_are_stored(options: dict[str, Any], tied: tuple[Path, Path]) -> None:
-    with pytest.raises(HlwqError, match=f"{next(iter(options))} changes nothing: the checkpoint is quantized already"):
+    with pytest.raises(
+        HlwqError, match=f"`{next(iter(options))}` changes nothing: the checkpoint is quantized already"
+    ):
         AutoModelForCausalLM.from_pretrained(tied[1], quantization_config=hlwq.HLWQConfig(**options))
 
 
