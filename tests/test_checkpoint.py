@@ -283,6 +283,93 @@ def test_finishing_without_an_announced_tensor_is_a_bug(tmp_path: Path) -> None:
         writer.finish({}, {})
 
 
+# Stacks of tensors, part by part
+
+
+def stacked_tensors() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return {
+        "norm": torch.randn(7, generator=generator),
+        "experts": torch.randn(4, 6, 8, generator=generator).bfloat16(),
+        "codes": torch.randint(0, 255, (3, 5), generator=generator, dtype=torch.uint8),
+    }
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 1, 0, 2], [2, 2, 0, 3, 1, 0]], ids=str)
+def test_a_stack_written_part_by_part_is_the_one_written_whole(order: list[int], tmp_path: Path) -> None:
+    tensors = stacked_tensors()
+    write_all(tmp_path / "whole", tensors)
+    writer = Writer(tmp_path / "parts", specs_of(tensors), ARGUMENTS)
+    for part in order:  # a part may be written again, as after an interruption
+        writer.write("experts", tensors["experts"][part], part)
+    for part in (1, 0, 2):
+        writer.write("codes", tensors["codes"][part], part)
+    writer.write("norm", tensors["norm"])
+    writer.commit("all", tensors, {})
+    writer.finish({}, {"config.json": {}})
+    writer.publish()
+    assert bytes_of(tmp_path / "parts") == bytes_of(tmp_path / "whole")
+
+
+def test_parts_of_a_stack_are_read_alone(tmp_path: Path) -> None:
+    tensors = stacked_tensors()
+    write_all(tmp_path / "out", tensors)
+    reader = Reader(tmp_path / "out")
+    for name in ("experts", "codes"):
+        for part, expected in enumerate(tensors[name]):
+            found = reader.read(name, part=part)
+            assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+            assert torch.equal(found, expected)
+    assert torch.equal(reader.read("experts"), tensors["experts"])
+
+
+@pytest.mark.parametrize("missing", [0, 3])
+def test_a_stack_that_lacks_a_part_is_a_bug(missing: int, tmp_path: Path) -> None:
+    tensors = stacked_tensors()
+    writer = Writer(tmp_path / "out", specs_of(tensors), ARGUMENTS)
+    for name in ("norm", "codes"):
+        writer.write(name, tensors[name])
+    for part in {0, 1, 2, 3} - {missing}:
+        writer.write("experts", tensors["experts"][part], part)
+    with pytest.raises(ValueError, match=r"not written: \['experts'\]"):
+        writer.finish({}, {})
+    writer.write("experts", tensors["experts"][missing], part=missing)
+    writer.finish({}, {})
+
+
+def test_a_part_of_another_shape_is_a_bug(tmp_path: Path) -> None:
+    tensors = stacked_tensors()
+    writer = Writer(tmp_path / "out", specs_of(tensors), ARGUMENTS)
+    for wrong in (tensors["experts"], tensors["experts"][0].float(), tensors["experts"][0, 0]):
+        with pytest.raises(ValueError, match=r"experts: planned BF16 \(6, 8\)"):
+            writer.write("experts", wrong, part=0)
+
+
+@pytest.mark.parametrize("part", [4, -1])
+def test_a_part_that_the_stack_does_not_have_is_a_bug(part: int, tmp_path: Path) -> None:
+    tensors = stacked_tensors()
+    writer = Writer(tmp_path / "out", specs_of(tensors), ARGUMENTS)
+    writer.write("norm", tensors["norm"])
+    before = bytes_of(writer.partial)
+    with pytest.raises(ValueError, match=f"experts has 4 parts, and none of index {part}"):
+        writer.write("experts", tensors["experts"][0], part=part)
+    assert bytes_of(writer.partial) == before
+
+
+def test_parts_of_an_interrupted_unit_are_written_anew(tmp_path: Path) -> None:
+    tensors = stacked_tensors()
+    interrupted_run = Writer(tmp_path / "out", specs_of(tensors), ARGUMENTS)
+    interrupted_run.write("norm", tensors["norm"])
+    interrupted_run.commit("norm", ["norm"], {})
+    interrupted_run.write("experts", tensors["experts"][0], part=0)
+    writer = Writer(tmp_path / "out", specs_of(tensors), ARGUMENTS)
+    writer.write("codes", tensors["codes"])
+    for part in (1, 2, 3):
+        writer.write("experts", tensors["experts"][part], part)
+    with pytest.raises(ValueError, match=r"not written: \['experts'\]"):
+        writer.finish({}, {})
+
+
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 INDEX = "model.safetensors.index.json"
 
