@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,12 @@ import pytest
 import torch
 from checkpoints import FAMILY_NAMES, make_checkpoint
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, GraniteConfig
 
 from hlwq.calibration import LayerRunner
 from hlwq.containers import Reader
 from hlwq.evaluate.model import load_model
-from hlwq.families import ModelLayout, describe
+from hlwq.families import Family, Layer, ModelLayout, describe
 from hlwq.solvers import INPUTS, ORIGINAL_INPUTS, Gram
 
 TOKENS = torch.randint(0, 96, (5, 70), generator=torch.Generator().manual_seed(0))
@@ -140,3 +141,75 @@ def test_one_layer_has_weights_at_a_time(source: Reader) -> None:
     count = len(layout.layers)
     assert loaded == [[place == index for place in range(count)] for index in range(2)]
     assert not has_weights(runner._decoder)  # nor is the embedding, whose rows have served
+
+
+# Models whose way from token ids to the first layer is more than a look-up. Their families are described here as far as
+# a runner needs it.
+
+
+def gemma3() -> tuple[Any, str]:
+    config = Gemma3TextConfig(
+        vocab_size=96,
+        hidden_size=96,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        sliding_window=16,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        tie_word_embeddings=True,
+    )
+    return config, "Gemma3ForCausalLM"
+
+
+def granite() -> tuple[Any, str]:
+    config = GraniteConfig(
+        vocab_size=96,
+        hidden_size=96,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        embedding_multiplier=12.0,
+        residual_multiplier=0.22,
+    )
+    return config, "GraniteForCausalLM"
+
+
+@pytest.mark.parametrize("spill", [False, True])
+@pytest.mark.parametrize("batch_size", [5, 2])
+@pytest.mark.parametrize("describe_model", [gemma3, granite])
+def test_samples_enter_the_first_layer_as_in_the_model(
+    describe_model: Callable[[], tuple[Any, str]], batch_size: int, spill: bool, tmp_path: Path
+) -> None:
+    config, architecture = describe_model()
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    family = Family(architecture, (architecture,), lambda text: [Layer((), {})] * text["num_hidden_layers"])
+    values = {**config.to_dict(), "architectures": [architecture]}
+    layout = ModelLayout(family, values, "model.", family.layers(values), bool(config.tie_word_embeddings))
+    seen: list[Tensor] = []
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(
+            lambda _, inputs, named: seen.append(inputs[0] if inputs else named["hidden_states"]), with_kwargs=True
+        )
+    with torch.no_grad():
+        model(input_ids=TOKENS)
+    embedding, weights = model.get_input_embeddings().weight.detach(), model.state_dict()
+    runner = LayerRunner(
+        values,
+        layout,
+        TOKENS,
+        lambda ids: embedding[ids],
+        needs=frozenset({INPUTS, ORIGINAL_INPUTS}),
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        batch_size=batch_size,
+        spill=tmp_path / "activations" if spill else None,
+    )
+    assert (seen[0] - embedding[TOKENS]).abs().max() > embedding.abs().max()  # scaled: not what a look-up gives
+    assert torch.equal(states(runner), seen[0])
+    for index in (1, 2):
+        runner.advance(weights.__getitem__, weights.__getitem__)
+        torch.testing.assert_close(states(runner), seen[index], rtol=0, atol=1e-4)
