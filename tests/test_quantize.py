@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,9 +22,10 @@ from hlwq import (
     Stage,
     UniformGrid,
 )
-from hlwq.containers import Reader
+from hlwq.containers import Reader, TensorSpec
 from hlwq.decoded import DecodedCheckpoint
 from hlwq.files import hash_file
+from hlwq.pipeline import run_plan
 from hlwq.quantize import convert, plan_for, quantize
 
 
@@ -252,3 +254,59 @@ def test_a_tied_head_is_dropped_with_a_reason(tmp_path: Path) -> None:
     assert [tensor.spec.name for tensor in dropped] == ["lm_head.weight"]
     assert "tied" in dropped[0].reason
     assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
+
+
+# The model's dtype
+
+
+@pytest.mark.parametrize("stated", [True, False])
+@pytest.mark.parametrize(
+    ("recipe", "format_name", "part"),
+    [
+        ("rtn", "mlx", "scales"),
+        ("rtn", "mlx", "biases"),
+        ("rtn", "compressed-tensors", "weight_scale"),
+        ("hlwq", "dense", "weight"),
+    ],
+)
+def test_an_embedding_in_float32_does_not_make_the_model_so(
+    recipe: str, format_name: str, part: str, stated: bool, tmp_path: Path
+) -> None:
+    source, out, embedding = make_checkpoint(tmp_path / "model", "llama"), tmp_path / "out", "model.embed_tokens.weight"
+    tensors = load_file(source / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    tensors[embedding] = tensors[embedding].float() + 1e-5 * torch.rand(tensors[embedding].shape, generator=generator)
+    save_file(dict(sorted(tensors.items(), key=lambda item: item[0] != embedding)), source / "model.safetensors")
+    if not stated:
+        config = json.loads((source / "config.json").read_text())
+        del config["dtype"]
+        (source / "config.json").write_text(json.dumps(config))
+    result = quantize(source, out, recipe, format=format_name)
+    assert result.plan.dtype == "BF16"
+    reader = Reader(out)
+    kinds = {spec.dtype for name, spec in reader.tensors.items() if name.endswith(f"_proj.{part}")}
+    assert kinds == {"BF16"}
+    assert reader.tensors[embedding].dtype == "F32"
+    assert torch.equal(reader.read(embedding), tensors[embedding])
+    assert {spec.dtype for spec in DecodedCheckpoint(out).tensors.values() if "_proj" in spec.name} == {"BF16"}
+
+
+def test_a_copy_goes_by_the_name_and_dtype_that_the_plan_gives_it(tmp_path: Path) -> None:
+    """A family may store its odds and ends otherwise than a format does."""
+    source, out = make_checkpoint(tmp_path / "model", "llama"), tmp_path / "out"
+    tensors, old, new = load_file(source / "model.safetensors"), "model.extra.weight", "model.renamed.values"
+    tensors[old] = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    save_file(tensors, source / "model.safetensors")
+    reader, plan = plan_for(Request.of(source, "rtn"))
+    (extra,) = (tensor for tensor in plan.tensors if tensor.spec.name == old)
+    moved = replace(extra, outputs=(TensorSpec(new, "F32", (6, 8)),))
+    plan = replace(plan, tensors=tuple(moved if tensor is extra else tensor for tensor in plan.tensors))
+    result = run_plan(reader, plan, out, origin={})
+    written = load_file(out / "model.safetensors")
+    assert old not in written
+    assert written[new].dtype == torch.float32
+    assert torch.equal(written[new], tensors[old].float())
+    assert all(line.passed for line in result.checks)
+    for tensor in plan.tensors:
+        if tensor.action == "copy" and tensor is not moved:
+            assert torch.equal(written[tensor.spec.name], tensors[tensor.spec.name])
