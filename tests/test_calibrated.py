@@ -240,6 +240,32 @@ def test_scattered_groups_of_a_rotated_basis_are_written_decoded(llama: Path, tm
         assert scattered.output_errors[module] < 1.5 * runs.output_errors[module]
 
 
+@pytest.mark.parametrize(
+    "stage",
+    [
+        Stage(UniformGrid(4, 64), Hadamard(32), Gptq(foem_beta=0.2)),
+        Stage(UniformGrid(4, 32, symmetric=False), Hadamard(256), Gptq(desc_act=True)),
+        Stage(LloydGrid(4, 64), solver=Gptq(gptaq_alpha=0.25)),
+        Stage(LloydGrid(4, 32), Hadamard(128), Gptq()),
+    ],
+    ids=["uniform, rotated", "scattered and rotated", "lloyd, plain", "lloyd, larger blocks"],
+)
+def test_any_grid_in_any_basis_is_calibrated_right(stage: Stage, llama: Path, tmp_path: Path) -> None:
+    """In format dense, which says nothing of grids and bases, and so holds them all."""
+    recipe = Recipe("mine", "", (stage,), ("dense",))
+    result = quantize(llama, tmp_path / "out", recipe, calibration=DATA)
+    rounded = Recipe("mine", "", (Stage(stage.grid, stage.basis),), ("dense",))
+    nearest = quantize(llama, tmp_path / "nearest", rounded)
+    measured = {
+        tensor.name.removesuffix(".weight"): tensor.relative_error
+        for tensor in hlwq.inspect(tmp_path / "out", against=llama).tensors
+    }
+    for module, error in result.relative_errors.items():
+        assert error == pytest.approx(measured[module], rel=1e-3)
+        assert error < 4 * nearest.relative_errors[module]
+        assert result.output_errors[module] < nearest.relative_errors[module]
+
+
 def test_a_plan_estimates_the_memory_of_the_calibration(llama: Path) -> None:
     _, plan = plan_for(Request.of(llama, "hlwq-v7"))
     few, many = (plan.peak_memory(Calibration(samples=n, sequence_length=512, batch_size=1)) for n in (10, 10_000))
