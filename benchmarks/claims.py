@@ -22,35 +22,34 @@ from rich.console import Console
 from rich.progress import track
 
 import hlwq
-from hlwq import Calibration, GptqOptions, Recipe, Stage
+from hlwq import Calibration, Gptq, Hadamard, Identity, LloydGrid, Nearest, Recipe, Stage, UniformGrid
 from hlwq.demo import bundled_model
 from hlwq.evaluate import Perplexity, paired_difference
 from hlwq.evaluate.statistics import Estimate, mean_estimate, verdict
-from hlwq.grids import LloydGrid, ScaleMethod, UniformGrid
-from hlwq.solvers.nearest import quantize_nearest
+from hlwq.grids import ScaleMethod
 
 BITS = range(2, 9)
 BLOCK = 128
 
 
 def uniform(bits: int, rotated: bool) -> Recipe:
-    stage = Stage("uniform", "hadamard" if rotated else "identity", bits, BLOCK, scale_method="absmax")
+    stage = Stage(UniformGrid(bits, BLOCK, scale_method="absmax"), Hadamard() if rotated else Identity())
     return Recipe(f"absmax {bits} bits{', rotated' if rotated else ''}", "", (stage,), ("dense",))
 
 
 def lloyd(bits: int, rotated: bool) -> Recipe:
-    stage = Stage("lloyd", "hadamard" if rotated else "identity", bits, BLOCK)
+    stage = Stage(LloydGrid(bits, BLOCK), Hadamard() if rotated else Identity())
     return Recipe(f"Lloyd–Max {bits} bits{', rotated (HLWQ)' if rotated else ''}", "", (stage,), ("dense",))
 
 
 def int4(group_size: int, symmetric: bool, form: str, scale: ScaleMethod | None = None) -> Recipe:
-    stage = Stage("uniform", "identity", 4, group_size, symmetric, scale)
+    stage = Stage(UniformGrid(4, group_size, symmetric, scale_method=scale))
     grid = f"symmetric, {scale}" if symmetric else "asymmetric"
     return Recipe(f"{form} INT4 ({grid}, group {group_size})", "", (stage,), (form,))
 
 
 def calibrated(group_size: int, beta: float) -> Recipe:
-    stage = Stage("uniform", "identity", 4, group_size, True, gptq=GptqOptions(foem_beta=beta))
+    stage = Stage(UniformGrid(4, group_size, symmetric=True), solver=Gptq(foem_beta=beta))
     return Recipe(f"GPTQ{' with FOEM' if beta else ''}, group {group_size}", "", (stage,), ("gptq",))
 
 
@@ -132,10 +131,8 @@ def measure(model: Any, recipe: Recipe | None, options: argparse.Namespace) -> t
         if recipe is None:
             directory = model
         else:
-            data = (
-                Calibration((options.calibration,), options.samples, options.sequence_length) if recipe.gptq else None
-            )
-            made = hlwq.quantize(model, directory, recipe, calibration=data)
+            data = Calibration((options.calibration,), options.samples, options.sequence_length)
+            made = hlwq.quantize(model, directory, recipe, calibration=data if recipe.calibrated else None)
             error = fmean(made.relative_errors.values())
         scale = {"context": options.context, "limit": options.limit}
         return asdict(hlwq.evaluate.perplexity(directory, options.text, protocol="chunked", **scale)), error
@@ -146,8 +143,8 @@ def gaussian_errors(bits: int) -> tuple[float, float]:
     weights = torch.randn(4096, BLOCK, generator=torch.Generator().manual_seed(0))
     grids = LloydGrid(bits, BLOCK), UniformGrid(bits, BLOCK, scale_method="absmax")
     errors = [
-        float((quantize_nearest(weights, grid).dequantize() - weights).square().sum() / weights.square().sum())
-        for grid in grids
+        float((decoded - weights).square().sum() / weights.square().sum())
+        for decoded in (Nearest().solve(weights, grid, Identity()).dequantize() for grid in grids)
     ]
     return errors[0], errors[1]
 
@@ -187,7 +184,7 @@ def report(options: argparse.Namespace, measured: dict[str, Perplexity], weight_
         )
     if {uniform(5, False).name, uniform(5, True).name, lloyd(5, True).name} <= measured.keys():
         lines.append(share_of_the_rotation(measured))
-    chain = next(claim for claim in CLAIMS if claim.than is SIGNED_128 and claim.better.gptq is None)
+    chain = next(claim for claim in CLAIMS if claim.than is SIGNED_128 and not claim.better.calibrated)
     once, twice = (weight_error.get(name, nan) for name in (SIGNED_128.name, chain.better.name))
     lloyd_error, absmax_error = gaussian_errors(3)
     ratio = lloyd_error / absmax_error

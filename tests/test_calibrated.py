@@ -17,12 +17,26 @@ import torch
 from checkpoints import FAMILY_NAMES, make_checkpoint
 from safetensors.torch import load_file, save_file
 
-from hlwq import Calibration, GptqOptions, HlwqError, Recipe, Stage
-from hlwq.files import hash_file, read_json
+import hlwq
+from hlwq import (
+    Calibration,
+    CheckpointError,
+    Gptq,
+    Hadamard,
+    HlwqError,
+    LloydGrid,
+    Recipe,
+    Request,
+    RequestError,
+    Stage,
+    UniformGrid,
+    UnsupportedError,
+)
+from hlwq.decoded import DecodedCheckpoint
 from hlwq.demo import bundled_model
 from hlwq.errors import HlwqWarning
+from hlwq.files import hash_file, read_json
 from hlwq.quantize import QuantizeResult, plan_for, quantize
-from hlwq.decoded import DecodedCheckpoint
 
 DATA = Calibration(("embedded",), samples=12, sequence_length=64)
 
@@ -30,7 +44,7 @@ DATA = Calibration(("embedded",), samples=12, sequence_length=64)
 CHAIN = Recipe(
     "mine",
     "HLWQ and then GPTQ",
-    (Stage("lloyd", "hadamard", 2, 64), Stage("uniform", "identity", 4, 64, gptq=GptqOptions())),
+    (Stage(LloydGrid(2, 64), Hadamard()), Stage(UniformGrid(4, 64), solver=Gptq())),
     ("gptq",),
 )
 
@@ -155,7 +169,7 @@ def test_batches_give_the_same_model_but_for_rounding(llama: Path, tmp_path: Pat
 
 
 def test_desc_act_is_said_in_the_file_and_to_the_user(llama: Path, tmp_path: Path) -> None:
-    with pytest.warns(HlwqWarning, match="vLLM 0.32 and later refuse desc_act"):
+    with pytest.warns(HlwqWarning, match="vLLM 0.32 and later refuse `desc_act`"):
         result = quantize(llama, tmp_path / "out", "gptq", desc_act=True, calibration=DATA)
     assert read_json(tmp_path / "out" / "config.json")["quantization_config"]["desc_act"] is True
     assert {line.engine for line in result.checks if not line.passed} == {"vLLM"}
@@ -180,32 +194,80 @@ def test_excluded_matrices_stay_and_the_rest_is_calibrated(llama: Path, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("recipe", "options", "said"),
+    ("recipe", "options", "argument", "said"),
     [
-        ("rtn", {"calibration": DATA}, "Calibration data changes nothing: recipe rtn rounds to nearest"),
-        ("rtn", {"foem_beta": 0.1}, "--foem-beta changes nothing in recipe rtn"),
-        ("rtn", {"desc_act": True}, "--desc-act changes nothing in recipe rtn"),
-        ("gptq", {"calibrate": True}, "--calibrate changes nothing: recipe gptq is calibrated"),
-        ("hlwq-mlx", {"calibrate": True}, "hlwq-mlx rounds twice"),
-        ("gptq", {"calibrate": False}, "Recipe gptq is calibrated"),
-        (CHAIN, {}, "Only a single rounding can be calibrated"),
-        ("gptq", {"calibration": Calibration(("embedded",), 2, 10_000)}, "exceeds the model's own limit of 512"),
-        ("gptq", {"foem_beta": 1.5}, "--foem-beta 1.5 must be between 0 and 1"),
-        ("gptq", {"damping": 0.0}, "--damping 0.0 must be between 1e-06 and 1"),
-        ("gptq", {"desc_act": True, "format": "mlx"}, "format mlx has no place for --desc-act"),
-        ("hlwq", {"calibrate": True, "desc_act": True, "format": "dense"}, "--desc-act needs columns"),
+        ("rtn", {"calibration": DATA}, "calibration", "Calibration data changes nothing: recipe rtn rounds to nearest"),
+        ("rtn", {"foem_beta": 0.1}, "foem_beta", "`foem_beta` changes nothing in recipe rtn"),
+        ("rtn", {"desc_act": True}, "desc_act", "`desc_act` changes nothing in recipe rtn"),
+        ("gptq", {"calibrate": True}, "calibrate", "`calibrate=True` changes nothing: recipe gptq is calibrated"),
+        ("hlwq-mlx", {"calibrate": True}, "calibrate", "hlwq-mlx rounds twice"),
+        ("gptq", {"calibrate": False}, "calibrate", "Recipe gptq is calibrated"),
+        (CHAIN, {}, "recipe", "Only a single rounding can be calibrated"),
+        (
+            "gptq",
+            {"calibration": Calibration(("embedded",), 2, 10_000)},
+            "sequence_length",
+            "exceeds the model's own limit of 512",
+        ),
+        ("gptq", {"foem_beta": 1.5}, "foem_beta", "`foem_beta` 1.5 must be between 0 and 1"),
+        ("gptq", {"damping": 0.0}, "damping", "`damping` 0.0 must be between 1e-06 and 1"),
+        ("gptq", {"desc_act": True, "format": "mlx"}, "desc_act", "format mlx has no place for `desc_act`"),
+        ("hlwq", {"calibrate": True, "desc_act": True}, "desc_act", "format hlwq has no place for `desc_act`"),
     ],
 )
 def test_what_would_change_nothing_or_cannot_be_is_refused(
-    recipe: str | Recipe, options: dict[str, Any], said: str, llama: Path, tmp_path: Path
+    recipe: str | Recipe, options: dict[str, Any], argument: str, said: str, llama: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(HlwqError, match=said):
+    with pytest.raises(HlwqError, match=said) as refused:
         quantize(llama, tmp_path / "out", recipe, **options)
+    assert type(refused.value) is (UnsupportedError if "has no place" in said else RequestError)
+    assert refused.value.argument == argument
     assert not list(tmp_path.iterdir())
 
 
+def test_scattered_groups_of_a_rotated_basis_are_written_decoded(llama: Path, tmp_path: Path) -> None:
+    """Format dense is the one that can: each column is decoded by its own group, and the row then rotated back."""
+    options: dict[str, Any] = {"calibrate": True, "format": "dense", "bits": 4, "calibration": DATA}
+    scattered = quantize(llama, tmp_path / "scattered", "hlwq", desc_act=True, **options)
+    runs = quantize(llama, tmp_path / "runs", "hlwq", **options)
+    assert weights_of(tmp_path / "scattered") != weights_of(tmp_path / "runs")
+    measured = {
+        tensor.name.removesuffix(".weight"): tensor.relative_error
+        for tensor in hlwq.inspect(tmp_path / "scattered", against=llama).tensors
+    }
+    for module, error in scattered.relative_errors.items():
+        assert error == pytest.approx(measured[module], rel=1e-3)
+        assert scattered.output_errors[module] < 1.5 * runs.output_errors[module]
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        Stage(UniformGrid(4, 64), Hadamard(32), Gptq(foem_beta=0.2)),
+        Stage(UniformGrid(4, 32, symmetric=False), Hadamard(256), Gptq(desc_act=True)),
+        Stage(LloydGrid(4, 64), solver=Gptq(gptaq_alpha=0.25)),
+        Stage(LloydGrid(4, 32), Hadamard(128), Gptq()),
+    ],
+    ids=["uniform, rotated", "scattered and rotated", "lloyd, plain", "lloyd, larger blocks"],
+)
+def test_any_grid_in_any_basis_is_calibrated_right(stage: Stage, llama: Path, tmp_path: Path) -> None:
+    """In format dense, which says nothing of grids and bases, and so holds them all."""
+    recipe = Recipe("mine", "", (stage,), ("dense",))
+    result = quantize(llama, tmp_path / "out", recipe, calibration=DATA)
+    rounded = Recipe("mine", "", (Stage(stage.grid, stage.basis),), ("dense",))
+    nearest = quantize(llama, tmp_path / "nearest", rounded)
+    measured = {
+        tensor.name.removesuffix(".weight"): tensor.relative_error
+        for tensor in hlwq.inspect(tmp_path / "out", against=llama).tensors
+    }
+    for module, error in result.relative_errors.items():
+        assert error == pytest.approx(measured[module], rel=1e-3)
+        assert error < 4 * nearest.relative_errors[module]
+        assert result.output_errors[module] < nearest.relative_errors[module]
+
+
 def test_a_plan_estimates_the_memory_of_the_calibration(llama: Path) -> None:
-    _, plan = plan_for(llama, "hlwq-v7")
+    _, plan = plan_for(Request.of(llama, "hlwq-v7"))
     few, many = (plan.peak_memory(Calibration(samples=n, sequence_length=512, batch_size=1)) for n in (10, 10_000))
     offloaded = plan.peak_memory(
         Calibration(samples=10_000, sequence_length=512, batch_size=1, offload_activations=True)
@@ -217,8 +279,8 @@ def test_a_plan_estimates_the_memory_of_the_calibration(llama: Path) -> None:
 def test_too_little_memory_is_said_before_the_work(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.modules["hlwq.quantize"], "available_memory", lambda: 10**8)
-    with pytest.warns(HlwqWarning, match=r"may need .* GB of memory, and 0\.1 GB are available\. Lower --batch-size"):
+    monkeypatch.setattr(sys.modules["hlwq.pipeline"], "available_memory", lambda: 10**8)
+    with pytest.warns(HlwqWarning, match=r"may need .* GB of memory, and 0\.1 GB are available\. Lower `batch_size`"):
         quantize(llama, tmp_path / "out", "gptq", calibration=DATA)
 
 
@@ -230,10 +292,10 @@ def test_a_run_with_other_samples_is_refused_and_the_difference_named(llama: Pat
             {"calibration": Calibration(DATA.sources, DATA.samples, DATA.sequence_length, seed=3)},
             "calibration.seed was 0, now it is 3",
         ),
-        ({"calibration": DATA, "foem_beta": 0.1}, r"stages\[0\].gptq.foem_beta was 0.2, now it is 0.1"),
-        ({"calibration": DATA, "group_size": 32}, r"stages\[0\].group_size was 64, now it is 32"),
+        ({"calibration": DATA, "foem_beta": 0.1}, r"stages\[0\].solver.foem_beta was 0.2, now it is 0.1"),
+        ({"calibration": DATA, "group_size": 32}, r"stages\[0\].grid.group_size was 64, now it is 32"),
     ):
-        with pytest.raises(HlwqError, match=said):
+        with pytest.raises(RequestError, match=said):
             quantize(llama, out, "hlwq-v7", **change)
     quantize(llama, out, "hlwq-v7", calibration=DATA)
 
@@ -243,7 +305,7 @@ def test_an_edited_configuration_is_noticed(tmp_path: Path) -> None:
     interrupt_after(1, source, out)
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
-    with pytest.raises(HlwqError, match=r"config\.rms_norm_eps was 1e-06, now it is 0.001"):
+    with pytest.raises(RequestError, match=r"config\.rms_norm_eps was 1e-06, now it is 0.001"):
         quantize(source, out, "hlwq-v7", calibration=DATA)
 
 
@@ -252,7 +314,7 @@ def test_a_damaged_matrix_is_named_among_its_siblings(tmp_path: Path) -> None:
     tensors = load_file(source / "model.safetensors")
     tensors["model.layers.1.self_attn.v_proj.weight"][3, 5] = float("nan")
     save_file(tensors, source / "model.safetensors")
-    with pytest.raises(HlwqError, match=r"tensor model\.layers\.1\.self_attn\.v_proj\.weight: .* NaN"):
+    with pytest.raises(CheckpointError, match=r"tensor model\.layers\.1\.self_attn\.v_proj\.weight: .* NaN"):
         quantize(source, tmp_path / "out", "gptq", calibration=DATA)
 
 

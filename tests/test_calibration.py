@@ -133,7 +133,7 @@ def test_without_a_network_the_embedded_texts_serve_and_say_so(monkeypatch: pyte
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     samples = load_samples(Calibration((), 4, 64), tokenizer)
-    assert "name better data with --calibration" in samples.warning
+    assert "name better data with `calibration`" in samples.warning
     assert samples.origin["sources"][0]["source"] == EMBEDDED
     named = load_samples(Calibration((EMBEDDED,), 4, 64), tokenizer)
     assert torch.equal(samples.tokens, named.tokens)
@@ -148,10 +148,10 @@ def test_without_a_network_the_embedded_texts_serve_and_say_so(monkeypatch: pyte
         ("a.jsonl", b'{"conversations": [["a", "b"]]}\n', "a chat is not a list of messages"),
         ("a.jsonl", b'{"messages": [{"role": "user", "content": 3}]}\n', "a chat is not a list of messages"),
         ("empty.txt", b"", "has 0 tokens in 0 texts, but 4 samples of 64 need 256"),
-        ("short.txt", b"only a few words", r"has \d+ tokens in 1 texts, but 4 samples of 64 need 256. Lower --samples"),
+        ("short.txt", b"only a few words", r"has \d+ tokens in 1 texts, but 4 samples of 64 need 256. Lower `samples`"),
         ("binary.txt", b"\xff\xfe\x00", "binary.txt is not a UTF-8 text file"),
         ("a.jsonl", b'{"text": "x"}\n{"text": \n', "line 2 is not valid JSON"),
-        ("a.jsonl", b'{"prompt": "x"}\n', "rows need `messages` .* but a row has prompt"),
+        ("a.jsonl", b'{"prompt": "x"}\n', "rows need messages .* but a row has prompt"),
         ("a.jsonl", b"[1]\n", r"but a row is \[1\]"),
         ("a.csv", b"a,b", "must be a .txt, .jsonl or .parquet file"),
         ("a.parquet", b"not parquet", "a.parquet cannot be read"),
@@ -205,5 +205,6 @@ def test_without_a_network_fewer_samples_are_taken_if_the_embedded_texts_have_no
 
 @pytest.mark.parametrize("name", ["samples", "sequence_length", "batch_size"])
 def test_numbers_out_of_range_are_refused(name: str) -> None:
-    with pytest.raises(HlwqError, match=f"--{name.replace('_', '-')} 0 must be at least 1"):
+    with pytest.raises(HlwqError, match=f"`{name}` 0 must be at least 1") as refused:
         Calibration(**{name: 0})
+    assert refused.value.argument == name

@@ -12,8 +12,9 @@ from checkpoints import make_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hlwq import HlwqError
-from hlwq.checkpoint import DTYPES, Reader, TensorSpec, Writer, read_json
+from hlwq import CheckpointError, HlwqError, RequestError, ResourceError, UnsupportedError
+from hlwq.containers import DTYPES, Reader, TensorSpec, Writer
+from hlwq.files import read_json
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 ARGUMENTS: dict[str, Any] = {"recipe": "rtn", "stages": [{"bits": 4}], "revision": None}
@@ -196,7 +197,7 @@ def test_resuming_with_other_arguments_is_refused_and_says_what_differs(
     tensors = float_tensors()
     journal = interrupted(tmp_path / "out", tensors, 2)
     before = bytes_of(journal.parent)
-    with pytest.raises(HlwqError, match=said):
+    with pytest.raises(RequestError, match=said):
         Writer(tmp_path / "out", specs_of(tensors), {**ARGUMENTS, **changed}, shard_bytes=500)
     assert bytes_of(journal.parent) == before
 
@@ -222,7 +223,7 @@ def test_a_partial_directory_that_no_run_left_is_refused_and_left_alone(tmp_path
     tensors = float_tensors()
     write_all(tmp_path / "out.partial", tensors, shard_bytes=500)
     before = bytes_of(tmp_path / "out.partial")
-    with pytest.raises(HlwqError, match=r"out\.partial holds .*, but no record of a run"):
+    with pytest.raises(RequestError, match=r"out\.partial holds .*, but no record of a run"):
         Writer(tmp_path / "out", specs_of(tensors), ARGUMENTS, shard_bytes=500)
     assert bytes_of(tmp_path / "out.partial") == before
 
@@ -232,7 +233,7 @@ def test_an_output_that_is_not_empty_is_refused_and_left_alone(tmp_path: Path) -
     (tmp_path / "directory" / "mine").write_text("keep")
     (tmp_path / "file").write_text("keep")
     for name in ("directory", "file"):
-        with pytest.raises(HlwqError, match=f"{name} is not empty"):
+        with pytest.raises(RequestError, match=f"{name} is not empty"):
             Writer(tmp_path / name, specs_of(float_tensors()), ARGUMENTS)
     assert sorted(file.name for file in tmp_path.rglob("*")) == ["directory", "file", "mine"]
 
@@ -262,7 +263,7 @@ def test_the_output_appears_only_when_published_and_without_the_runs_own_files(t
 
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(HlwqError, match=r"GB free, but the output needs 100000000\.00 GB"):
+    with pytest.raises(ResourceError, match=r"GB free, but the output needs 100000000\.00 GB"):
         Writer(tmp_path / "out", [TensorSpec("huge", "BF16", (10**9, 5 * 10**7))], ARGUMENTS)
     assert list(tmp_path.iterdir()) == []
 
@@ -279,6 +280,93 @@ def test_finishing_without_an_announced_tensor_is_a_bug(tmp_path: Path) -> None:
     writer = Writer(tmp_path / "out", specs_of(tensors), ARGUMENTS)
     writer.write("layers.0.weight", tensors["layers.0.weight"])
     with pytest.raises(ValueError, match=r"not written: \['layers\.1\.weight'\]"):
+        writer.finish({}, {})
+
+
+# Stacks of tensors, part by part
+
+
+def stacked_tensors() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return {
+        "norm": torch.randn(7, generator=generator),
+        "experts": torch.randn(4, 6, 8, generator=generator).bfloat16(),
+        "codes": torch.randint(0, 255, (3, 5), generator=generator, dtype=torch.uint8),
+    }
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 1, 0, 2], [2, 2, 0, 3, 1, 0]], ids=str)
+def test_a_stack_written_part_by_part_is_the_one_written_whole(order: list[int], tmp_path: Path) -> None:
+    tensors = stacked_tensors()
+    write_all(tmp_path / "whole", tensors)
+    writer = Writer(tmp_path / "parts", specs_of(tensors), ARGUMENTS)
+    for part in order:  # a part may be written again, as after an interruption
+        writer.write("experts", tensors["experts"][part], part)
+    for part in (1, 0, 2):
+        writer.write("codes", tensors["codes"][part], part)
+    writer.write("norm", tensors["norm"])
+    writer.commit("all", tensors, {})
+    writer.finish({}, {"config.json": {}})
+    writer.publish()
+    assert bytes_of(tmp_path / "parts") == bytes_of(tmp_path / "whole")
+
+
+def test_parts_of_a_stack_are_read_alone(tmp_path: Path) -> None:
+    tensors = stacked_tensors()
+    write_all(tmp_path / "out", tensors)
+    reader = Reader(tmp_path / "out")
+    for name in ("experts", "codes"):
+        for part, expected in enumerate(tensors[name]):
+            found = reader.read(name, part=part)
+            assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+            assert torch.equal(found, expected)
+    assert torch.equal(reader.read("experts"), tensors["experts"])
+
+
+@pytest.mark.parametrize("missing", [0, 3])
+def test_a_stack_that_lacks_a_part_is_a_bug(missing: int, tmp_path: Path) -> None:
+    tensors = stacked_tensors()
+    writer = Writer(tmp_path / "out", specs_of(tensors), ARGUMENTS)
+    for name in ("norm", "codes"):
+        writer.write(name, tensors[name])
+    for part in {0, 1, 2, 3} - {missing}:
+        writer.write("experts", tensors["experts"][part], part)
+    with pytest.raises(ValueError, match=r"not written: \['experts'\]"):
+        writer.finish({}, {})
+    writer.write("experts", tensors["experts"][missing], part=missing)
+    writer.finish({}, {})
+
+
+def test_a_part_of_another_shape_is_a_bug(tmp_path: Path) -> None:
+    tensors = stacked_tensors()
+    writer = Writer(tmp_path / "out", specs_of(tensors), ARGUMENTS)
+    for wrong in (tensors["experts"], tensors["experts"][0].float(), tensors["experts"][0, 0]):
+        with pytest.raises(ValueError, match=r"experts: planned BF16 \(6, 8\)"):
+            writer.write("experts", wrong, part=0)
+
+
+@pytest.mark.parametrize("part", [4, -1])
+def test_a_part_that_the_stack_does_not_have_is_a_bug(part: int, tmp_path: Path) -> None:
+    tensors = stacked_tensors()
+    writer = Writer(tmp_path / "out", specs_of(tensors), ARGUMENTS)
+    writer.write("norm", tensors["norm"])
+    before = bytes_of(writer.partial)
+    with pytest.raises(ValueError, match=f"experts has 4 parts, and none of index {part}"):
+        writer.write("experts", tensors["experts"][0], part=part)
+    assert bytes_of(writer.partial) == before
+
+
+def test_parts_of_an_interrupted_unit_are_written_anew(tmp_path: Path) -> None:
+    tensors = stacked_tensors()
+    interrupted_run = Writer(tmp_path / "out", specs_of(tensors), ARGUMENTS)
+    interrupted_run.write("norm", tensors["norm"])
+    interrupted_run.commit("norm", ["norm"], {})
+    interrupted_run.write("experts", tensors["experts"][0], part=0)
+    writer = Writer(tmp_path / "out", specs_of(tensors), ARGUMENTS)
+    writer.write("codes", tensors["codes"])
+    for part in (1, 2, 3):
+        writer.write("experts", tensors["experts"][part], part)
+    with pytest.raises(ValueError, match=r"not written: \['experts'\]"):
         writer.finish({}, {})
 
 
@@ -360,13 +448,15 @@ def test_a_damaged_checkpoint_is_refused_in_one_line_that_names_the_file(
     damage(path)
     with pytest.raises(HlwqError, match=said) as caught:
         Reader(path)
+    assert type(caught.value) is (UnsupportedError if said in ("pickled", "dtype C64") else CheckpointError)
+    assert caught.value.path == path / file
     assert str(path / file) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_a_directory_without_weights_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(HlwqError, match=r"holds no \*\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"holds no \*\.safetensors"):
         Reader(tmp_path)
 
 
@@ -386,7 +476,7 @@ def test_files_that_the_index_does_not_name_are_not_read(tmp_path: Path) -> None
 
 
 def test_reading_a_tensor_that_is_not_there_names_it(tmp_path: Path) -> None:
-    with pytest.raises(HlwqError, match=r"tensor lost\.weight is missing"):
+    with pytest.raises(CheckpointError, match=r"tensor lost\.weight is missing"):
         Reader(make_checkpoint(tmp_path / "model", "llama")).read("lost.weight")
 
 

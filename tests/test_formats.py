@@ -16,19 +16,20 @@ from scipy.linalg import hadamard
 from torch import Tensor
 
 import hlwq
-from hlwq import HlwqError
-from hlwq.checkpoint import Reader, Writer
-from hlwq.cli import main
+from hlwq import Hadamard, HlwqError, Identity, LloydGrid, Nearest, UniformGrid, UnsupportedError
+from hlwq.containers import Reader, Writer
+from hlwq.decoded import DecodedCheckpoint
+from hlwq.families import describe
+from hlwq.families.qwen3_5 import QWEN3_5
 from hlwq.formats import FORMATS, Contents, Scheme, detect_format, mlx
 from hlwq.formats.compressed_tensors import configured_weights
 from hlwq.formats.gptq import dynamic_rules
-from hlwq.grids import Grid, QuantizedMatrix, UniformGrid
+from hlwq.grids import Grid
 from hlwq.lloyd import codebook
-from hlwq.families import describe
+from hlwq.matrix import QuantizedMatrix
 from hlwq.plan import make_plan
-from hlwq.recipes import override, recipe_named
-from hlwq.solvers.nearest import quantize_nearest
-from hlwq.decoded import DecodedCheckpoint
+from hlwq.recipes import changed, recipe_named
+from hlwq.request import Selection
 
 DOWN, UP, O_PROJ = "model.layers.0.mlp.down_proj", "model.layers.0.mlp.up_proj", "model.layers.1.self_attn.o_proj"
 ROWS, COLUMNS = 64, 256
@@ -50,17 +51,18 @@ def hard_weights() -> Tensor:
 
 
 def grid_for(format_name: str, bits: int, group_size: int, symmetric: bool | None, dtype: str = "BF16") -> Grid:
-    chosen = FORMATS[format_name]
+    hold = FORMATS[format_name].hold
     if symmetric is None:
-        return chosen.lloyd_grid(bits, group_size)
-    return chosen.uniform_grid(bits, group_size, symmetric, "signed", dtype)
+        return hold(DOWN, (ROWS, COLUMNS), LloydGrid(bits, group_size), Hadamard(group_size), dtype)
+    return hold(DOWN, (ROWS, COLUMNS), UniformGrid(bits, group_size, symmetric), Identity(), dtype)
 
 
 def quantized(
     format_name: str, bits: int, group_size: int, symmetric: bool | None, dtype: str = "BF16"
 ) -> QuantizedMatrix:
     grid = grid_for(format_name, bits, group_size, symmetric, dtype)
-    return quantize_nearest(hard_weights(), grid, "hadamard" if symmetric is None else "identity")
+    basis = Hadamard(group_size) if symmetric is None else Identity()
+    return Nearest().solve(hard_weights(), grid, basis)
 
 
 def save(path: Path, format_name: str, matrices: dict[str, QuantizedMatrix], dtype: str = "BF16") -> Reader:
@@ -342,7 +344,7 @@ def test_scales_may_be_of_any_floating_dtype(format_name: str, part: str, dtype:
 def test_compressed_tensors_whose_rows_are_single_groups_are_read(
     symmetric: bool, group_size: int | None, tmp_path: Path
 ) -> None:
-    matrix = quantize_nearest(hard_weights(), UniformGrid(4, COLUMNS, symmetric, storage=(torch.bfloat16,)))
+    matrix = Nearest().solve(hard_weights(), UniformGrid(4, COLUMNS, symmetric, storage=(torch.bfloat16,)), Identity())
     reader = save(tmp_path / "out", FORMAT, {DOWN: matrix})
     edited(reader, change=regrouped(strategy="channel", group_size=group_size))
     stored = FORMATS[FORMAT].stored_modules(reader)[DOWN]
@@ -353,7 +355,7 @@ def test_compressed_tensors_whose_rows_are_single_groups_are_read(
 @pytest.mark.parametrize("group_size", [None, -1, 128])
 def test_a_check_knows_that_a_row_without_a_group_size_is_one_group(group_size: int | None, tmp_path: Path) -> None:
     model = make_checkpoint(tmp_path / "model", "llama", intermediate_size=128)
-    hlwq.quantize(model, tmp_path / "out", override(recipe_named("rtn"), group_size=128), format=FORMAT)
+    hlwq.quantize(model, tmp_path / "out", changed(recipe_named("rtn"), {"group_size": 128}), format=FORMAT)
     edited(Reader(tmp_path / "out"), change=regrouped(group_size=group_size))
     assert all(line.passed for line in hlwq.check(tmp_path / "out"))
 
@@ -375,8 +377,8 @@ def hybrid_contents(path: Path, format_name: str, family: str = "qwen3_5", **ove
     """A hybrid with layers of two group sizes and two kinds of exclusion."""
     source = Reader(make_checkpoint(path, family, intermediate_size=320, **overrides))
     recipe = recipe_named("hlwq" if format_name == "hlwq" else "rtn")
-    exclude = [r"layers\.1\.mlp\.down_proj", r"layers\.2\.linear_attn\.in_proj_"]
-    return make_plan(source, override(recipe, group_size=128), format_name, exclude=exclude).contents()
+    exclude = (r"layers\.1\.mlp\.down_proj", r"layers\.2\.linear_attn\.in_proj_")
+    return make_plan(source, changed(recipe, {"group_size": 128}), format_name, Selection(exclude=exclude)).contents()
 
 
 def first_hit(rules: dict[str, dict[str, int]], name: str) -> dict[str, int] | str | None:
@@ -443,7 +445,7 @@ def test_gptq_dynamic_rules_exclude_first(tmp_path: Path) -> None:
 
 def test_gptq_dynamic_rules_tell_layer_1_from_layers_10_and_11(tmp_path: Path) -> None:
     source = Reader(make_checkpoint(tmp_path / "model", "llama", num_hidden_layers=12))
-    plan = make_plan(source, recipe_named("rtn"), exclude=[r"layers\.1\.mlp\.down_proj"])
+    plan = make_plan(source, recipe_named("rtn"), None, Selection(exclude=(r"layers\.1\.mlp\.down_proj",)))
     rules = dynamic_rules(plan.contents(), Scheme(4, 64, True))
     hits = {index: first_hit(rules, f"model.layers.{index}.mlp.down_proj") for index in range(12)}
     assert hits == {index: "excluded" if index == 1 else None for index in range(12)}
@@ -520,7 +522,7 @@ def test_mlx_configuration_has_what_mlx_lm_asks_of_the_hybrid(family: str, tied:
 
 def test_mlx_overrides_of_other_families_keep_the_checkpoints_names(tmp_path: Path) -> None:
     source = Reader(make_checkpoint(tmp_path / "model", "llama", intermediate_size=320))
-    contents = make_plan(source, override(recipe_named("rtn"), group_size=128), "mlx").contents()
+    contents = make_plan(source, changed(recipe_named("rtn"), {"group_size": 128}), "mlx").contents()
     config = FORMATS["mlx"].json_files(source.config, contents)["config.json"]
     assert config["model_type"] == "llama"
     assert config["quantization"]["model.layers.1.mlp.down_proj"] == {"group_size": 64, "bits": 4}
@@ -546,8 +548,9 @@ def test_hlwq_configuration_lists_the_modules_that_differ(tmp_path: Path) -> Non
 )
 def test_mlx_names_of_the_hybrid_lead_back_to_hugging_faces(module: str) -> None:
     layout = describe(model_config("qwen3_5"), ["model.language_model.embed_tokens.weight"])
-    assert mlx.module_path(module, layout) != module
-    assert mlx.hugging_face_name(mlx.module_path(module, layout)) == module
+    theirs = layout.family.mlx.path(module)
+    assert theirs != module
+    assert layout.family.mlx.restoration.name(theirs) == module
 
 
 def test_what_mlx_lm_does_to_the_hybrids_tensors_is_undone(tmp_path: Path) -> None:
@@ -561,10 +564,11 @@ def test_what_mlx_lm_does_to_the_hybrids_tensors_is_undone(tmp_path: Path) -> No
     save_file(converted, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")
     reader = Reader(tmp_path)
-    assert mlx.is_converted(reader)
+    assert QWEN3_5.mlx.converted(reader.tensors)
+    restoration = mlx.restoration(reader)
     for (name, spec), expected in zip(sorted(reader.tensors.items()), [norm, kernel, norm], strict=True):
-        assert torch.equal(mlx.restored(name, reader.read(name)), expected)
-        assert mlx.restored_shape(spec) == expected.shape
+        assert torch.equal(restoration.tensor(name, reader.read(name)), expected)
+        assert restoration.shape(spec) == expected.shape
 
 
 # What is refused
@@ -782,6 +786,8 @@ def test_the_command_line_says_what_is_damaged_in_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    from hlwq.cli import main
+
     matrix = quantized(format_name, 4, 64, None if format_name == "hlwq" else True)
     edited(save(tmp_path / "out", format_name, {DOWN: matrix}), change=change)
     monkeypatch.setattr(sys, "argv", ["hlwq", command, str(tmp_path / "out")])
@@ -807,8 +813,8 @@ def test_gptq_files_of_three_bits_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("format_name", ["gptq", FORMAT])
 def test_shapes_that_engines_refuse_are_refused(format_name: str, shape: tuple[int, int]) -> None:
     said = f"{DOWN} has shape {shape}; format {format_name} needs multiples of 32"
-    with pytest.raises(HlwqError, match=re.escape(said)):
-        FORMATS[format_name].outputs(DOWN, shape, UniformGrid(4, 16), "BF16")
+    with pytest.raises(UnsupportedError, match=re.escape(said)):
+        FORMATS[format_name].hold(DOWN, shape, UniformGrid(4, 32), Identity(), "BF16")
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,16 @@ from typing import Any
 
 import pytest
 import torch
-from test_grids import GRIDS, GROUP_KINDS, every_grid, groups_of
+from test_grids import GRIDS, GROUP_KINDS, PLAIN, ROTATED, every_grid, groups_of, nearest
 from torch import Tensor
 
-from hlwq import HlwqError
-from hlwq.grids import Basis, Grid, LloydGrid, Parameters, UniformGrid, fit_weighted
-from hlwq.solvers.gptq import GptqOptions, Gram, inverse_factor, output_error, quantize_gptq
-from hlwq.solvers.nearest import quantize_nearest
+from hlwq import CheckpointError, Gptq, RequestError
+from hlwq.bases import Basis
+from hlwq.grids import Grid, LloydGrid, Parameters, UniformGrid, fit_weighted
+from hlwq.hadamard import rotate_blocks
+from hlwq.matrix import QuantizedMatrix
+from hlwq.solvers import Gram
+from hlwq.solvers.gptq import inverse_factor, output_error
 
 INT4 = UniformGrid(4, 32)
 
@@ -31,16 +34,20 @@ def problem(rows: int = 48, width: int = 128, seed: int = 0) -> tuple[Tensor, Gr
     return weights, Gram(inputs.T @ inputs, noise.T @ inputs)
 
 
-def loss(weights: Tensor, gram: Gram, grid: Grid, basis: Basis = "identity", **options: Any) -> float:
-    matrix = quantize_gptq(weights, gram, grid, basis, GptqOptions(**options))
+def solve(weights: Tensor, gram: Gram, grid: Grid, basis: Basis = PLAIN, **options: Any) -> QuantizedMatrix:
+    return Gptq(**options).solve(weights, grid, basis.fitted(weights.shape[1], grid.group_size), gram)
+
+
+def loss(weights: Tensor, gram: Gram, grid: Grid, basis: Basis = PLAIN, **options: Any) -> float:
+    matrix = solve(weights, gram, grid, basis, **options)
     return output_error(weights - matrix.dequantize(), gram.hessian)
 
 
 @every_grid
 def test_outputs_change_less_than_by_rounding_to_nearest(grid: Grid, basis: Basis) -> None:
     weights, gram = problem()
-    nearest = output_error(weights - quantize_nearest(weights, grid, basis).dequantize(), gram.hessian)
-    assert loss(weights, gram, grid, basis) < 0.6 * nearest
+    rounded = output_error(weights - nearest(weights, grid, basis).dequantize(), gram.hessian)
+    assert loss(weights, gram, grid, basis) < 0.6 * rounded
 
 
 @pytest.mark.parametrize(
@@ -50,15 +57,15 @@ def test_outputs_change_less_than_by_rounding_to_nearest(grid: Grid, basis: Basi
 def test_agrees_with_the_textbook(options: dict[str, Any], desc_act: bool) -> None:
     """The loop without its lazy batches: every column's error goes to all later columns at once, in float64."""
     weights, gram = problem(rows=16, width=64)
-    chosen = GptqOptions(desc_act=desc_act, **options)
-    matrix = quantize_gptq(weights, gram, INT4, "identity", chosen)
+    chosen = Gptq(desc_act=desc_act, **options)
+    matrix = chosen.solve(weights, INT4, PLAIN, gram)
     expected = textbook(weights, gram, INT4, chosen)
     # float32 and float64 may round a tie differently, after which a row goes its own way.
     same = ((matrix.dequantize() - expected).abs() < 1e-3).all(1)
     assert same.float().mean() > 0.75
 
 
-def textbook(weights: Tensor, gram: Gram, grid: Grid, options: GptqOptions) -> Tensor:
+def textbook(weights: Tensor, gram: Gram, grid: Grid, options: Gptq) -> Tensor:
     size, diagonal = grid.group_size, gram.hessian.diagonal()
     if options.desc_act:
         order = diagonal.argsort(descending=True)
@@ -92,7 +99,7 @@ def textbook(weights: Tensor, gram: Gram, grid: Grid, options: GptqOptions) -> T
 def test_without_correlations_it_is_rounding_to_nearest() -> None:
     weights = torch.randn(16, 64)
     importance = torch.rand(64) + 0.1
-    matrix = quantize_gptq(weights, Gram(importance.diag()), INT4)
+    matrix = solve(weights, Gram(importance.diag()), INT4)
     damped = importance + 0.01 * importance.mean()
     for start in (0, 32):
         groups = weights[:, start : start + 32]
@@ -102,9 +109,9 @@ def test_without_correlations_it_is_rounding_to_nearest() -> None:
 
 def test_rows_can_be_stacked() -> None:
     weights, gram = problem()
-    stacked = quantize_gptq(weights, gram, INT4).split_rows([10, 38])
+    stacked = solve(weights, gram, INT4).split_rows([10, 38])
     for part, rows in zip(stacked, weights.split([10, 38]), strict=True):
-        alone = quantize_gptq(rows, gram, INT4)
+        alone = solve(rows, gram, INT4)
         assert (part.dequantize() - alone.dequantize()).abs().gt(1e-3).float().mean() < 0.01
         assert part.codes.shape == rows.shape
 
@@ -112,10 +119,9 @@ def test_rows_can_be_stacked() -> None:
 @pytest.mark.parametrize("options", [{}, {"foem_beta": 0.2}, {"gptaq_alpha": 0.25}, {"desc_act": True}])
 def test_rows_are_solved_in_chunks(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     weights, gram = problem()
-    chosen = GptqOptions(**options)
-    whole = quantize_gptq(weights, gram, INT4, options=chosen).dequantize()
+    whole = solve(weights, gram, INT4, **options).dequantize()
     monkeypatch.setattr("hlwq.solvers.gptq.SOLVED_WEIGHTS", 10 * weights.shape[1])
-    parts = quantize_gptq(weights, gram, INT4, options=chosen).dequantize()
+    parts = solve(weights, gram, INT4, **options).dequantize()
     assert whole.shape == parts.shape
     assert ((whole - parts).abs() < 1e-3).all(1).float().mean() > 0.9  # a tie may round differently
 
@@ -123,22 +129,20 @@ def test_rows_are_solved_in_chunks(options: dict[str, Any], monkeypatch: pytest.
 def test_calibrated_hlwq_beats_data_free_hlwq_and_its_error_is_the_same_in_either_basis() -> None:
     weights, gram = problem(width=256)
     grid = LloydGrid(4, 64)
-    nearest = output_error(weights - quantize_nearest(weights, grid, "hadamard").dequantize(), gram.hessian)
-    assert loss(weights, gram, grid, "hadamard") < 0.5 * nearest
+    rounded = output_error(weights - nearest(weights, grid, ROTATED).dequantize(), gram.hessian)
+    assert loss(weights, gram, grid, ROTATED) < 0.5 * rounded
     # A rotation of the inputs' columns is the identity basis seen from elsewhere.
-    from hlwq.hadamard import rotate_blocks
-
     rotated = Gram(rotate_blocks(rotate_blocks(gram.hessian, 64).T, 64).T)
     assert loss(rotate_blocks(weights, 64), rotated, grid) == pytest.approx(
-        loss(weights, gram, grid, "hadamard"), rel=0.02
+        loss(weights, gram, grid, ROTATED), rel=0.02
     )
 
 
 @pytest.mark.parametrize("options", [{"foem_beta": 0.2}, {"gptaq_alpha": 0.25}, {"desc_act": True}, {"damping": 0.1}])
 def test_each_option_changes_the_result(options: dict[str, Any]) -> None:
     weights, gram = problem()
-    plain = quantize_gptq(weights, gram, INT4)
-    other = quantize_gptq(weights, gram, INT4, options=GptqOptions(**options))
+    plain = solve(weights, gram, INT4)
+    other = solve(weights, gram, INT4, **options)
     assert not torch.equal(plain.dequantize(), other.dequantize())
 
 
@@ -150,7 +154,7 @@ def test_gptaq_makes_up_for_the_difference_of_the_inputs() -> None:
     weights = torch.randn(32, 128, generator=generator)
 
     def distance(alpha: float) -> float:
-        decoded = quantize_gptq(weights, gram, UniformGrid(8, 32), options=GptqOptions(gptaq_alpha=alpha)).dequantize()
+        decoded = solve(weights, gram, UniformGrid(8, 32), gptaq_alpha=alpha).dequantize()
         return float((inputs @ decoded.T - originals @ weights.T).square().sum())
 
     assert distance(1.0) < 0.6 * distance(0.0)
@@ -158,7 +162,7 @@ def test_gptaq_makes_up_for_the_difference_of_the_inputs() -> None:
 
 def test_desc_act_groups_columns_of_like_importance() -> None:
     weights, gram = problem()
-    matrix = quantize_gptq(weights, gram, INT4, options=GptqOptions(desc_act=True))
+    matrix = solve(weights, gram, INT4, desc_act=True)
     assert matrix.group_of_column is not None
     assert matrix.group_of_column.bincount().tolist() == [32] * 4
     diagonal = gram.hessian.diagonal()
@@ -171,7 +175,7 @@ def test_columns_that_were_never_active_are_rounded_to_nearest() -> None:
     inputs = correlated_inputs(64)
     inputs[:, [3, 40]] = 0
     weights = torch.randn(16, 64)
-    matrix = quantize_gptq(weights, Gram(inputs.T @ inputs), UniformGrid(8, 32))
+    matrix = solve(weights, Gram(inputs.T @ inputs), UniformGrid(8, 32))
     difference = (matrix.dequantize() - weights)[:, [3, 40]].abs()
     step = matrix.parameters.scale.abs()
     assert (difference <= step * 1.01).all()
@@ -182,26 +186,26 @@ def test_a_singular_hessian_is_damped_until_it_can_be_factored() -> None:
     gram = Gram(direction.T @ direction - 30 * torch.eye(64))
     with pytest.raises(torch.linalg.LinAlgError):
         torch.linalg.cholesky(gram.hessian)
-    assert torch.isfinite(
-        quantize_gptq(torch.randn(8, 64), gram, INT4, options=GptqOptions(damping=1e-6)).dequantize()
-    ).all()
+    assert torch.isfinite(solve(torch.randn(8, 64), gram, INT4, damping=1e-6).dequantize()).all()
 
 
 def test_inputs_that_are_not_finite_are_refused() -> None:
-    with pytest.raises(HlwqError, match="not finite"):
-        quantize_gptq(torch.randn(8, 64), Gram(torch.full((64, 64), float("nan"))), INT4)
+    with pytest.raises(CheckpointError, match="not finite"):
+        solve(torch.randn(8, 64), Gram(torch.full((64, 64), float("nan"))), INT4)
 
 
 def test_inputs_that_are_all_zero_leave_rounding_to_nearest() -> None:
     weights = torch.randn(8, 64)
-    matrix = quantize_gptq(weights, Gram(torch.zeros(64, 64)), UniformGrid(8, 32))
+    matrix = solve(weights, Gram(torch.zeros(64, 64)), UniformGrid(8, 32))
     assert (matrix.dequantize() - weights).abs().max() < 0.02
 
 
 @pytest.mark.parametrize("options", [{"foem_beta": 1.5}, {"gptaq_alpha": -0.1}, {"damping": 0.0}])
 def test_terms_out_of_range_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(HlwqError, match="must be between"):
-        GptqOptions(**options)
+    (name,) = options
+    with pytest.raises(RequestError, match="must be between") as refused:
+        Gptq(**options)
+    assert refused.value.argument == name
 
 
 def test_inverse_factor_is_the_upper_factor_of_the_damped_inverse() -> None:

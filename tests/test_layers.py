@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,13 @@ import pytest
 import torch
 from checkpoints import FAMILY_NAMES, make_checkpoint
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, GraniteConfig
 
+from hlwq.calibration import LayerRunner
 from hlwq.containers import Reader
 from hlwq.evaluate.model import load_model
-from hlwq.calibration.layers import LayerRunner
-from hlwq.families import ModelLayout, describe
-from hlwq.solvers.gptq import Gram
+from hlwq.families import Family, Layer, ModelLayout, describe
+from hlwq.solvers import INPUTS, ORIGINAL_INPUTS, Gram
 
 TOKENS = torch.randint(0, 96, (5, 70), generator=torch.Generator().manual_seed(0))
 every_family = pytest.mark.parametrize("family", FAMILY_NAMES)
@@ -31,7 +32,7 @@ def runner_of(source: Reader, **options: Any) -> tuple[LayerRunner, ModelLayout]
     layout = describe(source.config, source.tensors)
     embedding = source.read(f"{layout.embedding}.weight")
     device = torch.device("cpu")
-    options = {"batch_size": len(TOKENS), **options}
+    options = {"batch_size": len(TOKENS), "needs": frozenset({INPUTS}), **options}
     runner = LayerRunner(
         source.config, layout, TOKENS, lambda ids: embedding[ids], device=device, dtype=torch.float32, **options
     )
@@ -80,12 +81,12 @@ def test_members_of_a_step_share_their_input(source: Reader) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"batch_size": 2}])
-@pytest.mark.parametrize("keep_original", [False, True])
+@pytest.mark.parametrize("needs", [{INPUTS}, {INPUTS, ORIGINAL_INPUTS}], ids=len)
 def test_steps_are_given_what_the_quantized_part_makes(
-    source: Reader, options: dict[str, Any], keep_original: bool
+    source: Reader, options: dict[str, Any], needs: set[str]
 ) -> None:
     """Two layers with all matrices halved on the way, against whole models with the weights of that moment."""
-    runner, layout = runner_of(source, keep_original=keep_original, **options)
+    runner, layout = runner_of(source, needs=needs, **options)
     grams: list[tuple[str, Gram]] = []
 
     def halve(layer: nn.Module, names: Sequence[str], gram: Gram) -> None:
@@ -105,8 +106,8 @@ def test_steps_are_given_what_the_quantized_part_makes(
             inputs, originals = inputs_of(model, layer, name), inputs_of(original, layer_before, name)
             assert torch.allclose(gram.hessian, inputs.T @ inputs, rtol=1e-3, atol=1e-3)
             assert torch.equal(gram.hessian, gram.hessian.T)
-            if keep_original:
-                assert gram.cross is not None
+            assert (gram.cross is not None) == (ORIGINAL_INPUTS in needs)
+            if gram.cross is not None:
                 assert torch.allclose(gram.cross, (originals - inputs).T @ inputs, rtol=1e-2, atol=1e-2)
             for matrix in step:
                 layer.get_parameter(f"{matrix.name}.weight").data /= 2
@@ -122,16 +123,93 @@ def inputs_of(model: Any, layer: nn.Module, name: str) -> Tensor:
     return seen[0].flatten(0, 1)
 
 
+def has_weights(module: nn.Module) -> bool:
+    """Vectors aside, which transformers may fill when it builds a model."""
+    return any(not parameter.is_meta for parameter in module.parameters() if parameter.ndim > 1)
+
+
 def test_one_layer_has_weights_at_a_time(source: Reader) -> None:
     runner, layout = runner_of(source)
     loaded: list[list[bool]] = []
 
     def look(layer: nn.Module, names: Sequence[str], gram: Gram) -> None:
         layers = runner._decoder.layers
-        loaded.append([not next(each.parameters()).is_meta for each in layers])
+        loaded.append([has_weights(each) for each in layers])
 
     for index in range(2):
         runner.quantize(source.read, [[layout.layers[index].steps[0][0].name]], look)
     count = len(layout.layers)
     assert loaded == [[place == index for place in range(count)] for index in range(2)]
-    assert all(parameter.is_meta for parameter in runner._decoder.parameters())
+    assert not has_weights(runner._decoder)  # nor is the embedding, whose rows have served
+
+
+# Models whose way from token ids to the first layer is more than a look-up. Their families are described here as far as
+# a runner needs it.
+
+
+def gemma3() -> tuple[Any, str]:
+    config = Gemma3TextConfig(
+        vocab_size=96,
+        hidden_size=96,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        sliding_window=16,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        tie_word_embeddings=True,
+    )
+    return config, "Gemma3ForCausalLM"
+
+
+def granite() -> tuple[Any, str]:
+    config = GraniteConfig(
+        vocab_size=96,
+        hidden_size=96,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        embedding_multiplier=12.0,
+        residual_multiplier=0.22,
+    )
+    return config, "GraniteForCausalLM"
+
+
+@pytest.mark.parametrize("spill", [False, True])
+@pytest.mark.parametrize("batch_size", [5, 2])
+@pytest.mark.parametrize("describe_model", [gemma3, granite])
+def test_samples_enter_the_first_layer_as_in_the_model(
+    describe_model: Callable[[], tuple[Any, str]], batch_size: int, spill: bool, tmp_path: Path
+) -> None:
+    config, architecture = describe_model()
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    family = Family(architecture, (architecture,), lambda text: [Layer((), {})] * text["num_hidden_layers"])
+    values = {**config.to_dict(), "architectures": [architecture]}
+    layout = ModelLayout(family, values, "model.", family.layers(values), bool(config.tie_word_embeddings))
+    seen: list[Tensor] = []
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(
+            lambda _, inputs, named: seen.append(inputs[0] if inputs else named["hidden_states"]), with_kwargs=True
+        )
+    with torch.no_grad():
+        model(input_ids=TOKENS)
+    embedding, weights = model.get_input_embeddings().weight.detach(), model.state_dict()
+    runner = LayerRunner(
+        values,
+        layout,
+        TOKENS,
+        lambda ids: embedding[ids],
+        needs=frozenset({INPUTS, ORIGINAL_INPUTS}),
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        batch_size=batch_size,
+        spill=tmp_path / "activations" if spill else None,
+    )
+    assert (seen[0] - embedding[TOKENS]).abs().max() > embedding.abs().max()  # scaled: not what a look-up gives
+    assert torch.equal(states(runner), seen[0])
+    for index in (1, 2):
+        runner.advance(weights.__getitem__, weights.__getitem__)
+        torch.testing.assert_close(states(runner), seen[index], rtol=0, atol=1e-4)

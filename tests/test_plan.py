@@ -8,12 +8,23 @@ from checkpoints import FAMILY_NAMES, make_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hlwq import HlwqError, Recipe, Stage
+from hlwq import (
+    Hadamard,
+    HlwqError,
+    Identity,
+    LloydGrid,
+    Recipe,
+    RequestError,
+    Stage,
+    UniformGrid,
+    UnsupportedError,
+)
 from hlwq.containers import Reader, TensorSpec
 from hlwq.formats import Scheme
-from hlwq.grids import LloydGrid, UniformGrid
-from hlwq.plan import REST, Plan, fit_group_size, make_plan, plan_decoding
-from hlwq.recipes import override, recipe_named
+from hlwq.grids import fit_group_size
+from hlwq.plan import REST, Plan, make_plan, plan_decoding
+from hlwq.recipes import changed, recipe_named
+from hlwq.request import Selection
 
 RTN, HLWQ = recipe_named("rtn"), recipe_named("hlwq")
 FORMATS = {"gptq": RTN, "compressed-tensors": RTN, "mlx": RTN, "hlwq": HLWQ, "dense": HLWQ}
@@ -135,23 +146,23 @@ def test_a_tied_head_is_dropped_and_the_user_told(llama: Reader) -> None:
 def test_embeddings_are_quantized_on_request(tied: bool, more: set[str], llama: Reader) -> None:
     source = Source(llama, llama.tensors, tie_word_embeddings=tied)
     default = make_plan(source, RTN, "mlx")
-    assert modules_of(make_plan(source, RTN, "mlx", include_embeddings=True)) == modules_of(default) | more
+    assert modules_of(make_plan(source, RTN, "mlx", Selection(include_embeddings=True))) == modules_of(default) | more
 
 
 def test_a_tied_head_cannot_be_quantized(llama: Reader) -> None:
-    with pytest.raises(HlwqError, match=r"--include 'lm_head' changes nothing: .*is never quantized"):
-        make_plan(Source(llama, llama.tensors, tie_word_embeddings=True), RTN, "mlx", include=["lm_head"])
+    with pytest.raises(HlwqError, match=r"`include` 'lm_head' changes nothing: .*is never quantized"):
+        make_plan(Source(llama, llama.tensors, tie_word_embeddings=True), RTN, "mlx", Selection(include=("lm_head",)))
 
 
 @pytest.mark.parametrize("options", [{"include_embeddings": True}, {"include": ["lm_head"]}])
 def test_gptq_refuses_embeddings(options: dict[str, Any], llama: Reader) -> None:
-    with pytest.raises(HlwqError, match="format gptq cannot hold a quantized embedding"):
-        make_plan(llama, RTN, "gptq", **options)
+    with pytest.raises(UnsupportedError, match="format gptq cannot hold a quantized embedding"):
+        make_plan(llama, RTN, "gptq", Selection(**options))
 
 
 def test_include_adds_exactly_what_matches(hybrid: Reader) -> None:
     default = modules_of(make_plan(hybrid, RTN, "mlx"))
-    included = modules_of(make_plan(hybrid, RTN, "mlx", include=[r"layers\.1\..*in_proj_[ab]$", "lm_head"]))
+    included = modules_of(make_plan(hybrid, RTN, "mlx", Selection(include=[r"layers\.1\..*in_proj_[ab]$", "lm_head"])))
     prefix = "model.language_model.layers.1.linear_attn.in_proj_"
     assert included - default == {prefix + "a", prefix + "b", "lm_head"}
     assert default <= included
@@ -159,7 +170,7 @@ def test_include_adds_exactly_what_matches(hybrid: Reader) -> None:
 
 def test_exclude_removes_exactly_what_matches_and_says_so(llama: Reader) -> None:
     default = modules_of(make_plan(llama, RTN))
-    plan = make_plan(llama, RTN, exclude=["down_proj", r"layers\.0\.self_attn"])
+    plan = make_plan(llama, RTN, None, Selection(exclude=("down_proj", r"layers\.0\.self_attn")))
     removed = default - modules_of(plan)
     attention = {f"model.layers.0.self_attn.{each}_proj" for each in "qkvo"}
     assert removed == {"model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"} | attention
@@ -169,7 +180,7 @@ def test_exclude_removes_exactly_what_matches_and_says_so(llama: Reader) -> None
 
 
 def test_exclude_can_take_back_what_include_or_the_embeddings_option_adds(llama: Reader) -> None:
-    plan = make_plan(llama, RTN, "mlx", include_embeddings=True, exclude=["lm_head"])
+    plan = make_plan(llama, RTN, "mlx", Selection(include_embeddings=True, exclude=("lm_head",)))
     assert "model.embed_tokens" in modules_of(plan)
     assert "lm_head" not in modules_of(plan)
 
@@ -177,23 +188,24 @@ def test_exclude_can_take_back_what_include_or_the_embeddings_option_adds(llama:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"include": ["q_proj"]}, "--include 'q_proj' changes nothing: .*is quantized already"),
-        ({"include": ["layernorm"]}, "--include 'layernorm' changes nothing: .*is never quantized"),
-        ({"include": ["visual"]}, "--include 'visual' changes nothing: .*is never quantized"),
-        ({"include": ["q_porj"]}, "--include 'q_porj' matches no tensor"),
-        ({"include": ["in_proj_a", "in_proj_a"]}, "--include 'in_proj_a' changes nothing: .*is quantized already"),
-        ({"include": ["("]}, r"--include '\(' is not a regular expression"),
-        ({"exclude": ["lm_head"]}, "--exclude 'lm_head' changes nothing: .*is kept already"),
-        ({"exclude": ["in_proj_b"]}, "--exclude 'in_proj_b' changes nothing: .*is kept already"),
-        ({"exclude": ["q_porj"]}, "--exclude 'q_porj' matches no tensor"),
-        ({"exclude": ["mlp", r"mlp\.up"]}, "--exclude .*changes nothing: .*is kept already"),
+        ({"include": ["q_proj"]}, "`include` 'q_proj' changes nothing: .*is quantized already"),
+        ({"include": ["layernorm"]}, "`include` 'layernorm' changes nothing: .*is never quantized"),
+        ({"include": ["visual"]}, "`include` 'visual' changes nothing: .*is never quantized"),
+        ({"include": ["q_porj"]}, "`include` 'q_porj' matches no tensor"),
+        ({"include": ["in_proj_a", "in_proj_a"]}, "`include` 'in_proj_a' changes nothing: .*is quantized already"),
+        ({"include": ["("]}, r"`include` '\(' is not a regular expression"),
+        ({"exclude": ["lm_head"]}, "`exclude` 'lm_head' changes nothing: .*is kept already"),
+        ({"exclude": ["in_proj_b"]}, "`exclude` 'in_proj_b' changes nothing: .*is kept already"),
+        ({"exclude": ["q_porj"]}, "`exclude` 'q_porj' matches no tensor"),
+        ({"exclude": ["mlp", r"mlp\.up"]}, "`exclude` .*changes nothing: .*is kept already"),
         ({"exclude": ["[z-a]"]}, "is not a regular expression"),
         ({"exclude": ["proj"]}, "Nothing is left to quantize"),
     ],
 )
 def test_a_pattern_that_changes_nothing_is_an_error(options: dict[str, Any], said: str, hybrid: Reader) -> None:
-    with pytest.raises(HlwqError, match=said):
-        make_plan(hybrid, RTN, "mlx", **options)
+    with pytest.raises(RequestError, match=said) as refused:
+        make_plan(hybrid, RTN, "mlx", Selection(**options))
+    assert refused.value.argument == next(iter(options))
 
 
 @pytest.mark.parametrize(
@@ -209,19 +221,19 @@ def test_a_pattern_that_changes_nothing_is_an_error(options: dict[str, Any], sai
 def test_part_of_a_fused_matrix_is_refused_where_engines_fuse(
     format_name: str, options: dict[str, Any], fused: str, outside: str, hybrid: Reader
 ) -> None:
-    with pytest.raises(HlwqError, match=rf"as one matrix \(.*{fused}\)") as caught:
-        make_plan(hybrid, FORMATS[format_name], format_name, **options)
+    with pytest.raises(UnsupportedError, match=rf"as one matrix \(.*{fused}\)") as caught:
+        make_plan(hybrid, FORMATS[format_name], format_name, Selection(**options))
     assert outside in str(caught.value)
 
 
 @pytest.mark.parametrize("format_name", ["mlx", "dense"])
 def test_part_of_a_fused_matrix_is_accepted_elsewhere(format_name: str, llama: Reader) -> None:
-    assert "q_proj" not in leaves_of(make_plan(llama, RTN, format_name, exclude=["q_proj"]))
+    assert "q_proj" not in leaves_of(make_plan(llama, RTN, format_name, Selection(exclude=("q_proj",))))
 
 
 def test_a_matrix_that_gptq_cannot_pack_is_refused_by_name(hybrid: Reader) -> None:
-    with pytest.raises(HlwqError, match=r"in_proj_[ab] has shape \(4, 128\); format gptq needs multiples of 32"):
-        make_plan(hybrid, RTN, "gptq", include=["in_proj_a|in_proj_b"])
+    with pytest.raises(UnsupportedError, match=r"in_proj_[ab] has shape \(4, 128\); format gptq needs multiples of 32"):
+        make_plan(hybrid, RTN, "gptq", Selection(include=("in_proj_a|in_proj_b",)))
 
 
 # Group sizes
@@ -246,7 +258,12 @@ def test_a_matrix_that_gptq_cannot_pack_is_refused_by_name(hybrid: Reader) -> No
     ],
 )
 def test_group_size_falls_back_to_the_largest_that_divides(wanted: int, in_features: int, size: int | None) -> None:
-    assert fit_group_size(wanted, in_features) == size
+    if size is not None:
+        assert fit_group_size(wanted, in_features) == size
+        return
+    with pytest.raises(UnsupportedError, match=f"in_features is {in_features}, which neither {wanted}") as refused:
+        fit_group_size(wanted, in_features)
+    assert refused.value.argument == "group_size"
 
 
 @given(st.integers(1, 512), st.integers(1, 20000))
@@ -255,7 +272,11 @@ def test_a_fitted_group_size_is_the_first_that_is_not_above_the_wanted_one_and_d
 ) -> None:
     fitting = [size for size in (128, 64, 32) if size <= wanted and in_features % size == 0]
     expected = wanted if in_features % wanted == 0 else max(fitting, default=None)
-    assert fit_group_size(wanted, in_features) == expected
+    if expected is None:
+        with pytest.raises(UnsupportedError):
+            fit_group_size(wanted, in_features)
+    else:
+        assert fit_group_size(wanted, in_features) == expected
 
 
 def test_a_fallback_is_remarked_once_and_is_the_same_for_fused_matrices(tmp_path: Path) -> None:
@@ -270,27 +291,27 @@ def test_a_fallback_is_remarked_once_and_is_the_same_for_fused_matrices(tmp_path
 @pytest.mark.parametrize("format_name", FORMATS)
 def test_a_width_that_no_group_divides_is_refused_by_name(format_name: str, tmp_path: Path) -> None:
     source = Reader(make_checkpoint(tmp_path / "model", "llama", intermediate_size=4304))
-    with pytest.raises(HlwqError, match=r"tensor model\.layers\.0\.mlp\.down_proj\.weight has in_features 4304"):
+    with pytest.raises(UnsupportedError, match="in_features is 4304, which neither") as refused:
         make_plan(source, FORMATS[format_name], format_name)
-    assert "down_proj" not in leaves_of(
-        make_plan(
-            source, FORMATS[format_name], "mlx" if FORMATS[format_name] is RTN else format_name, exclude=["down_proj"]
-        )
-    )
+    assert (refused.value.argument, refused.value.tensor) == ("group_size", "model.layers.0.mlp.down_proj.weight")
+    possible = "mlx" if FORMATS[format_name] is RTN else format_name  # 32 does not divide the rows of others, either
+    plan = make_plan(source, FORMATS[format_name], possible, Selection(exclude=("down_proj",)))
+    assert "down_proj" not in leaves_of(plan)
 
 
 @pytest.mark.parametrize("group_size", [0, -1, -64])
-@pytest.mark.parametrize("format_name", FORMATS)
-def test_a_group_size_that_is_no_size_is_refused(format_name: str, group_size: int, llama: Reader) -> None:
-    with pytest.raises(HlwqError, match="group"):
-        make_plan(llama, override(FORMATS[format_name], group_size=group_size), format_name)
+@pytest.mark.parametrize("recipe", [RTN, HLWQ], ids=lambda recipe: recipe.name)
+def test_a_group_size_that_is_no_size_is_refused(recipe: Recipe, group_size: int) -> None:
+    with pytest.raises(RequestError, match="must be a positive integer") as refused:
+        changed(recipe, {"group_size": group_size})
+    assert refused.value.argument == "group_size"
 
 
 @pytest.mark.parametrize("format_name", ["hlwq", "dense"])
 def test_a_hadamard_block_that_is_no_power_of_two_is_refused_before_the_work(format_name: str, tmp_path: Path) -> None:
     source = Reader(make_checkpoint(tmp_path / "model", "llama", hidden_size=192, intermediate_size=384))
-    with pytest.raises(HlwqError, match="power of two"):
-        make_plan(source, override(HLWQ, group_size=96), format_name)
+    with pytest.raises(RequestError, match="power of two"):
+        make_plan(source, changed(HLWQ, {"group_size": 96}), format_name)
 
 
 # Sources that cannot be planned
@@ -327,15 +348,12 @@ def test_a_checkpoint_that_does_not_fit_its_configuration_is_refused(
         (HLWQ, "gptq", "gptq stores uniform codes"),
         (HLWQ, "mlx", "mlx stores uniform codes"),
         (RTN, "hlwq", "hlwq stores Lloyd–Max codes"),
-        (override(RTN, bits=5), "gptq", "gptq has 4, 8 bits, not 5"),
-        (override(RTN, bits=7), "mlx", "mlx has 2, 3, 4, 5, 6, 8 bits, not 7"),
-        (override(HLWQ, bits=9), "hlwq", "hlwq has 2, 3, 4, 5, 6, 7, 8 bits, not 9"),
-        (override(RTN, bits=9), "dense", "9"),
-        (override(RTN, bits=1), "dense", "1"),
-        (override(HLWQ, bits=9), "dense", "9"),
-        (override(RTN, group_size=16), "mlx", "groups of 32, 64 or 128, not 16"),
-        (override(RTN, symmetric=False, scale_method="absmax"), "gptq", "--scale changes nothing"),
-        (override(RTN, scale_method="absmax"), "mlx", "--scale changes nothing"),
+        (changed(RTN, {"bits": 5}), "gptq", "gptq has 4, 8 bits, not 5"),
+        (changed(RTN, {"bits": 7}), "mlx", "mlx has 2, 3, 4, 5, 6, 8 bits, not 7"),
+        (changed(HLWQ, {"bits": 1}), "hlwq", "hlwq has 2, 3, 4, 5, 6, 7, 8 bits, not 1"),
+        (changed(HLWQ, {"bits": 1}), "dense", "dense has 2, 3, 4, 5, 6, 7, 8 bits, not 1"),
+        (changed(RTN, {"group_size": 16}), "mlx", "groups of 32, 64 or 128, not 16"),
+        (changed(RTN, {"scale_method": "absmax"}), "mlx", "`scale_method` changes nothing"),
     ],
 )
 def test_a_recipe_that_the_format_cannot_hold_is_refused(
@@ -352,17 +370,17 @@ def test_a_chain_ends_in_the_formats_own_grid(llama: Reader) -> None:
     plan = make_plan(llama, recipe_named("hlwq-mlx"))
     assert plan.format.name == "mlx"
     (tensor,) = (each for each in plan.quantized() if each.module == "model.layers.0.mlp.down_proj")
-    (first, first_basis), (last, last_basis) = tensor.steps
-    assert (first, first_basis, last_basis) == (LloydGrid(5, 128), "hadamard", "identity")
-    assert isinstance(last, UniformGrid)
-    assert (last.bits, last.group_size, last.symmetric, last.integer_zero) == (4, 64, False, False)
+    first, last = tensor.stages
+    assert (first, last.basis) == (Stage(LloydGrid(5, 128), Hadamard(128)), Identity())
+    assert isinstance(last.grid, UniformGrid)
+    assert (last.grid.bits, last.grid.group_size, last.grid.symmetric, last.grid.integer_zero) == (4, 64, False, False)
     assert tensor.scheme == Scheme(4, 64, False)
 
 
 def test_each_stage_of_a_chain_has_a_group_size_that_divides(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path / "model", "llama", hidden_size=192, num_attention_heads=3, num_key_value_heads=3)
     plan = make_plan(Reader(path), recipe_named("hlwq-mlx"))
-    sizes = {tuple(grid.group_size for grid, _ in each.steps): each.spec.shape[1] for each in plan.quantized()}
+    sizes = {tuple(stage.grid.group_size for stage in each.stages): each.spec.shape[1] for each in plan.quantized()}
     assert sizes == {(64, 64): 192, (128, 64): 256}
 
 
@@ -372,16 +390,16 @@ def test_symmetry_is_the_formats_unless_the_recipe_has_one(format_name: str, sym
         return {scheme.symmetric for scheme in make_plan(llama, recipe, format_name).contents().quantized.values()}
 
     assert found(RTN) == {symmetric}
-    assert found(override(RTN, symmetric=not symmetric)) == {not symmetric}
+    assert found(changed(RTN, {"symmetric": not symmetric})) == {not symmetric}
 
 
 @pytest.mark.parametrize(
     ("recipe", "format_name", "bits"),
     [
         (HLWQ, "hlwq", 5 + 16 / 128),
-        (override(HLWQ, bits=3, group_size=64), "hlwq", 3 + 16 / 64),
+        (changed(HLWQ, {"bits": 3, "group_size": 64}), "hlwq", 3 + 16 / 64),
         (RTN, "mlx", 4 + 32 / 64),
-        (override(RTN, bits=8, group_size=32), "mlx", 8 + 32 / 32),
+        (changed(RTN, {"bits": 8, "group_size": 32}), "mlx", 8 + 32 / 32),
         (HLWQ, "dense", 16.0),
     ],
 )
@@ -425,6 +443,6 @@ def test_a_decoding_plan_copies_everything(hybrid: Reader) -> None:
 
 
 def test_a_stage_before_the_last_may_be_uniform(llama: Reader) -> None:
-    recipe = Recipe("mine", "", (Stage("uniform", "identity", 8, 32), Stage("lloyd", "hadamard", 3, 64)), ("hlwq",))
+    recipe = Recipe("mine", "", (Stage(UniformGrid(8, 32)), Stage(LloydGrid(3, 64), Hadamard())), ("hlwq",))
     for tensor in make_plan(llama, recipe).quantized():
-        assert tensor.steps == ((UniformGrid(8, 32), "identity"), (LloydGrid(3, 64), "hadamard"))
+        assert tensor.stages == (Stage(UniformGrid(8, 32, symmetric=True)), Stage(LloydGrid(3, 64), Hadamard(64)))

@@ -19,9 +19,8 @@ from scipy.stats import norm
 import hlwq
 from hlwq import HlwqError
 from hlwq.containers import Reader
-from hlwq.cli import main
-from hlwq.formats import FORMATS, detect_format, polar
 from hlwq.decoded import DecodedCheckpoint, open_dense
+from hlwq.formats import FORMATS, detect_format, polar
 
 WIDTH, BLOCK = 192, 128
 UP = "model.layers.0.mlp.up_proj"
@@ -125,7 +124,7 @@ def test_every_layout_decodes_to_the_weights_that_its_codes_stand_for(
 ) -> None:
     expected = lay_out(model, tmp_path / "polar", spelling, bits, stated)
     ours = DecodedCheckpoint(tmp_path / "polar")
-    assert ours.format is polar
+    assert ours.format is polar.FORMAT
     assert {f"{module}.weight" for module in ours.quantized_modules()} == set(expected)
     for name, weights in expected.items():
         scheme = ours.scheme_of(name)
@@ -203,6 +202,8 @@ def test_it_can_be_read_but_neither_written_nor_quantized(
         hlwq.quantize(model, tmp_path / "out", "hlwq", format="polar")
     with pytest.raises(HlwqError, match=r"quantized already \(PolarQuant\)"):
         open_dense(tmp_path / "polar")
+    from hlwq.cli import main
+
     monkeypatch.setattr(sys, "argv", ["hlwq", "formats", "--json"])
     with pytest.raises(SystemExit):
         main()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,23 @@ from checkpoints import make_checkpoint
 from safetensors.torch import load_file, save_file
 
 import hlwq
-from hlwq import HlwqError, Recipe, Stage
-from hlwq.checkpoint import Reader, hash_file
-from hlwq.grids import LloydGrid, UniformGrid
-from hlwq.quantize import convert, plan_for, quantize
-from hlwq.solvers.nearest import quantize_nearest
+from hlwq import (
+    CheckpointError,
+    Hadamard,
+    Identity,
+    LloydGrid,
+    Nearest,
+    Recipe,
+    Request,
+    RequestError,
+    Stage,
+    UniformGrid,
+)
+from hlwq.containers import Reader, TensorSpec
 from hlwq.decoded import DecodedCheckpoint
+from hlwq.files import hash_file
+from hlwq.pipeline import run_plan
+from hlwq.quantize import convert, plan_for, quantize
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +69,7 @@ def test_every_family_in_every_format(family: str, recipe: str, format_name: str
 
 
 def test_predicted_bytes_are_the_bytes_written(llama: Path, tmp_path: Path) -> None:
-    _, plan = plan_for(llama, "rtn")
+    _, plan = plan_for(Request.of(llama, "rtn"))
     quantize(llama, tmp_path / "out", "rtn")
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     assert plan.output_bytes() == sum(tensor.nbytes for tensor in tensors.values())
@@ -83,7 +95,14 @@ def test_side_files_are_copied_byte_for_byte(llama: Path, tmp_path: Path) -> Non
 def test_manifest_says_how_it_was_made_and_how_far_off_it_is(llama: Path, tmp_path: Path) -> None:
     quantize(llama, tmp_path / "out", "hlwq", bits=4)
     manifest = json.loads((tmp_path / "out" / "hlwq.json").read_text())
-    assert (manifest["recipe"], manifest["stages"][-1]["bits"]) == ("hlwq", 4)
+    assert (manifest["recipe"], manifest["stages"][-1]["grid"]["bits"]) == ("hlwq", 4)
+    assert manifest["stages"] == [
+        {
+            "grid": {"name": "lloyd", "bits": 4, "group_size": 128},
+            "basis": {"name": "hadamard", "block_size": None},
+            "solver": {"name": "nearest"},
+        }
+    ]
     recorded = {name: each["relative_squared_error"] for name, each in manifest["modules"].items()}
     measured = {
         tensor.name.removesuffix(".weight"): tensor.relative_error
@@ -119,17 +138,14 @@ def test_a_chain_rounds_what_the_stage_before_decoded(llama: Path, tmp_path: Pat
     quantize(llama, tmp_path / "chain", "hlwq-int4")
     name = "model.layers.0.mlp.down_proj.weight"
     weight = Reader(llama).read(name).float()
-    first = quantize_nearest(weight, LloydGrid(5, 128), "hadamard").dequantize()
-    second = quantize_nearest(first, UniformGrid(4, 64, storage=(torch.bfloat16, torch.float16))).dequantize()
+    first = Nearest().solve(weight, LloydGrid(5, 128), Hadamard(128)).dequantize()
+    grid = UniformGrid(4, 64, storage=(torch.bfloat16, torch.float16))
+    second = Nearest().solve(first, grid, Identity()).dequantize()
     assert torch.equal(DecodedCheckpoint(tmp_path / "chain").read(name), second)
 
 
 def test_a_recipe_of_ones_own(llama: Path, tmp_path: Path) -> None:
-    stages = (
-        Stage("uniform", "identity", 8, 32),
-        Stage("lloyd", "hadamard", 3, 64),
-        Stage("uniform", "identity", 4, 32),
-    )
+    stages = (Stage(UniformGrid(8, 32)), Stage(LloydGrid(3, 64), Hadamard()), Stage(UniformGrid(4, 32)))
     result = quantize(llama, tmp_path / "out", Recipe("mine", "three roundings", stages, ("gptq",)))
     assert {scheme.group_size for scheme in result.plan.contents().quantized.values()} == {32}
 
@@ -176,7 +192,7 @@ def test_an_interrupted_run_refuses_other_arguments(hybrid: Path, tmp_path: Path
 
     with pytest.raises(KeyboardInterrupt):
         quantize(hybrid, tmp_path / "out", "hlwq", progress=kill)
-    with pytest.raises(HlwqError, match=r"stages\[0\]\.bits was 5, now it is 3"):
+    with pytest.raises(RequestError, match=r"stages\[0\]\.grid\.bits was 5, now it is 3"):
         quantize(hybrid, tmp_path / "out", "hlwq", bits=3, progress=kill)
 
 
@@ -205,8 +221,29 @@ def tie(source: Path, head: str) -> None:
 
 def test_a_tied_head_that_differs_is_refused(tmp_path: Path) -> None:
     tie(tmp_path / "model", "lm_head.weight")
-    with pytest.raises(HlwqError, match=r"ties lm_head\.weight to the embedding, but the two differ"):
+    with pytest.raises(CheckpointError, match=r"ties lm_head\.weight to the embedding, but the two differ") as refused:
         quantize(tmp_path / "model", tmp_path / "out", "rtn")
+    assert refused.value.tensor == "lm_head.weight"
+    assert [each.name for each in tmp_path.iterdir()] == ["model"]  # neither OUT nor OUT.partial
+
+
+@pytest.mark.parametrize("advice", ["Set tie_word_embeddings to false there", "delete the tensor"])
+def test_what_the_refusal_of_a_tied_head_advises_works(advice: str, tmp_path: Path) -> None:
+    source, out = tmp_path / "model", tmp_path / "out"
+    tie(source, "lm_head.weight")
+    with pytest.raises(CheckpointError, match=advice):
+        quantize(source, out, "rtn")
+    original = load_file(source / "model.safetensors")
+    if advice == "delete the tensor":
+        save_file({k: v for k, v in original.items() if k != "lm_head.weight"}, source / "model.safetensors")
+    else:
+        config = json.loads((source / "config.json").read_text())
+        (source / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    assert all(line.passed for line in quantize(source, out, "rtn").checks)
+    written = load_file(out / "model.safetensors")
+    assert ("lm_head.weight" in written) == (advice != "delete the tensor")
+    if "lm_head.weight" in written:
+        assert torch.equal(written["lm_head.weight"], original["lm_head.weight"])
 
 
 def test_a_tied_head_is_dropped_with_a_reason(tmp_path: Path) -> None:
@@ -217,3 +254,59 @@ def test_a_tied_head_is_dropped_with_a_reason(tmp_path: Path) -> None:
     assert [tensor.spec.name for tensor in dropped] == ["lm_head.weight"]
     assert "tied" in dropped[0].reason
     assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
+
+
+# The model's dtype
+
+
+@pytest.mark.parametrize("stated", [True, False])
+@pytest.mark.parametrize(
+    ("recipe", "format_name", "part"),
+    [
+        ("rtn", "mlx", "scales"),
+        ("rtn", "mlx", "biases"),
+        ("rtn", "compressed-tensors", "weight_scale"),
+        ("hlwq", "dense", "weight"),
+    ],
+)
+def test_an_embedding_in_float32_does_not_make_the_model_so(
+    recipe: str, format_name: str, part: str, stated: bool, tmp_path: Path
+) -> None:
+    source, out, embedding = make_checkpoint(tmp_path / "model", "llama"), tmp_path / "out", "model.embed_tokens.weight"
+    tensors = load_file(source / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    tensors[embedding] = tensors[embedding].float() + 1e-5 * torch.rand(tensors[embedding].shape, generator=generator)
+    save_file(dict(sorted(tensors.items(), key=lambda item: item[0] != embedding)), source / "model.safetensors")
+    if not stated:
+        config = json.loads((source / "config.json").read_text())
+        del config["dtype"]
+        (source / "config.json").write_text(json.dumps(config))
+    result = quantize(source, out, recipe, format=format_name)
+    assert result.plan.dtype == "BF16"
+    reader = Reader(out)
+    kinds = {spec.dtype for name, spec in reader.tensors.items() if name.endswith(f"_proj.{part}")}
+    assert kinds == {"BF16"}
+    assert reader.tensors[embedding].dtype == "F32"
+    assert torch.equal(reader.read(embedding), tensors[embedding])
+    assert {spec.dtype for spec in DecodedCheckpoint(out).tensors.values() if "_proj" in spec.name} == {"BF16"}
+
+
+def test_a_copy_goes_by_the_name_and_dtype_that_the_plan_gives_it(tmp_path: Path) -> None:
+    """A family may store its odds and ends otherwise than a format does."""
+    source, out = make_checkpoint(tmp_path / "model", "llama"), tmp_path / "out"
+    tensors, old, new = load_file(source / "model.safetensors"), "model.extra.weight", "model.renamed.values"
+    tensors[old] = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    save_file(tensors, source / "model.safetensors")
+    reader, plan = plan_for(Request.of(source, "rtn"))
+    (extra,) = (tensor for tensor in plan.tensors if tensor.spec.name == old)
+    moved = replace(extra, outputs=(TensorSpec(new, "F32", (6, 8)),))
+    plan = replace(plan, tensors=tuple(moved if tensor is extra else tensor for tensor in plan.tensors))
+    result = run_plan(reader, plan, out, origin={})
+    written = load_file(out / "model.safetensors")
+    assert old not in written
+    assert written[new].dtype == torch.float32
+    assert torch.equal(written[new], tensors[old].float())
+    assert all(line.passed for line in result.checks)
+    for tensor in plan.tensors:
+        if tensor.action == "copy" and tensor is not moved:
+            assert torch.equal(written[tensor.spec.name], tensors[tensor.spec.name])

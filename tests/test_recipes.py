@@ -1,29 +1,48 @@
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from checkpoints import make_checkpoint
 
-from hlwq import GptqOptions, HlwqError, Stage
+import hlwq
+from hlwq import (
+    Gptq,
+    Hadamard,
+    Identity,
+    LloydGrid,
+    Nearest,
+    Recipe,
+    Request,
+    RequestError,
+    Stage,
+    UniformGrid,
+    UnsupportedError,
+)
+from hlwq.bases import Basis
 from hlwq.containers import Reader
 from hlwq.formats import FORMATS
 from hlwq.plan import make_plan
-from hlwq.recipes import RECIPES, override, recipe_named
+from hlwq.recipes import CALIBRATED, RECIPES, changed, recipe_named
+from hlwq.request import Selection
 
-HLWQ_STAGE = Stage("lloyd", "hadamard", 5, 128)
-INT4_STAGE = Stage("uniform", "identity", 4, 64)
+RTN, HLWQ = RECIPES["rtn"], RECIPES["hlwq"]
+HLWQ_STAGE = Stage(LloydGrid(5, 128), Hadamard(), Nearest())
+INT4_STAGE = Stage(UniformGrid(4, 64), Identity(), Nearest())
+INT4_128 = UniformGrid(4, 128)
 
 
 @pytest.mark.parametrize(
     ("name", "stages", "default_format"),
     [
         ("rtn", (INT4_STAGE,), "gptq"),
-        ("gptq", (replace(INT4_STAGE, group_size=128, gptq=GptqOptions()),), "gptq"),
-        ("foem", (replace(INT4_STAGE, group_size=128, gptq=GptqOptions(foem_beta=0.2)),), "gptq"),
-        ("hlwq-v7", (replace(INT4_STAGE, gptq=GptqOptions(foem_beta=0.2)),), "gptq"),
+        ("gptq", (Stage(INT4_128, Identity(), Gptq()),), "gptq"),
+        ("foem", (Stage(INT4_128, Identity(), Gptq(foem_beta=0.2)),), "gptq"),
+        ("hlwq-v7", (replace(INT4_STAGE, solver=Gptq(foem_beta=0.2)),), "gptq"),
         ("hlwq", (HLWQ_STAGE,), "hlwq"),
         ("hlwq-mlx", (HLWQ_STAGE, INT4_STAGE), "mlx"),
         ("hlwq-int4", (HLWQ_STAGE, INT4_STAGE), "gptq"),
@@ -37,7 +56,7 @@ def test_named_recipes_are_what_they_are_called(name: str, stages: tuple[Stage, 
 
 def test_an_unknown_recipe_is_refused_with_the_known_ones() -> None:
     with pytest.raises(
-        HlwqError,
+        RequestError,
         match=r"no recipe awq\. Recipes are: rtn, gptq, foem, hlwq-v7, hlwq, hlwq-mlx, hlwq-int4, hlwq-torchao\.",
     ):
         recipe_named("awq")
@@ -50,12 +69,12 @@ def test_every_recipe_can_be_written_in_each_of_its_formats_and_in_no_other(name
     for format_name in FORMATS:
         try:
             make_plan(source, RECIPES[name], format_name)
-        except HlwqError:
+        except UnsupportedError:
             continue
         possible.append(format_name)
     # A chain that ends in uniform codes fits whatever holds them; its formats are those it is meant for.
     assert set(RECIPES[name].formats) <= set(possible)
-    assert ("hlwq" in possible) == (RECIPES[name].stages[-1].grid == "lloyd")
+    assert ("hlwq" in possible) == isinstance(RECIPES[name].stages[-1].grid, LloydGrid)
     assert make_plan(source, RECIPES[name]).format is FORMATS[RECIPES[name].formats[0]]
 
 
@@ -73,28 +92,132 @@ def test_every_recipe_can_be_written_in_each_of_its_formats_and_in_no_other(name
 )
 @pytest.mark.parametrize("name", ["rtn", "hlwq-mlx", "hlwq-int4"])
 def test_an_override_changes_the_last_stage_and_nothing_else(name: str, options: dict[str, Any]) -> None:
-    before, after = asdict(RECIPES[name]), asdict(override(RECIPES[name], **options))
-    last = before["stages"][-1]
-    assert after == {**before, "stages": (*before["stages"][:-1], {**last, **options})}
+    before, after = RECIPES[name], changed(RECIPES[name], options)
+    last = replace(before.stages[-1], grid=replace(before.stages[-1].grid, **options))
+    assert after == replace(before, stages=(*before.stages[:-1], last))
     assert after != before
 
 
 def test_bits_and_group_size_of_hlwq_can_be_overridden() -> None:
-    assert override(RECIPES["hlwq"], bits=3, group_size=64).stages == (Stage("lloyd", "hadamard", 3, 64),)
+    assert changed(HLWQ, {"bits": 3, "group_size": 64}).stages == (Stage(LloydGrid(3, 64), Hadamard()),)
 
 
 def test_without_overrides_the_recipe_is_the_same() -> None:
-    assert override(RECIPES["rtn"]) == RECIPES["rtn"]
+    assert changed(RTN, {}) == changed(RTN, {"bits": None}) == RTN
+
+
+# What is wrong is said at once, by its name
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("make", "argument"),
     [
-        ({"symmetric": True}, "--symmetric/--asymmetric changes nothing in recipe hlwq"),
-        ({"symmetric": False}, "--symmetric/--asymmetric changes nothing in recipe hlwq"),
-        ({"scale_method": "absmax"}, "--scale changes nothing in recipe hlwq"),
+        (lambda: UniformGrid(4, 64, scale_method="bogus"), "scale_method"),
+        (lambda: UniformGrid(4, 64, symmetric=False, scale_method="absmax"), "scale_method"),
+        *((lambda bits=bits: UniformGrid(bits, 64), "bits") for bits in (9, 1, 0, -4, 4.0, "4", True, None)),
+        *((lambda bits=bits: LloydGrid(bits, 64), "bits") for bits in (9, 0, -4, 4.0, "4", True, None)),
+        *(
+            (lambda size=size, grid=grid: grid(4, size), "group_size")
+            for grid in (UniformGrid, LloydGrid)
+            for size in (0, -64, 64.0, "64", None)
+        ),
+        (lambda: Hadamard(96), "block_size"),
+        *((lambda name=name: Gptq(**{name: 1.5}), name) for name in ("foem_beta", "gptaq_alpha", "damping")),
+        (lambda: changed(RTN, {"bits": 9}), "bits"),
+        (lambda: changed(HLWQ, {"bits": 9}), "bits"),
+        (lambda: changed(RTN, {"group_size": 0}), "group_size"),
+        (lambda: changed(RTN, {"scale_method": "bogus"}), "scale_method"),
+        (lambda: changed(RTN, {"symmetric": False, "scale_method": "absmax"}), "scale_method"),
+        (lambda: changed(RTN, {"basis": "hadamrd"}), "basis"),
+        (lambda: changed(RTN, {"basis": "hadamard", "block_size": 96}), "block_size"),
+        (lambda: changed(RTN, {"calibrate": True, "damping": 0}), "damping"),
+        (lambda: recipe_named("rnt"), "recipe"),
     ],
 )
-def test_an_override_that_would_change_nothing_is_refused(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(HlwqError, match=said):
-        override(RECIPES["hlwq"], **options)
+def test_what_is_out_of_range_is_refused_where_it_is_made(make: Callable[[], object], argument: str) -> None:
+    with pytest.raises(RequestError) as refused:
+        make()
+    assert refused.value.argument == argument
+    assert argument in ("recipe", "basis") or f"`{argument}`" in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "said"),
+    [
+        (HLWQ, {"symmetric": True}, "`symmetric` changes nothing in recipe hlwq: Lloyd–Max levels have no such option"),
+        (HLWQ, {"symmetric": False}, "`symmetric` changes nothing in recipe hlwq"),
+        (HLWQ, {"scale_method": "absmax"}, "`scale_method` changes nothing in recipe hlwq"),
+        (RTN, {"block_size": 64}, "`block_size` changes nothing in recipe rtn: its columns are not rotated"),
+        (HLWQ, {"basis": "identity", "block_size": 64}, "`block_size` changes nothing in recipe hlwq"),
+        (RTN, {"damping": 0.1}, "`damping` changes nothing in recipe rtn: it is not calibrated"),
+    ],
+)
+def test_a_change_that_would_change_nothing_is_refused(recipe: Recipe, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(RequestError, match=said) as refused:
+        changed(recipe, changes)
+    assert refused.value.argument == [*changes][-1]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "basis"),
+    [
+        (HLWQ, {"basis": "identity"}, Identity()),
+        (HLWQ, {"basis": "hadamard"}, Hadamard()),
+        (HLWQ, {"block_size": 32}, Hadamard(32)),
+        (RTN, {"basis": "hadamard"}, Hadamard()),
+        (RTN, {"basis": "hadamard", "block_size": 256}, Hadamard(256)),
+    ],
+)
+def test_the_basis_can_be_changed(recipe: Recipe, changes: dict[str, Any], basis: Basis) -> None:
+    found = changed(recipe, changes)
+    assert found == replace(recipe, stages=(replace(recipe.stages[0], basis=basis),))
+    assert changed(found, {"basis": basis.name}) == found  # the same basis keeps its block
+
+
+def test_calibrating_takes_gptqs_loop_with_gptaq() -> None:
+    assert changed(RTN, {"calibrate": True}).solver == CALIBRATED
+    assert changed(HLWQ, {"calibrate": True, "foem_beta": 0.2}).solver == replace(CALIBRATED, foem_beta=0.2)
+    assert changed(RTN, {"calibrate": False}) == RTN
+    assert [RECIPES[name].calibrated for name in ("rtn", "hlwq", "gptq")] == [False, False, True]
+
+
+@pytest.mark.parametrize("name", ["bit", "groupsize", "symetric", "includes", "formt", "gptq", "stages", "selection"])
+def test_a_misspelled_argument_is_a_type_error_that_names_it(name: str, tmp_path: Path) -> None:
+    source, out = make_checkpoint(tmp_path / "model", "llama"), tmp_path / "out"
+    with pytest.raises(TypeError, match=rf"unknown argument '{name}'; arguments are .*group_size"):
+        Request.of(source, **{name: 8})
+    with pytest.raises(TypeError, match=f"'{name}'"):
+        hlwq.quantize(source, out, recipe="rtn", **{name: 8})
+    with pytest.raises(TypeError, match=f"unknown option '{name}'"):
+        changed(RTN, {name: 8})
+    assert not out.exists()
+
+
+def test_several_misspelled_arguments_are_a_type_error(tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "model", "llama")
+    with pytest.raises(TypeError, match="'bit'"):
+        hlwq.quantize(source, tmp_path / "out", recipe="rtn", groupsize=32, bit=8)
+    hlwq.quantize(source, tmp_path / "made", "hlwq")
+    with pytest.raises(TypeError, match="'bit'"):
+        hlwq.convert(tmp_path / "made", tmp_path / "out", "gptq", bit=8)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_single_pattern_is_one_pattern(tmp_path: Path) -> None:
+    assert Selection(include="a|b", exclude=["c", "d"]) == Selection(include=("a|b",), exclude=("c", "d"))
+    source = make_checkpoint(tmp_path / "model", "llama")
+    result = hlwq.quantize(source, tmp_path / "out", "rtn", exclude="o_proj")
+    kept = {module.rpartition(".")[2] for module in result.plan.contents().kept}
+    assert kept == {"o_proj"}
+    manifest = json.loads((tmp_path / "out" / "hlwq.json").read_text())
+    assert manifest["origin"]["exclude"] == ["o_proj"]
+    assert Request.of(source, "rtn", exclude="o_proj", format="mlx", include="lm_head").selection == Selection(
+        include=("lm_head",), exclude=("o_proj",)
+    )
+
+
+def test_a_request_says_what_was_asked_for(tmp_path: Path) -> None:
+    request = Request.of("model", "rtn", bits=8, group_size=None, basis="hadamard", format="dense", exclude=["a"])
+    assert request == Request("model", "rtn", "dense", Selection(exclude=("a",)), {"bits": 8, "basis": "hadamard"})
+    assert request.changed_recipe().stages == (Stage(UniformGrid(8, 64), Hadamard()),)

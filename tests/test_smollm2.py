@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 import hlwq
+from hlwq.decoded import DecodedCheckpoint
 from hlwq.demo import held_out_text
 from hlwq.evaluate import paired_difference, perplexity
-from hlwq.decoded import DecodedCheckpoint
 
 pytestmark = pytest.mark.slow
 

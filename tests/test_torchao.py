@@ -14,13 +14,12 @@ from checkpoints import make_checkpoint
 from torch import nn
 
 import hlwq
-from hlwq import HlwqError
+from hlwq import Hadamard, HlwqError, LloydGrid, Stage
 from hlwq.demo import bundled_model
 from hlwq.errors import HlwqWarning
 from hlwq.evaluate.model import load_model
-from hlwq.grids import LloydGrid
-from hlwq.quantize import quantize_matrix
 from hlwq.usage import commands
+from hlwq.work import quantize_matrix
 
 IDS = torch.arange(40, 90)[None]
 
@@ -62,7 +61,7 @@ def test_the_matrices_that_hlwq_quantizes_are_quantized_as_torchao_would_hlwqs(t
     }
     assert set(sizes.values()) == {None, 128}
     # The same weight in a layer of its own, by hlwq and torchao themselves.
-    matrix, _ = quantize_matrix(weight, [(LloydGrid(5, 128), "hadamard")], torch.device("cpu"))
+    matrix, _ = quantize_matrix(weight, [Stage(LloydGrid(5, 128), Hadamard(128))], torch.device("cpu"))
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=torch.bfloat16)
     linear.weight.data = matrix.dequantize(torch.bfloat16)
     config = torchao.IntxWeightOnlyConfig(
@@ -148,7 +147,7 @@ def test_the_recipe_writes_hlwqs_decoded_weights(tmp_path: Path) -> None:
         (lambda path: hlwq.torchao.transformers_config(path / "hlwq"), "quantized already"),
         (
             lambda path: hlwq.torchao.transformers_config(path / "odd"),
-            "in_features 72, which neither group_size 128 nor 128, 64 or 32",
+            r"down_proj: in_features is 72, which neither 128 nor a smaller one of 128, 64 and 32 divides",
         ),
     ],
 )
@@ -171,14 +170,14 @@ def spoil(model: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("prepare", "options", "said"),
     [
-        (nothing, {"group_size": 0}, "group_size is 0. It must be positive"),
-        (nothing, {"block_size": 0}, "block_size is 0, which is no power of two"),
-        (nothing, {"block_size": 96}, "block_size is 96, which is no power of two"),
-        (nothing, {"bits": None, "block_size": 64}, "block_size changes nothing"),
+        (nothing, {"group_size": 0}, "`group_size` is 0. It must be positive"),
+        (nothing, {"block_size": 0}, "`block_size` is 0, which is no power of two"),
+        (nothing, {"block_size": 96}, "`block_size` is 96, which is no power of two"),
+        (nothing, {"bits": None, "block_size": 64}, "`block_size` changes nothing"),
         (nothing, {"bits": 40}, "bits"),
         (lambda model: hlwq.torchao.quantize_(model), {}, "is quantized already"),
         (lambda model: model.to("meta"), {}, "is not in memory"),
-        (spoil, {}, "NaN or infinite"),
+        (spoil, {}, "down_proj: it holds a value that is NaN"),
     ],
 )
 def test_a_model_that_is_refused_stays_as_it_is(

@@ -12,20 +12,21 @@ import torch
 from checkpoints import FAMILY_NAMES, make_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, Gemma3TextConfig
 from transformers.quantizers import auto
 
 import hlwq
-from hlwq import HlwqError, integrations
+from hlwq import HlwqError, UnsupportedError, integrations
 from hlwq.containers import Reader
+from hlwq.decoded import DecodedCheckpoint
 from hlwq.demo import bundled_model, held_out_text
 from hlwq.errors import HlwqWarning
 from hlwq.evaluate.model import load_model
 from hlwq.evaluate.perplexity import perplexity_of_tokens
 from hlwq.evaluate.speed import speed
-from hlwq.formats import Scheme
+from hlwq.formats import FORMATS, Scheme
+from hlwq.integrations.transformers import _replace
 from hlwq.linear import HLWQEmbedding, HLWQLinear, HLWQTiedHead
-from hlwq.decoded import DecodedCheckpoint
 from hlwq.usage import commands
 
 TOKENS = torch.arange(1, 33)[None]
@@ -233,6 +234,60 @@ def test_packed_modules_say_that_they_have_no_weight(tied: tuple[Path, Path]) ->
     for ids in ([[1, -1]], [[1, 10**6]]):
         with pytest.raises(IndexError):
             model(input_ids=torch.tensor(ids))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_an_embedding_that_scales_its_rows_does_so_packed(dtype: torch.dtype) -> None:
+    """Gemma's: rows times the root of the hidden size, rounded to the model's dtype; the head tied to it has none."""
+    config = Gemma3TextConfig(
+        vocab_size=96,
+        hidden_size=192,  # whose root bfloat16 rounds
+        intermediate_size=256,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=64,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    name, weight = "model.embed_tokens", model.model.embed_tokens.weight.detach().clone()
+    matrix = hlwq.Nearest().solve(weight.float(), hlwq.LloydGrid(6, 64), hlwq.Hadamard(64))
+    assert "lm_head.weight" in _replace(model, name, Scheme(6, 64))
+    packed = model.get_submodule(name).to_empty(device="cpu")
+    for part, tensor in FORMATS["hlwq"].encode(name, matrix, "").items():
+        getattr(packed, part.rpartition(".")[2]).copy_(tensor)
+    reference = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    reference.load_state_dict(
+        {key: value for key, value in model.state_dict().items() if not key.startswith((name, "lm_head"))}, strict=False
+    )
+    reference.model.embed_tokens.weight.data = matrix.dequantize(dtype)
+    reference.tie_weights()
+    expected = reference.model.embed_tokens(TOKENS)
+    assert (expected.float() - matrix.dequantize(dtype).float()[TOKENS]).abs().max() > 0.1
+    assert packed(TOKENS).dtype == dtype
+    assert torch.equal(packed(TOKENS), expected)
+    decoded = packed.dequantize(dtype)
+    assert torch.equal(decoded.weight, matrix.dequantize(dtype))
+    assert torch.equal(decoded(TOKENS), expected)
+    inputs = torch.randn(1, 3, 192, generator=torch.Generator().manual_seed(1)).to(dtype)
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
+    with torch.inference_mode():
+        torch.testing.assert_close(model.lm_head(inputs), reference.lm_head(inputs), **tolerance)
+    if dtype == torch.float32:
+        torch.testing.assert_close(logits(model), logits(reference), rtol=1e-3, atol=1e-3)
+
+
+def test_an_embedding_that_does_something_else_cannot_be_packed() -> None:
+    class Odd(nn.Embedding):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input) + 1
+
+    model = AutoModelForCausalLM.from_config(Gemma3TextConfig(vocab_size=96, hidden_size=64, num_hidden_layers=1))
+    model.model.embed_tokens = Odd(96, 64)
+    with pytest.raises(UnsupportedError, match="does more than look rows up") as refused:
+        _replace(model, "model.embed_tokens", Scheme(5, 64))
+    assert (refused.value.argument, refused.value.tensor) == ("include_embeddings", "model.embed_tokens")
 
 
 def test_outputs_have_the_dtype_of_the_inputs_whatever_the_bias_has() -> None:
@@ -449,7 +504,8 @@ def test_what_cannot_be_quantized_on_the_fly_is_refused_in_a_line(tmp_path: Path
     config = hlwq.HLWQConfig
     for options, message in [
         ({"dequantize": True}, "not quantized"),
-        ({"bits": 9}, "2, 3, 4"),
+        ({"bits": 9}, "1 to 8 bits"),
+        ({"bits": 1}, "2, 3, 4"),
         ({"group_size": 96}, "power of two"),
         ({"exclude": ["nothing"]}, "matches no tensor"),
     ]:
@@ -491,7 +547,9 @@ def test_a_trained_head_that_is_said_to_be_tied_is_refused(options: dict[str, bo
     "options", [{"bits": 3}, {"group_size": 128}, {"include_embeddings": True}, {"exclude": ["q"]}]
 )
 def test_options_change_nothing_where_codes_are_stored(options: dict[str, Any], tied: tuple[Path, Path]) -> None:
-    with pytest.raises(HlwqError, match=f"{next(iter(options))} changes nothing: the checkpoint is quantized already"):
+    with pytest.raises(
+        HlwqError, match=f"`{next(iter(options))}` changes nothing: the checkpoint is quantized already"
+    ):
         AutoModelForCausalLM.from_pretrained(tied[1], quantization_config=hlwq.HLWQConfig(**options))
 
 
@@ -526,6 +584,14 @@ def test_models_without_their_head_are_saved_and_loaded(tmp_path: Path) -> None:
     again = AutoModel.from_pretrained(tmp_path / "saved")
     with torch.inference_mode():
         assert torch.equal(again(input_ids=TOKENS)[0], body(input_ids=TOKENS)[0])
+
+
+def test_a_single_pattern_is_one_pattern(tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "source", "llama")
+    config = hlwq.HLWQConfig(exclude="o_proj", include="lm_head")
+    model = AutoModelForCausalLM.from_pretrained(source, quantization_config=config)
+    leaves = {name.rpartition(".")[2] for name in packed_modules(model)}
+    assert leaves == {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj", "lm_head"}
 
 
 def test_config_is_not_changed_by_what_it_is_used_for(tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ from engines import RunEngine, engine_python, skip_without_int4_kernel
 from safetensors.torch import load_file
 
 import hlwq
+from hlwq.decoded import DecodedCheckpoint
 from hlwq.demo import bundled_model, held_out_text
 from hlwq.families import describe
-from hlwq.decoded import DecodedCheckpoint
 
 PROMPT = (
     "The lighthouse stands at the northern end of the island. It was built in 1854, after a storm had driven three "

@@ -13,8 +13,8 @@ from engines import RunEngine
 from safetensors.torch import load_file
 
 import hlwq
-from hlwq.demo import bundled_model, held_out_text
 from hlwq.decoded import DecodedCheckpoint
+from hlwq.demo import bundled_model, held_out_text
 
 BITS = {"q_proj": 2, "k_proj": 3, "v_proj": 4, "o_proj": 5, "mlp": 6, "embed": 5, "lm_head": 6}
 

@@ -92,6 +92,7 @@ class LayerRunner:
             hidden, self._arguments[batch.stop - batch.start] = self._entered(places[batch])
             for states in filter(None, (self._states, self._originals)):
                 states.write(batch, hidden)
+        self._decoder.get_input_embeddings().to("meta")  # its rows have served
 
     def _set_embedding(self, rows: Tensor) -> None:
         """Give the decoder the rows that the samples use, and put all but its layers on the device."""

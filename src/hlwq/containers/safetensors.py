@@ -309,6 +309,8 @@ class Writer:
             ValueError: the tensor is not the one announced, which is a bug.
         """
         file, offset, spec = self._place[name]
+        if part is not None and part not in range(spec.shape[0]):
+            raise ValueError(f"{name} has {spec.shape[0]} parts, and none of index {part}")
         shape = spec.shape if part is None else spec.shape[1:]
         if DTYPES[spec.dtype] != tensor.dtype or shape != tuple(tensor.shape):
             raise ValueError(f"{name}: planned {spec.dtype} {shape}, got {tensor.dtype} {tuple(tensor.shape)}")

@@ -33,6 +33,7 @@ from hlwq.families import describe
 from hlwq.formats import Scheme
 from hlwq.formats import hlwq as hlwq_format
 from hlwq.linear import HLWQEmbedding, HLWQLinear, HLWQTiedHead
+from hlwq.options import several
 from hlwq.pipeline import check_dropped
 from hlwq.plan import PlannedTensor, check_tensors, make_plan
 from hlwq.recipes import changed, recipe_named
@@ -166,7 +167,7 @@ class HLWQQuantizer(HfQuantizer):
             message = "`dequantize=True` is for HLWQ checkpoints, and this one is not quantized. Leave it out."
             raise RequestError(message)
         recipe = changed(recipe_named("hlwq"), {"bits": config.bits, "group_size": config.group_size})
-        selection = Selection(config.include_embeddings, tuple(config.include), tuple(config.exclude))
+        selection = Selection(config.include_embeddings, several(config.include), several(config.exclude))
         plan = make_plan(self.reader, recipe, hlwq_format.NAME, selection)
         check_dropped(self.reader, plan)
         tensors = {tensor.module: tensor for tensor in plan.quantized()}

@@ -9,7 +9,7 @@ import torch
 import transformers
 from checkpoints import ARCHITECTURES, FAMILY_NAMES, make_checkpoint, model_config
 
-from hlwq import HlwqError
+from hlwq import CheckpointError, UnsupportedError
 from hlwq.containers import Reader
 from hlwq.families import FAMILIES, ModelLayout, describe
 from hlwq.families.qwen3_5 import layer_types
@@ -163,7 +163,7 @@ def test_tying_stated_in_the_text_configuration_alone_counts() -> None:
 
 
 def test_an_unknown_architecture_is_refused_with_the_supported_ones() -> None:
-    with pytest.raises(HlwqError, match="GPT2LMHeadModel is not supported") as caught:
+    with pytest.raises(UnsupportedError, match="GPT2LMHeadModel is not supported") as caught:
         describe({"architectures": ["GPT2LMHeadModel"]}, EMBEDDINGS)
     supported = [name for family in FAMILIES for name in family.architectures]
     assert sorted(supported) == sorted(ARCHITECTURES.values())
@@ -172,13 +172,13 @@ def test_an_unknown_architecture_is_refused_with_the_supported_ones() -> None:
 
 @pytest.mark.parametrize("entries", [{}, {"architectures": []}, {"architectures": None}])
 def test_a_configuration_without_an_architecture_is_refused(entries: dict[str, Any]) -> None:
-    with pytest.raises(HlwqError, match="names no architectures"):
+    with pytest.raises(CheckpointError, match="names no architectures"):
         describe(entries, EMBEDDINGS)
 
 
 @pytest.mark.parametrize("name", ["Qwen3_5MoeForConditionalGeneration", "Qwen3MoeForCausalLM"])
 def test_mixtures_of_experts_are_refused_by_name(name: str) -> None:
-    with pytest.raises(HlwqError, match=f"{name} is not supported. Mixture-of-experts"):
+    with pytest.raises(UnsupportedError, match=f"{name} is not supported. Mixture-of-experts"):
         describe({"architectures": [name]}, EMBEDDINGS)
 
 
@@ -187,12 +187,12 @@ def test_mixtures_of_experts_are_refused_by_name(name: str) -> None:
 def test_an_incomplete_configuration_is_refused_by_key(family: str, key: str) -> None:
     config = model_config(family)
     del config.get("text_config", config)[key]
-    with pytest.raises(HlwqError, match=f"config.json lacks '{key}'"):
+    with pytest.raises(CheckpointError, match=f"config.json lacks '{key}'"):
         describe(config, EMBEDDINGS)
 
 
 def test_a_checkpoint_without_an_embedding_is_refused() -> None:
-    with pytest.raises(HlwqError, match=r"tensor model\.embed_tokens\.weight is missing"):
+    with pytest.raises(CheckpointError, match=r"tensor model\.embed_tokens\.weight is missing"):
         describe(model_config("llama"), ["lm_head.weight"])
 
 
