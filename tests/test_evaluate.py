@@ -12,12 +12,12 @@ from checkpoints import make_checkpoint
 from safetensors.torch import load_file, save_file
 
 from hlwq import HlwqError, convert, quantize
+from hlwq.decoded import DecodedCheckpoint
 from hlwq.demo import bundled_model, held_out_text
 from hlwq.devices import compute_dtype
 from hlwq.errors import CheckpointError, RequestError
 from hlwq.evaluate import paired_difference, perplexity
 from hlwq.evaluate.model import load_model
-from hlwq.decoded import DecodedCheckpoint
 
 
 def plain_perplexity(context: int, stride: int, windows: int, scored: int) -> float:

@@ -12,10 +12,10 @@ import torch
 from checkpoints import make_checkpoint
 from safetensors.torch import save_file
 
-from hlwq.files import hash_file, read_json, write_json
 from hlwq.errors import CheckpointError, HlwqWarning, ResourceError
 from hlwq.evaluate import results
 from hlwq.evaluate.results import fingerprint, keep, kept, measured, record_of_programs, results_folder
+from hlwq.files import hash_file, read_json, write_json
 
 WEIGHTS = "model.safetensors"
 SETTING = {"limit": None}

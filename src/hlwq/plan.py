@@ -335,8 +335,6 @@ def _stages(
 ) -> tuple[Stage, ...]:
     """The stages of a recipe for one matrix: groups and blocks that divide it, the last grid as the format has it."""
     module, shape = spec.name.rpartition(".")[0], (spec.shape[0], spec.shape[1])
-    for stage in recipe.stages:  # a size that cannot be is refused, not replaced by one that divides
-        stage.basis.fitted(shape[1], stage.grid.group_size)
     try:
         grids = [stage.grid.fitted(shape[1], output_format.default_symmetric) for stage in recipe.stages]
         bases = [

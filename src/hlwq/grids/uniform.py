@@ -52,6 +52,8 @@ class UniformGrid:
 
     def __post_init__(self) -> None:
         check_sizes("uniform", self.bits, range(2, 9), self.group_size)
+        if self.symmetric not in (None, True, False):
+            raise RequestError(f"`symmetric` is {self.symmetric}; it must be True, False or None.")
         if self.scale_method is not None and self.scale_method not in get_args(ScaleMethod):
             raise RequestError(
                 f"`scale_method` is {self.scale_method}; it must be {' or '.join(get_args(ScaleMethod))}."

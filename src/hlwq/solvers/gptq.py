@@ -56,6 +56,8 @@ class Gptq:
     damping: float = option("Share of its mean added to the Hessian's diagonal.", default=0.01)
 
     def __post_init__(self) -> None:
+        if type(self.desc_act) is not bool:
+            raise RequestError(f"`desc_act` is {self.desc_act}; it must be True or False.")
         for name, low, high in (("foem_beta", 0, 1), ("gptaq_alpha", 0, 1), ("damping", 1e-6, 1)):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not low <= value <= high:
