@@ -1,0 +1,727 @@
+// The loops of the kernels, for one instruction set. native.cpp includes this file once for each and says with LEVEL in
+// which namespace, and with LANES how many float32 a register of it holds: 4 (any processor), 8 (AVX2 with FMA), or 16
+// (AVX-512 with VBMI). No include guard, for that reason. Nothing in here may call a function template of the standard
+// library: the linker would keep one copy of it, perhaps one that only some processors can run.
+
+namespace LEVEL {
+
+using Floats = float __attribute__((vector_size(4 * LANES)));
+using Ints = int32_t __attribute__((vector_size(4 * LANES)));
+
+using EveryLane = std::make_integer_sequence<int, LANES>;
+
+INLINE Floats load(const float* from) {
+    Floats values;
+    __builtin_memcpy(&values, from, sizeof values);
+    return values;
+}
+
+INLINE void store(float* to, Floats values) { __builtin_memcpy(to, &values, sizeof values); }
+
+INLINE Floats repeated(float value) { return Floats{} + value; }
+
+// Lane i of the result is lane i ^ distance.
+template <int distance, int... lane>
+INLINE Floats swapped(Floats values, std::integer_sequence<int, lane...>) {
+#ifdef __clang__
+    return __builtin_shufflevector(values, values, (lane ^ distance)...);
+#else
+    return __builtin_shuffle(values, Ints{(lane ^ distance)...});
+#endif
+}
+
+// The sign bits of the lanes that a butterfly over this distance subtracts.
+template <int distance, int... lane>
+INLINE Ints second_of_pairs(std::integer_sequence<int, lane...>) {
+    return Ints{(lane & distance ? INT32_MIN : 0)...};
+}
+
+// left · right + summand, in one rounding where the processor has an instruction for it, else in two.
+INLINE Floats multiply_add(Floats left, Floats right, Floats summand) {
+#if LANES == 16
+    return _mm512_fmadd_ps(left, right, summand);
+#elif LANES == 8
+    return _mm256_fmadd_ps(left, right, summand);
+#elif defined(__aarch64__)
+    return vfmaq_f32(summand, left, right);
+#else
+    return left * right + summand;
+#endif
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Levels: codes of `bits` bits, `width` bits apart, to float32. An object holds what is the same for all codes; called
+// with the addresses of codes in several rows, it looks up `step` of each.
+
+#if LANES == 4
+
+// One by one.
+template <int width, int bits>
+struct Levels {
+    static constexpr int step = 16;
+    const float* centroids;
+
+    explicit INLINE Levels(const Codebook& book) : centroids(book.centroids) {}
+
+    INLINE Floats four(uint64_t word) const {
+        constexpr uint64_t mask = (1 << bits) - 1;
+        return Floats{centroids[word & mask], centroids[word >> width & mask], centroids[word >> 2 * width & mask],
+                      centroids[word >> 3 * width & mask]};
+    }
+
+    template <int rows>
+    INLINE void operator()(const uint8_t* const (&codes)[rows], Floats (&levels)[rows][step / LANES]) const {
+        for (int row = 0; row < rows; ++row) {
+            for (int octet = 0; octet < step / 8; ++octet) {
+                const uint64_t word = load_word<width>(codes[row] + octet * width);
+                levels[row][2 * octet] = four(word);
+                levels[row][2 * octet + 1] = four(word >> 4 * width);
+            }
+        }
+    }
+};
+
+#elif LANES == 8
+
+// The 32 codes of a block, in the bytes of a register, are in the order in which `unpack`, which works within each half
+// of the register, ends with neighbours beside each other: byte 16·half + 4·d + e is code 8·d + 4·half + e.
+constexpr int code_of_byte(int byte) { return 8 * (byte % 16 / 4) + 4 * (byte / 16) + byte % 4; }
+
+// How 16 codes of `width` bits, half a block, are moved into 16-bit words, each with its highest bit in the second byte
+// of a word. So none begins at the lowest bit of its word, and all shifts are one multiplication.
+template <int width>
+struct Cut {
+    // Of the block's 4·width bytes, each half reads 16, none before or after them.
+    static constexpr int start(int half) { return half * (4 * width - 16); }
+    alignas(32) uint8_t bytes[2][32] = {};
+    alignas(32) uint16_t factors[2][16] = {};
+
+    constexpr Cut() {
+        for (int half = 0; half < 2; ++half) {
+            for (int word = 0; word < 16; ++word) {
+                const int code = code_of_byte(16 * (word / 8) + 8 * half + word % 8);
+                const int first_bit = code * width - 8 * start(half), last_byte = (first_bit + width - 1) / 8;
+                bytes[half][2 * word] = last_byte > 0 ? last_byte - 1 : 0;
+                bytes[half][2 * word + 1] = last_byte;
+                factors[half][word] = 1 << (16 - (first_bit - 8 * (last_byte - 1)));
+            }
+        }
+    }
+};
+
+template <int width>
+constexpr Cut<width> cut{};
+
+INLINE __m256i load_bytes(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
+
+// 16 bytes, twice.
+INLINE __m256i load_twice(const void* from) {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(from)));
+}
+
+template <int width>
+INLINE __m256i codes_in_bytes(const uint8_t* codes) {
+    if constexpr (width == 8) {
+        return _mm256_permutevar8x32_epi32(load_bytes(codes), _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
+    } else if constexpr (width == 4) {
+        const __m256i order = _mm256_setr_epi8(0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13, -1,  //
+                                               2, -1, 3, -1, 6, -1, 7, -1, 10, -1, 11, -1, 14, -1, 15, -1);
+        const __m256i words = _mm256_shuffle_epi8(load_twice(codes), order);
+        return _mm256_and_si256(_mm256_or_si256(words, _mm256_slli_epi16(words, 4)), _mm256_set1_epi8(15));
+    } else {
+        __m256i words[2];
+        for (int half = 0; half < 2; ++half) {
+            const __m256i raw = load_twice(codes + Cut<width>::start(half));
+            words[half] = _mm256_shuffle_epi8(raw, load_bytes(cut<width>.bytes[half]));
+            words[half] = _mm256_mulhi_epu16(words[half], load_bytes(cut<width>.factors[half]));
+            words[half] = _mm256_and_si256(words[half], _mm256_set1_epi16((1 << width) - 1));
+        }
+        return _mm256_packus_epi16(words[0], words[1]);
+    }
+}
+
+// Up to 3 bits, levels are found by `vpermps`, which looks only at the lowest three bits of an index, so that codes need
+// not be cut out, only shifted. More bits are found byte by byte with `vpshufb`, in tables of 16: see `Codebook`.
+template <int width, int bits>
+struct Levels {
+    static constexpr int step = 32, tables = bits <= 4 ? 1 : 1 << (bits - 5);
+    const Codebook& book;
+
+    explicit INLINE Levels(const Codebook& book) : book(book) {}
+
+    template <int rows>
+    INLINE void operator()(const uint8_t* const (&codes)[rows], Floats (&levels)[rows][4]) const {
+        if constexpr (bits <= 3) {
+            for (int row = 0; row < rows; ++row) {
+                for (int octet = 0; octet < 4; ++octet) {
+                    levels[row][octet] = _mm256_permutevar8x32_ps(load(book.centroids), indices(codes[row], octet));
+                }
+            }
+        } else {
+            by_bytes<rows>(codes, levels);
+        }
+    }
+
+    // The lowest bits of each 32-bit word are a code.
+    static INLINE __m256i indices(const uint8_t* codes, int octet) {
+        if constexpr (width == 8) {
+            return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + 8 * octet)));
+        } else {
+            // Of the block's 4·width bytes, the four from here on, or the last four.
+            const int first_byte = octet * width < 4 * width - 4 ? octet * width : 4 * width - 4;
+            const __m256i word = _mm256_set1_epi32(load_word<4>(codes + first_byte));
+            const int first = 8 * (octet * width - first_byte);
+            const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+            return _mm256_srlv_epi32(
+                word, _mm256_add_epi32(_mm256_set1_epi32(first), _mm256_mullo_epi32(lanes, _mm256_set1_epi32(width))));
+        }
+    }
+
+    template <int rows>
+    INLINE void by_bytes(const uint8_t* const (&codes)[rows], Floats (&levels)[rows][4]) const {
+        __m256i index[rows], upper[rows], planes[4][rows];
+        for (int row = 0; row < rows; ++row) {
+            index[row] = codes_in_bytes<width>(codes[row]);
+            if constexpr (bits > 4) {  // the upper half of the levels is the lower half backwards, with the other sign
+                upper[row] = bits == 8 ? _mm256_cmpgt_epi8(_mm256_setzero_si256(), index[row])
+                                       : _mm256_cmpgt_epi8(index[row], _mm256_set1_epi8((1 << (bits - 1)) - 1));
+                index[row] = _mm256_xor_si256(
+                    index[row], bits == 8 ? upper[row] : _mm256_and_si256(upper[row], _mm256_set1_epi8((1 << bits) - 1)));
+            }
+        }
+        for (int table = 0; table < tables; ++table) {
+            for (int byte = 0; byte < 4; ++byte) {
+                const __m256i entries = load_twice(book.differences[byte][table]);
+                for (int row = 0; row < rows; ++row) {
+                    const __m256i change = _mm256_shuffle_epi8(entries, index[row]);
+                    planes[byte][row] = table ? _mm256_xor_si256(planes[byte][row], change) : change;
+                }
+            }
+            for (int row = 0; row < rows; ++row) {
+                index[row] = _mm256_sub_epi8(index[row], _mm256_set1_epi8(16));
+            }
+        }
+        for (int row = 0; row < rows; ++row) {
+            if constexpr (bits > 4) {
+                const __m256i sign = _mm256_and_si256(upper[row], _mm256_set1_epi8(-128));
+                planes[3][row] = _mm256_xor_si256(planes[3][row], sign);
+            }
+            const __m256i low01 = _mm256_unpacklo_epi8(planes[0][row], planes[1][row]);
+            const __m256i high01 = _mm256_unpackhi_epi8(planes[0][row], planes[1][row]);
+            const __m256i low23 = _mm256_unpacklo_epi8(planes[2][row], planes[3][row]);
+            const __m256i high23 = _mm256_unpackhi_epi8(planes[2][row], planes[3][row]);
+            levels[row][0] = Floats(_mm256_unpacklo_epi16(low01, low23));
+            levels[row][1] = Floats(_mm256_unpackhi_epi16(low01, low23));
+            levels[row][2] = Floats(_mm256_unpacklo_epi16(high01, high23));
+            levels[row][3] = Floats(_mm256_unpackhi_epi16(high01, high23));
+        }
+    }
+};
+
+#else
+
+// As for AVX2, byte 16·quarter + 4·d + e of a block of 64 is code 16·d + 4·quarter + e.
+constexpr int code_of_byte(int byte) { return 16 * (byte % 16 / 4) + 4 * (byte / 16) + byte % 4; }
+
+// How 64 codes of `width` bits are cut out: `vpermb` moves the bytes with four codes into each 32 bits, and
+// `vpmultishiftqb` any eight bits of 64 into each byte.
+template <int width>
+struct Cut {
+    alignas(64) uint8_t bytes[64] = {};
+    alignas(64) uint8_t shifts[64] = {};
+
+    constexpr Cut() {
+        for (int byte = 0; byte < 64; ++byte) {
+            const int first_bit = code_of_byte(byte / 4 * 4) * width;
+            bytes[byte] = first_bit / 8 + byte % 4;
+            shifts[byte] = 32 * (byte / 4 % 2) + first_bit % 8 + byte % 4 * width;
+        }
+    }
+};
+
+template <int width>
+constexpr Cut<width> cut{};
+
+// For 16 codes of up to 4 bits in the same 64: those that begin at a bit, one in the lowest bits of each 32.
+template <int width, int first_bit>
+struct Spread {
+    alignas(64) uint8_t shifts[64] = {};
+
+    constexpr Spread() {
+        for (int code = 0; code < 16; ++code) {
+            shifts[4 * code] = first_bit + code * width;
+        }
+    }
+};
+
+template <int width, int first_bit>
+constexpr Spread<width, first_bit> spread{};
+
+INLINE __m512i load_bytes(const void* from) { return _mm512_loadu_si512(from); }
+
+// Up to 4 bits, levels are found as float32, else byte by byte; in either case in tables of a whole register or two, which
+// look only at the lowest bits of an index, so that codes need not be masked.
+template <int width, int bits>
+struct Levels {
+    static constexpr bool whole = bits <= 4;
+    static constexpr int step = whole ? 32 : 64;
+    const Codebook& book;
+
+    explicit INLINE Levels(const Codebook& book) : book(book) {}
+
+    template <int rows>
+    INLINE void operator()(const uint8_t* const (&codes)[rows], Floats (&levels)[rows][step / LANES]) const {
+        for (int row = 0; row < rows; ++row) {
+            if constexpr (whole) {
+                const Floats entries = load(book.centroids);
+                levels[row][0] = _mm512_permutexvar_ps(indices<0>(codes[row]), entries);
+                levels[row][1] = _mm512_permutexvar_ps(indices<1>(codes[row]), entries);
+            } else {
+                by_bytes(codes[row], levels[row]);
+            }
+        }
+    }
+
+    // Of the first or the second 16 of 32 codes.
+    template <int half>
+    static INLINE __m512i indices(const uint8_t* codes) {
+        if constexpr (width == 8) {
+            return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + 16 * half)));
+        } else {
+            constexpr int start = half * (4 * width - 8);  // of the block's 4·width bytes, the first or the last eight
+            const __m512i word = _mm512_set1_epi64(load_word<8>(codes + start));
+            return _mm512_multishift_epi64_epi8(load_bytes(spread<width, 16 * half * width - 8 * start>.shifts), word);
+        }
+    }
+
+    INLINE void by_bytes(const uint8_t* codes, Floats (&levels)[4]) const {
+        __m512i index = _mm512_maskz_loadu_epi8(width == 8 ? ~0ull : (1ull << (8 * width % 64)) - 1, codes);
+        index = _mm512_permutexvar_epi8(load_bytes(cut<width>.bytes), index);
+        if constexpr (width < 8) {
+            index = _mm512_multishift_epi64_epi8(load_bytes(cut<width>.shifts), index);
+        }
+        __m512i planes[4];
+        if constexpr (bits <= 6) {
+            for (int byte = 0; byte < 4; ++byte) {
+                planes[byte] = _mm512_permutexvar_epi8(index, load_bytes(book.planes[byte]));
+            }
+        } else {  // the upper half of the levels is the lower half backwards, with the other sign
+            const __mmask64 upper = _mm512_test_epi8_mask(index, _mm512_set1_epi8(char(1 << (bits - 1))));
+            index = _mm512_mask_sub_epi8(index, upper, _mm512_set1_epi8(char((1 << bits) - 1)), index);
+            for (int byte = 0; byte < 4; ++byte) {
+                planes[byte] = bits == 7 ? _mm512_permutexvar_epi8(index, load_bytes(book.planes[byte]))
+                                         : _mm512_permutex2var_epi8(load_bytes(book.planes[byte]), index,
+                                                                    load_bytes(book.planes[byte] + 64));
+            }
+            planes[3] = _mm512_mask_add_epi8(planes[3], upper, planes[3], _mm512_set1_epi8(-128));
+        }
+        const __m512i low01 = _mm512_unpacklo_epi8(planes[0], planes[1]);
+        const __m512i high01 = _mm512_unpackhi_epi8(planes[0], planes[1]);
+        const __m512i low23 = _mm512_unpacklo_epi8(planes[2], planes[3]);
+        const __m512i high23 = _mm512_unpackhi_epi8(planes[2], planes[3]);
+        levels[0] = Floats(_mm512_unpacklo_epi16(low01, low23));
+        levels[1] = Floats(_mm512_unpackhi_epi16(low01, low23));
+        levels[2] = Floats(_mm512_unpacklo_epi16(high01, high23));
+        levels[3] = Floats(_mm512_unpackhi_epi16(high01, high23));
+    }
+};
+
+#endif
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Groups: their rotation, their norms, their codes.
+
+// The sum over `count` float32 of left · right, added as hlwq.grids.sum_by_halves does: the second half to the first
+// until one is left. Here it is what is left in `parts` places, of which `part` is one.
+template <int count, int parts>
+INLINE Floats halves_added(const float* left, const float* right, int part) {
+    if constexpr (parts * LANES == count) {
+        return load(left + part * LANES) * load(right + part * LANES);
+    } else {
+        return halves_added<count, 2 * parts>(left, right, part) +
+               halves_added<count, 2 * parts>(left, right, part + parts);
+    }
+}
+
+template <int count>
+INLINE float dot_by_halves(const float* left, const float* right) {
+    Floats sum = halves_added<count, 1>(left, right, 0);
+#if LANES == 16
+    sum += swapped<8>(sum, EveryLane());
+#endif
+#if LANES >= 8
+    sum += swapped<4>(sum, EveryLane());
+#endif
+    sum += swapped<2>(sum, EveryLane());
+    sum += swapped<1>(sum, EveryLane());
+    return sum[0];
+}
+
+INLINE float dot_by_halves(const float* left, const float* right, int count) {
+    switch (count) {
+#if LANES <= 8
+    case 8:
+        return dot_by_halves<8>(left, right);
+    case 16:
+        return dot_by_halves<16>(left, right);
+    case 32:
+        return dot_by_halves<32>(left, right);
+#endif
+    case 64:
+        return dot_by_halves<64>(left, right);
+    case 128:
+        return dot_by_halves<128>(left, right);
+    default:
+        return dot_by_halves<256>(left, right);
+    }
+}
+
+template <int distance>
+INLINE void rotate_lanes(Floats& values) {
+    const Ints signs = second_of_pairs<distance>(EveryLane());
+    values = swapped<distance>(values, EveryLane()) + Floats(Ints(values) ^ signs);
+}
+
+// The Walsh–Hadamard transform of groups, as hlwq.hadamard computes it.
+template <int size>
+void rotate_groups_of(const float* source, float* target, ptrdiff_t groups) {
+    constexpr int count = size / LANES;
+    const float factor = root_reciprocal(size);
+    for (ptrdiff_t group = 0; group < groups; ++group) {
+        Floats parts[count];
+#pragma GCC unroll 64
+        for (int part = 0; part < count; ++part) {
+            parts[part] = load(source + group * size + part * LANES);
+            rotate_lanes<1>(parts[part]);
+            rotate_lanes<2>(parts[part]);
+#if LANES >= 8
+            rotate_lanes<4>(parts[part]);
+#endif
+#if LANES == 16
+            rotate_lanes<8>(parts[part]);
+#endif
+        }
+#pragma GCC unroll 8
+        for (int distance = 1; distance < count; distance *= 2) {
+#pragma GCC unroll 64
+            for (int part = 0; part < count; ++part) {
+                if (!(part & distance)) {
+                    const Floats first = parts[part], second = parts[part + distance];
+                    parts[part] = first + second;
+                    parts[part + distance] = first - second;
+                }
+            }
+        }
+#pragma GCC unroll 64
+        for (int part = 0; part < count; ++part) {
+            store(target + group * size + part * LANES, parts[part] * factor);
+        }
+    }
+}
+
+void rotate_groups(const float* source, float* target, ptrdiff_t groups, int size) {
+    switch (size) {
+#if LANES <= 8
+    case 8:
+        return rotate_groups_of<8>(source, target, groups);
+    case 16:
+        return rotate_groups_of<16>(source, target, groups);
+    case 32:
+        return rotate_groups_of<32>(source, target, groups);
+#endif
+    case 64:
+        return rotate_groups_of<64>(source, target, groups);
+    case 128:
+        return rotate_groups_of<128>(source, target, groups);
+    default:
+        return rotate_groups_of<256>(source, target, groups);
+    }
+}
+
+void measure_groups(const float* weights, float* norms, ptrdiff_t groups, int size) {
+    for (ptrdiff_t group = 0; group < groups; ++group, weights += size) {
+        norms[group] = __builtin_sqrtf(dot_by_halves(weights, weights, size));
+    }
+}
+
+// Of a table of `count` float32, filled up to a multiple of sixteen, those at some indices.
+template <int count>
+INLINE Floats taken(const float* table, Ints index) {
+    if constexpr (count == 1) {
+        return repeated(table[0]);
+    } else {
+#if LANES == 4
+        return Floats{table[index[0]], table[index[1]], table[index[2]], table[index[3]]};
+#elif LANES == 8
+        Floats parts[count <= 8 ? 1 : count / 8];
+        for (int part = 0; part * 8 < count; ++part) {
+            parts[part] = _mm256_permutevar8x32_ps(load(table + 8 * part), __m256i(index));
+        }
+        for (int bit = 8, left = count / 16; left > 0; bit *= 2, left /= 2) {
+            const __m256 chosen = __m256((index & bit) != 0);
+            for (int part = 0; part < left; ++part) {
+                parts[part] = _mm256_blendv_ps(parts[2 * part], parts[2 * part + 1], chosen);
+            }
+        }
+        return parts[0];
+#else
+        if constexpr (count <= 16) {
+            return _mm512_permutexvar_ps(__m512i(index), load(table));
+        } else {
+            Floats parts[count / 32];
+            for (int part = 0; part * 32 < count; ++part) {
+                parts[part] = _mm512_permutex2var_ps(load(table + 32 * part), __m512i(index), load(table + 32 * part + 16));
+            }
+            for (int bit = 32, left = count / 64; left > 0; bit *= 2, left /= 2) {
+                const __mmask16 chosen = _mm512_test_epi32_mask(__m512i(index), _mm512_set1_epi32(bit));
+                for (int part = 0; part < left; ++part) {
+                    parts[part] = _mm512_mask_blend_ps(chosen, parts[2 * part], parts[2 * part + 1]);
+                }
+            }
+            return parts[0];
+        }
+#endif
+    }
+}
+
+// How many of the positive boundaries lie below the sizes of values, and −1 for those that are not positive.
+struct Place {
+    Ints index, negative;
+};
+
+template <int depth, int bits>
+INLINE Ints search(const float* steps, Floats size, Ints index) {
+    if constexpr (depth == bits - 1) {
+        return index;
+    } else {
+        constexpr int count = 1 << depth;
+        const Ints above = size > taken<count>(steps, index);
+        return search<depth + 1, bits>(steps + (count > 16 ? count : 16), size, index + index - above);
+    }
+}
+
+// The boundaries are symmetric, so that half of them are searched. A boundary belongs to the level below it. For a
+// negative value that is the larger of the two: it is searched for as the next larger number.
+template <int bits>
+INLINE Place place_of(const Codebook& book, Floats values) {
+    const Ints negative = values <= 0.0f;
+    const Ints size = (Ints(values) & INT32_MAX) - negative;
+    return {search<0, bits>(book.steps, Floats(size), Ints{}), negative};
+}
+
+INLINE void store_bytes(uint8_t* to, Ints codes) {
+#if LANES == 16
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(__m512i(codes)));
+#elif LANES == 8
+    const __m128i low = _mm256_castsi256_si128(__m256i(codes)), high = _mm256_extracti128_si256(__m256i(codes), 1);
+    const __m128i words = _mm_packus_epi32(low, high);
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packus_epi16(words, words));
+#else
+    for (int lane = 0; lane < LANES; ++lane) {
+        to[lane] = codes[lane];
+    }
+#endif
+}
+
+template <int bits>
+void round_groups(const Codebook& book, const float* weights, const float* norms, uint8_t* codes, ptrdiff_t groups,
+                  int size) {
+    for (ptrdiff_t group = 0; group < groups; ++group) {
+        const float factor = factor_of(norms[group], size);
+        for (int column = 0; column < size; column += LANES, weights += LANES, codes += LANES) {
+            const Place place = place_of<bits>(book, load(weights) * factor);
+            store_bytes(codes, (place.index | 1 << (bits - 1)) ^ (place.negative & ((1 << bits) - 1)));
+        }
+    }
+}
+
+template <int bits>
+void refine_groups(const Codebook& book, const float* weights, const float* norms, float* refined, ptrdiff_t groups,
+                   int size) {
+    constexpr int half = 1 << (bits - 1);
+    float scaled[half < 16 ? 16 : half], levels[256];
+    for (int level = 0; level < half; ++level) {
+        scaled[level] = book.centroids[half + level] * (1 / root(size));
+    }
+    for (int level = half; level < 16; ++level) {
+        scaled[level] = 0;
+    }
+    for (ptrdiff_t group = 0; group < groups; ++group, weights += size) {
+        const float factor = factor_of(norms[group], size);
+        for (int column = 0; column < size; column += LANES) {
+            const Place place = place_of<bits>(book, load(weights + column) * factor);
+            const Ints level = Ints(taken<half>(scaled, place.index));
+            store(levels + column, Floats(level ^ (place.negative & INT32_MIN)));
+        }
+        refined[group] = dot_by_halves(weights, levels, size) / dot_by_halves(levels, levels, size);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Rows: decoding, and products with decoded rows.
+
+template <int width, int bits>
+void decode_row(const Codebook& book, const uint8_t* codes, const float* scales, float* target, ptrdiff_t columns,
+                ptrdiff_t group_size) {
+    constexpr int step = Levels<width, bits>::step;
+    const Levels<width, bits> levels(book);
+    if (group_size % step == 0) {
+        for (ptrdiff_t group = 0; group * group_size < columns; ++group) {
+            const float scale = scales[group];
+            for (ptrdiff_t column = 0; column < group_size; column += step, target += step, codes += step * width / 8) {
+                Floats found[1][step / LANES];
+                levels({codes}, found);
+                for (int part = 0; part < step / LANES; ++part) {
+                    store(target + part * LANES, found[0][part] * scale);
+                }
+            }
+        }
+    } else {  // small groups
+        for (ptrdiff_t column = 0; column < columns; column += 8, codes += width) {
+            const uint64_t word = load_word<width>(codes);
+            for (int index = 0; index < 8; ++index) {
+                const float level = book.centroids[word >> (index * width) & ((1 << bits) - 1)];
+                target[column + index] = level * scales[(column + index) / group_size];
+            }
+        }
+    }
+}
+
+// The sum of sixteen lanes: of the first eight, where even runs of eight columns were added up, and of the others.
+INLINE float total(const Floats (&sums)[16 / LANES]) {
+#if LANES == 16
+    Floats sum = sums[0];
+    sum += swapped<4>(sum, EveryLane());
+    sum += swapped<2>(sum, EveryLane());
+    sum += swapped<1>(sum, EveryLane());
+    return sum[0] + sum[8];
+#else
+#if LANES == 8
+    Floats even = sums[0], odd = sums[1];
+    even += swapped<4>(even, EveryLane());
+    odd += swapped<4>(odd, EveryLane());
+#else
+    Floats even = sums[0] + sums[1], odd = sums[2] + sums[3];
+#endif
+    even += swapped<2>(even, EveryLane());
+    odd += swapped<2>(odd, EveryLane());
+    even += swapped<1>(even, EveryLane());
+    odd += swapped<1>(odd, EveryLane());
+    return even[0] + odd[0];
+#endif
+}
+
+template <int bits, int group_size, int rows>
+INLINE void multiply_rows_at_once(const RowProduct& product, const Levels<bits, bits>& levels, ptrdiff_t row) {
+    constexpr int step = Levels<bits, bits>::step, parts = 16 / LANES, some_groups = 128;
+    const ptrdiff_t groups = product.groups;
+    const uint8_t* codes[rows];
+    const float* inputs = product.inputs;
+    Floats sums[rows][parts] = {};
+    float scales[rows][some_groups];
+    for (int each = 0; each < rows; ++each) {
+        codes[each] = product.packed + (row + each) * groups * (group_size * bits / 8);
+    }
+    for (ptrdiff_t first = 0; first < groups; first += some_groups) {
+        const int count = groups - first < some_groups ? groups - first : some_groups;
+        for (int each = 0; each < rows; ++each) {
+            scales_of(product.norms + (row + each) * groups + first, scales[each], count, group_size);
+        }
+        for (int group = 0; group < count; ++group) {
+            Floats of_group[rows][parts] = {};
+#pragma GCC unroll 2
+            for (int column = 0; column < group_size; column += step, inputs += step) {
+                Floats found[rows][step / LANES];
+                levels(codes, found);
+                for (int part = 0; part < step / LANES; ++part) {
+                    const Floats input = load(inputs + part * LANES);
+                    for (int each = 0; each < rows; ++each) {
+                        Floats& sum = of_group[each][part % parts];
+                        sum = multiply_add(found[each][part], input, sum);
+                    }
+                }
+                for (int each = 0; each < rows; ++each) {
+                    codes[each] += step * bits / 8;
+                }
+            }
+            for (int each = 0; each < rows; ++each) {
+                for (int part = 0; part < parts; ++part) {
+                    const Floats scale = repeated(scales[each][group]);
+                    sums[each][part] = multiply_add(of_group[each][part], scale, sums[each][part]);
+                }
+            }
+        }
+    }
+    for (int each = 0; each < rows; ++each) {
+        write_output(product, row + each, total(sums[each]));
+    }
+}
+
+template <int bits, int group_size>
+void multiply_row(const RowProduct& product, ptrdiff_t first, ptrdiff_t last) {
+    const Levels<bits, bits> levels(*product.book);
+    ptrdiff_t row = first;
+    for (; row + 2 <= last; row += 2) {
+        multiply_rows_at_once<bits, group_size, 2>(product, levels, row);
+    }
+    if (row < last) {
+        multiply_rows_at_once<bits, group_size, 1>(product, levels, row);
+    }
+}
+
+#if LANES <= 8
+
+// One row of the matrix, decoded, times up to four rows of inputs, in sums of eight lanes.
+void multiply_decoded(const float* const (&inputs)[4], const float* decoded, ptrdiff_t columns, float (&outputs)[4]) {
+    constexpr int parts = 8 / LANES;
+    Floats sums[4][parts] = {};
+    for (ptrdiff_t column = 0; column < columns; column += 8) {
+        for (int part = 0; part < parts; ++part) {
+            const Floats weights = load(decoded + column + part * LANES);
+            for (int row = 0; row < 4; ++row) {
+                sums[row][part] = multiply_add(weights, load(inputs[row] + column + part * LANES), sums[row][part]);
+            }
+        }
+    }
+    for (int row = 0; row < 4; ++row) {
+#if LANES == 8
+        Floats sum = sums[row][0] + swapped<4>(sums[row][0], EveryLane());
+#else
+        Floats sum = sums[row][0] + sums[row][1];
+#endif
+        sum += swapped<2>(sum, EveryLane());
+        sum += swapped<1>(sum, EveryLane());
+        outputs[row] = sum[0];
+    }
+}
+
+#endif
+
+template <int... index>
+constexpr Kernels kernels_of(std::integer_sequence<int, index...>) {
+    return {
+        rotate_groups,
+        measure_groups,
+        {refine_groups<index + 2>...},
+        {round_groups<index + 2>...},
+        {decode_row<index + 2, index + 2>...},
+        {decode_row<8, index + 2>...},
+#if LANES <= 8
+        {multiply_row<index + 2, 32>...},
+#else
+        {},
+#endif
+        {multiply_row<index + 2, 64>...},
+        {multiply_row<index + 2, 128>...},
+        {multiply_row<index + 2, 256>...},
+#if LANES <= 8
+        multiply_decoded,
+#else
+        avx2::multiply_decoded,
+#endif
+    };
+}
+
+constexpr Kernels kernels = kernels_of(std::make_integer_sequence<int, 7>());
+
+}  // namespace LEVEL
