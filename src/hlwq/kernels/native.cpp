@@ -6,7 +6,7 @@
 //
 //     portable   4 lanes   what every processor of the architecture has: SSE2, NEON, …
 //     avx2       8 lanes   AVX2 and FMA
-//     avx512    16 lanes   AVX-512 F, BW, VL and VBMI; for groups of a multiple of 64 weights, others go to avx2
+//     avx512    16 lanes   AVX-512 F, BW, DQ, VL and VBMI; for groups of a multiple of 64 weights, others go to avx2
 //
 // The best that the processor has is used, unless `use` says otherwise. All give the same bits, but that products on an
 // x86 processor without FMA round twice where others round once. For that, nothing here may be compiled with
@@ -105,22 +105,6 @@ INLINE To bits_as(From value) {
     return result;
 }
 
-// Without the processor's own conversion, so that this can be vectorised everywhere; by no float32 that is subnormal, so
-// that a mode in which these are 0 does no harm.
-INLINE float from_float16(uint16_t half) {
-    const uint32_t sign = uint32_t(half & 0x8000) << 16, exponent = half >> 10 & 31, fraction = half & 0x3FF;
-    const uint32_t normal = ((exponent + 112) << 23) | fraction << 13, special = 0x7F800000 | fraction << 13;
-    const uint32_t subnormal = bits_as<uint32_t>(float(int32_t(fraction)) * 0x1p-24f);
-    return bits_as<float>(sign | (exponent == 0 ? subnormal : exponent == 31 ? special : normal));
-}
-
-// norm/√size.
-INLINE void scales_of(const uint16_t* norms, float* scales, int count, int size) {
-    for (int group = 0; group < count; ++group) {
-        scales[group] = from_float16(norms[group]) / root(size);
-    }
-}
-
 // One row of inputs times a packed matrix. The inputs are rotated, the outputs bfloat16 or float32.
 struct RowProduct {
     const Codebook* book;
@@ -142,12 +126,18 @@ INLINE void write_output(const RowProduct& product, ptrdiff_t row, float value) 
     static_cast<uint16_t*>(product.outputs)[row] = value != value ? 0x7FC0 : nearest;  // a NaN's sum could be anything
 }
 
+// Of a row that `multiply_row` serves.
+constexpr ptrdiff_t most_groups = 1024;
+// Float32 that `scale_norms` may write behind the last.
+constexpr ptrdiff_t spare_scales = 15;
+
 // The kernels of one instruction set, for 2 to 8 bits where there are seven. Those for groups take their size.
 struct Kernels {
     using DecodeRow = void(const Codebook&, const uint8_t* codes, const float* scales, float* target, ptrdiff_t columns,
                            ptrdiff_t group_size);
     using MultiplyRow = void(const RowProduct&, ptrdiff_t first, ptrdiff_t last);
 
+    void (*scale_norms)(const uint16_t* norms, float* scales, ptrdiff_t count, ptrdiff_t group_size);
     void (*rotate_groups)(const float* source, float* target, ptrdiff_t groups, int size);
     void (*measure_groups)(const float* weights, float* norms, ptrdiff_t groups, int size);
     void (*refine_groups[7])(const Codebook&, const float* weights, const float* norms, float* refined,
@@ -193,11 +183,11 @@ struct Kernels {
 #undef LANES
 #ifdef __clang__
 #pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx2,fma,avx512f,avx512bw,avx512vl,avx512vbmi"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi"))), apply_to = function)
 #else
 #pragma GCC pop_options
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512vbmi")
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi")
 #endif
 #define LEVEL avx512
 #define LANES 16
@@ -227,7 +217,8 @@ const Level levels[] = {
     {"avx512", &avx512::kernels,
      [] {
          return levels[1].available() && bool(__builtin_cpu_supports("avx512f")) &&
-                bool(__builtin_cpu_supports("avx512bw")) && bool(__builtin_cpu_supports("avx512vl")) &&
+                bool(__builtin_cpu_supports("avx512bw")) && bool(__builtin_cpu_supports("avx512dq")) &&
+                bool(__builtin_cpu_supports("avx512vl")) &&
                 bool(__builtin_cpu_supports("avx512vbmi"));
      }},
 #endif
@@ -536,7 +527,7 @@ PyObject* multiply_rows(PyObject*, PyObject* const* arguments, Py_ssize_t count)
         return nullptr;
     }
     const ptrdiff_t groups = columns / group_size;
-    const Buffer scales(groups), decoded(columns);
+    const Buffer scales(groups + spare_scales), decoded(columns);
     if (!scales.values || !decoded.values) {
         return PyErr_NoMemory();
     }
@@ -544,7 +535,7 @@ PyObject* multiply_rows(PyObject*, PyObject* const* arguments, Py_ssize_t count)
         WithoutLock unlocked;
         const Kernels& kernels = kernels_for(group_size);
         for (ptrdiff_t row = first; row < last; ++row) {
-            scales_of(norms + row * groups, scales.values, groups, group_size);
+            kernels.scale_norms(norms + row * groups, scales.values, groups, group_size);
             kernels.decode_packed_row[bits - 2](codebooks[bits - 2], packed + row * columns * bits / 8, scales.values,
                                                 decoded.values, columns, group_size);
             for (ptrdiff_t start = 0; start < input_rows; start += 4) {

@@ -49,6 +49,31 @@ INLINE Floats multiply_add(Floats left, Floats right, Floats summand) {
 #endif
 }
 
+// norm/√size of float16 norms; up to LANES − 1 more are written. Without the processor's own conversion, which not all have,
+// and through no float32 that is subnormal, so that a mode in which these count as 0 does no harm.
+INLINE void scale_some_norms(const uint16_t* norms, float* scales, ptrdiff_t count, ptrdiff_t group_size) {
+    using Halves = uint16_t __attribute__((vector_size(2 * LANES)));
+    for (ptrdiff_t first = 0; first < count; first += LANES) {
+        Halves halves = {};
+        if (count - first >= LANES) {
+            __builtin_memcpy(&halves, norms + first, sizeof halves);
+        } else {
+            for (ptrdiff_t lane = 0; lane < count - first; ++lane) {
+                halves[lane] = norms[first + lane];
+            }
+        }
+        const Ints words = __builtin_convertvector(halves, Ints), magnitude = words & 0x7FFF;
+        const Ints normal = (magnitude << 13) + (112 << 23), special = normal | 0x7F800000;
+        const Ints subnormal = Ints(__builtin_convertvector(magnitude, Floats) * 0x1p-24f);
+        const Ints value = magnitude < 0x400 ? subnormal : magnitude < 0x7C00 ? normal : special;
+        store(scales + first, Floats(value | (words & 0x8000) << 16) / root(group_size));
+    }
+}
+
+void scale_norms(const uint16_t* norms, float* scales, ptrdiff_t count, ptrdiff_t group_size) {
+    scale_some_norms(norms, scales, count, group_size);
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Levels: codes of `bits` bits, `width` bits apart, to float32. An object holds what is the same for all codes; called
 // with the addresses of codes in several rows, it looks up `step` of each.
@@ -118,6 +143,9 @@ INLINE __m256i load_bytes(const void* from) { return _mm256_loadu_si256(static_c
 INLINE __m256i load_twice(const void* from) {
     return _mm256_broadcastsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(from)));
 }
+
+// Nothing, but the compiler cannot compute later what has led to a value, and keep more of it in registers than there are.
+INLINE void keep_order(__m256i& value) { __asm__("" : "+x"(value)); }
 
 template <int width>
 INLINE __m256i codes_in_bytes(const uint8_t* codes) {
@@ -189,16 +217,20 @@ struct Levels {
                     index[row], bits == 8 ? upper[row] : _mm256_and_si256(upper[row], _mm256_set1_epi8((1 << bits) - 1)));
             }
         }
+#pragma GCC unroll 8
         for (int table = 0; table < tables; ++table) {
+#pragma GCC unroll 4
             for (int byte = 0; byte < 4; ++byte) {
                 const __m256i entries = load_twice(book.differences[byte][table]);
                 for (int row = 0; row < rows; ++row) {
                     const __m256i change = _mm256_shuffle_epi8(entries, index[row]);
                     planes[byte][row] = table ? _mm256_xor_si256(planes[byte][row], change) : change;
+                    keep_order(planes[byte][row]);
                 }
             }
             for (int row = 0; row < rows; ++row) {
                 index[row] = _mm256_sub_epi8(index[row], _mm256_set1_epi8(16));
+                keep_order(index[row]);
             }
         }
         for (int row = 0; row < rows; ++row) {
@@ -223,8 +255,8 @@ struct Levels {
 // As for AVX2, byte 16·quarter + 4·d + e of a block of 64 is code 16·d + 4·quarter + e.
 constexpr int code_of_byte(int byte) { return 16 * (byte % 16 / 4) + 4 * (byte / 16) + byte % 4; }
 
-// How 64 codes of `width` bits are cut out: `vpermb` moves the bytes with four codes into each 32 bits, and
-// `vpmultishiftqb` any eight bits of 64 into each byte.
+// How 64 codes of `width` bits are cut out of the first 32 of their bytes and the last 32, which overlap: `vpermb` moves
+// the bytes with four codes into each 32 bits, and `vpmultishiftqb` any eight bits of 64 into each byte.
 template <int width>
 struct Cut {
     alignas(64) uint8_t bytes[64] = {};
@@ -232,8 +264,8 @@ struct Cut {
 
     constexpr Cut() {
         for (int byte = 0; byte < 64; ++byte) {
-            const int first_bit = code_of_byte(byte / 4 * 4) * width;
-            bytes[byte] = first_bit / 8 + byte % 4;
+            const int first_bit = code_of_byte(byte / 4 * 4) * width, from = first_bit / 8 + byte % 4;
+            bytes[byte] = from < 32 ? from : from + 64 - 8 * width;
             shifts[byte] = 32 * (byte / 4 % 2) + first_bit % 8 + byte % 4 * width;
         }
     }
@@ -295,7 +327,9 @@ struct Levels {
     }
 
     INLINE void by_bytes(const uint8_t* codes, Floats (&levels)[4]) const {
-        __m512i index = _mm512_maskz_loadu_epi8(width == 8 ? ~0ull : (1ull << (8 * width % 64)) - 1, codes);
+        const __m256i first = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
+        const __m256i last = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + 8 * width - 32));
+        __m512i index = _mm512_inserti64x4(_mm512_castsi256_si512(first), last, 1);
         index = _mm512_permutexvar_epi8(load_bytes(cut<width>.bytes), index);
         if constexpr (width < 8) {
             index = _mm512_multishift_epi64_epi8(load_bytes(cut<width>.shifts), index);
@@ -444,37 +478,42 @@ void measure_groups(const float* weights, float* norms, ptrdiff_t groups, int si
     }
 }
 
-// Of a table of `count` float32, filled up to a multiple of sixteen, those at some indices.
-template <int count>
-INLINE Floats taken(const float* table, Ints index) {
-    if constexpr (count == 1) {
+// Of a table of 2^depth float32, filled up to a multiple of sixteen, those at some indices. Also given is each bit of the
+// indices, the highest first, as what a comparison gives: −1 or 0.
+template <int depth>
+INLINE Floats taken(const float* table, Ints index, [[maybe_unused]] const Ints* bits) {
+    [[maybe_unused]] constexpr int count = 1 << depth;
+    if constexpr (depth == 0) {
         return repeated(table[0]);
     } else {
 #if LANES == 4
         return Floats{table[index[0]], table[index[1]], table[index[2]], table[index[3]]};
 #elif LANES == 8
         Floats parts[count <= 8 ? 1 : count / 8];
-        for (int part = 0; part * 8 < count; ++part) {
+#pragma GCC unroll 16
+        for (int part = 0; part < (count <= 8 ? 1 : count / 8); ++part) {
             parts[part] = _mm256_permutevar8x32_ps(load(table + 8 * part), __m256i(index));
         }
-        for (int bit = 8, left = count / 16; left > 0; bit *= 2, left /= 2) {
-            const __m256 chosen = __m256((index & bit) != 0);
-            for (int part = 0; part < left; ++part) {
-                parts[part] = _mm256_blendv_ps(parts[2 * part], parts[2 * part + 1], chosen);
+#pragma GCC unroll 4
+        for (int bit = depth - 4; bit >= 0; --bit) {
+#pragma GCC unroll 8
+            for (int part = 0; part < 1 << bit; ++part) {
+                parts[part] = _mm256_blendv_ps(parts[2 * part], parts[2 * part + 1], __m256(bits[bit]));
             }
         }
         return parts[0];
 #else
-        if constexpr (count <= 16) {
+        if constexpr (depth <= 4) {
             return _mm512_permutexvar_ps(__m512i(index), load(table));
         } else {
             Floats parts[count / 32];
             for (int part = 0; part * 32 < count; ++part) {
-                parts[part] = _mm512_permutex2var_ps(load(table + 32 * part), __m512i(index), load(table + 32 * part + 16));
+                const Floats low = load(table + 32 * part), high = load(table + 32 * part + 16);
+                parts[part] = _mm512_permutex2var_ps(low, __m512i(index), high);
             }
-            for (int bit = 32, left = count / 64; left > 0; bit *= 2, left /= 2) {
-                const __mmask16 chosen = _mm512_test_epi32_mask(__m512i(index), _mm512_set1_epi32(bit));
-                for (int part = 0; part < left; ++part) {
+            for (int bit = depth - 6; bit >= 0; --bit) {
+                const __mmask16 chosen = _mm512_movepi32_mask(__m512i(bits[bit]));
+                for (int part = 0; part < 1 << bit; ++part) {
                     parts[part] = _mm512_mask_blend_ps(chosen, parts[2 * part], parts[2 * part + 1]);
                 }
             }
@@ -484,53 +523,81 @@ INLINE Floats taken(const float* table, Ints index) {
     }
 }
 
-// How many of the positive boundaries lie below the sizes of values, and −1 for those that are not positive.
+// How many of the positive boundaries lie below the sizes of values, the bits of these numbers as `taken` uses them, and
+// −1 for values that are not positive.
+template <int bits>
 struct Place {
-    Ints index, negative;
+    Ints index, bit[bits - 1], negative;
 };
 
-template <int depth, int bits>
-INLINE Ints search(const float* steps, Floats size, Ints index) {
-    if constexpr (depth == bits - 1) {
-        return index;
-    } else {
-        constexpr int count = 1 << depth;
-        const Ints above = size > taken<count>(steps, index);
-        return search<depth + 1, bits>(steps + (count > 16 ? count : 16), size, index + index - above);
+template <int bits, int depth>
+INLINE void search(const float* steps, Ints size, Place<bits>& place) {
+    if constexpr (depth < bits - 1) {
+        const Ints above = size > Ints(taken<depth>(steps, place.index, place.bit));
+        place.bit[depth] = above;
+        place.index += place.index - above;
+        search<bits, depth + 1>(steps + (depth > 4 ? 1 << depth : 16), size, place);
     }
 }
 
-// The boundaries are symmetric, so that half of them are searched. A boundary belongs to the level below it. For a
-// negative value that is the larger of the two: it is searched for as the next larger number.
+// The boundaries are symmetric, so that half of them are searched; what is positive can be compared as integers. A boundary
+// belongs to the level below it. For a negative value that is the larger of the two: it is searched for as the next
+// larger number.
 template <int bits>
-INLINE Place place_of(const Codebook& book, Floats values) {
-    const Ints negative = values <= 0.0f;
-    const Ints size = (Ints(values) & INT32_MAX) - negative;
-    return {search<0, bits>(book.steps, Floats(size), Ints{}), negative};
+INLINE Place<bits> place_of(const Codebook& book, Floats values) {
+    Place<bits> place{};
+    place.negative = values <= 0.0f;
+    search<bits, 0>(book.steps, (Ints(values) & INT32_MAX) - place.negative, place);
+    return place;
 }
 
-INLINE void store_bytes(uint8_t* to, Ints codes) {
+template <int vectors>
+INLINE void store_bytes(uint8_t* to, const Ints (&codes)[vectors]) {
 #if LANES == 16
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(__m512i(codes)));
+    for (int each = 0; each < vectors; ++each) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to) + each, _mm512_cvtepi32_epi8(__m512i(codes[each])));
+    }
 #elif LANES == 8
-    const __m128i low = _mm256_castsi256_si128(__m256i(codes)), high = _mm256_extracti128_si256(__m256i(codes), 1);
-    const __m128i words = _mm_packus_epi32(low, high);
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packus_epi16(words, words));
+    if constexpr (vectors == 4) {
+        const __m256i low = _mm256_packs_epi32(__m256i(codes[0]), __m256i(codes[1]));
+        const __m256i high = _mm256_packs_epi32(__m256i(codes[2]), __m256i(codes[3]));
+        const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+        const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), order);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bytes);
+    } else {
+        const __m256i all = __m256i(codes[0]);
+        const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packus_epi16(words, words));
+    }
 #else
-    for (int lane = 0; lane < LANES; ++lane) {
-        to[lane] = codes[lane];
+    for (int code = 0; code < vectors * LANES; ++code) {
+        to[code] = codes[code / LANES][code % LANES];
     }
 #endif
+}
+
+template <int bits, int vectors>
+INLINE void round_weights(const Codebook& book, const float* weights, float factor, uint8_t* codes, int count) {
+    for (int start = 0; start < count; start += vectors * LANES) {
+        Ints some[vectors];
+#pragma GCC unroll 4
+        for (int each = 0; each < vectors; ++each) {
+            const Place<bits> place = place_of<bits>(book, load(weights + start + each * LANES) * factor);
+            some[each] = (place.index ^ place.negative) + (1 << (bits - 1));
+        }
+        store_bytes(codes + start, some);
+    }
 }
 
 template <int bits>
 void round_groups(const Codebook& book, const float* weights, const float* norms, uint8_t* codes, ptrdiff_t groups,
                   int size) {
-    for (ptrdiff_t group = 0; group < groups; ++group) {
+    for (ptrdiff_t group = 0; group < groups; ++group, weights += size, codes += size) {
         const float factor = factor_of(norms[group], size);
-        for (int column = 0; column < size; column += LANES, weights += LANES, codes += LANES) {
-            const Place place = place_of<bits>(book, load(weights) * factor);
-            store_bytes(codes, (place.index | 1 << (bits - 1)) ^ (place.negative & ((1 << bits) - 1)));
+        if (size % (4 * LANES) == 0) {
+            round_weights<bits, 4>(book, weights, factor, codes, size);
+        } else {
+            round_weights<bits, 1>(book, weights, factor, codes, size);
         }
     }
 }
@@ -549,8 +616,8 @@ void refine_groups(const Codebook& book, const float* weights, const float* norm
     for (ptrdiff_t group = 0; group < groups; ++group, weights += size) {
         const float factor = factor_of(norms[group], size);
         for (int column = 0; column < size; column += LANES) {
-            const Place place = place_of<bits>(book, load(weights + column) * factor);
-            const Ints level = Ints(taken<half>(scaled, place.index));
+            const Place<bits> place = place_of<bits>(book, load(weights + column) * factor);
+            const Ints level = Ints(taken<bits - 1>(scaled, place.index, place.bit));
             store(levels + column, Floats(level ^ (place.negative & INT32_MIN)));
         }
         refined[group] = dot_by_halves(weights, levels, size) / dot_by_halves(levels, levels, size);
@@ -612,43 +679,37 @@ INLINE float total(const Floats (&sums)[16 / LANES]) {
 }
 
 template <int bits, int group_size, int rows>
-INLINE void multiply_rows_at_once(const RowProduct& product, const Levels<bits, bits>& levels, ptrdiff_t row) {
-    constexpr int step = Levels<bits, bits>::step, parts = 16 / LANES, some_groups = 128;
+INLINE void multiply_rows_at_once(const RowProduct& product, const Levels<bits, bits>& levels, ptrdiff_t row,
+                                  const float* scales) {
+    constexpr int step = Levels<bits, bits>::step, parts = 16 / LANES;
     const ptrdiff_t groups = product.groups;
-    const uint8_t* codes[rows];
     const float* inputs = product.inputs;
-    Floats sums[rows][parts] = {};
-    float scales[rows][some_groups];
+    const uint8_t* codes[rows];
     for (int each = 0; each < rows; ++each) {
         codes[each] = product.packed + (row + each) * groups * (group_size * bits / 8);
     }
-    for (ptrdiff_t first = 0; first < groups; first += some_groups) {
-        const int count = groups - first < some_groups ? groups - first : some_groups;
-        for (int each = 0; each < rows; ++each) {
-            scales_of(product.norms + (row + each) * groups + first, scales[each], count, group_size);
-        }
-        for (int group = 0; group < count; ++group) {
-            Floats of_group[rows][parts] = {};
+    Floats sums[rows][parts] = {};
+    for (ptrdiff_t group = 0; group < groups; ++group) {
+        Floats of_group[rows][parts] = {};
 #pragma GCC unroll 2
-            for (int column = 0; column < group_size; column += step, inputs += step) {
-                Floats found[rows][step / LANES];
-                levels(codes, found);
-                for (int part = 0; part < step / LANES; ++part) {
-                    const Floats input = load(inputs + part * LANES);
-                    for (int each = 0; each < rows; ++each) {
-                        Floats& sum = of_group[each][part % parts];
-                        sum = multiply_add(found[each][part], input, sum);
-                    }
-                }
+        for (int column = 0; column < group_size; column += step, inputs += step) {
+            Floats found[rows][step / LANES];
+            levels(codes, found);
+            for (int part = 0; part < step / LANES; ++part) {
+                const Floats input = load(inputs + part * LANES);
                 for (int each = 0; each < rows; ++each) {
-                    codes[each] += step * bits / 8;
+                    Floats& sum = of_group[each][part % parts];
+                    sum = multiply_add(found[each][part], input, sum);
                 }
             }
             for (int each = 0; each < rows; ++each) {
-                for (int part = 0; part < parts; ++part) {
-                    const Floats scale = repeated(scales[each][group]);
-                    sums[each][part] = multiply_add(of_group[each][part], scale, sums[each][part]);
-                }
+                codes[each] += step * bits / 8;
+            }
+        }
+        for (int each = 0; each < rows; ++each) {
+            const Floats scale = repeated(scales[each * groups + group]);
+            for (int part = 0; part < parts; ++part) {
+                sums[each][part] = multiply_add(of_group[each][part], scale, sums[each][part]);
             }
         }
     }
@@ -659,13 +720,20 @@ INLINE void multiply_rows_at_once(const RowProduct& product, const Levels<bits, 
 
 template <int bits, int group_size>
 void multiply_row(const RowProduct& product, ptrdiff_t first, ptrdiff_t last) {
+    constexpr int rows = 2;
     const Levels<bits, bits> levels(*product.book);
-    ptrdiff_t row = first;
-    for (; row + 2 <= last; row += 2) {
-        multiply_rows_at_once<bits, group_size, 2>(product, levels, row);
-    }
-    if (row < last) {
-        multiply_rows_at_once<bits, group_size, 1>(product, levels, row);
+    const ptrdiff_t groups = product.groups, some_rows = groups < most_groups / 8 ? most_groups / 4 / groups : 2;
+    float scales[2 * most_groups + spare_scales];
+    for (ptrdiff_t start = first; start < last; start += some_rows) {
+        const ptrdiff_t end = last - start < some_rows ? last : start + some_rows;
+        scale_some_norms(product.norms + start * groups, scales, (end - start) * groups, group_size);
+        ptrdiff_t row = start;
+        for (; row + rows <= end; row += rows) {
+            multiply_rows_at_once<bits, group_size, rows>(product, levels, row, scales + (row - start) * groups);
+        }
+        for (; row < end; ++row) {
+            multiply_rows_at_once<bits, group_size, 1>(product, levels, row, scales + (row - start) * groups);
+        }
     }
 }
 
@@ -700,6 +768,7 @@ void multiply_decoded(const float* const (&inputs)[4], const float* decoded, ptr
 template <int... index>
 constexpr Kernels kernels_of(std::integer_sequence<int, index...>) {
     return {
+        scale_norms,
         rotate_groups,
         measure_groups,
         {refine_groups<index + 2>...},
