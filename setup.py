@@ -9,7 +9,7 @@ import sysconfig
 
 from setuptools import Extension, setup
 
-FLAGS = ["-std=c++17", "-O3", "-fno-exceptions", "-fno-rtti", "-fvisibility=hidden"]
+FLAGS = ["-std=c++17", "-O3", "-g0", "-fno-exceptions", "-fno-rtti", "-fvisibility=hidden"]
 # The same bits everywhere: see native.cpp.
 FLAGS += ["-fno-fast-math", "-ffp-contract=off", "-fno-math-errno"]
 

@@ -264,7 +264,7 @@ def test_norms_and_codes_have_the_bits_of_the_plain_ones(bits: int, size: int, a
 def test_values_on_and_beside_boundaries_get_the_codes_of_the_plain_rounding(bits: int, at_level: ModuleType) -> None:
     edges = codebook(bits).boundaries
     beside = [torch.nextafter(edges, torch.full_like(edges, end)) for end in (-torch.inf, torch.inf)]
-    values = torch.cat([edges, *beside, torch.tensor([-1e30, 1e30, -0.0, 0.0])])
+    values = torch.cat([edges, *beside, torch.tensor([-1e30, 1e30, -0.0, 0.0, torch.inf, -torch.inf, torch.nan])])
     values = torch.nn.functional.pad(values, (0, -len(values) % 16)).view(-1, 16)
     norms = torch.full((len(values), 1), 4.0)  # √16, so that the values themselves are rounded
     assert torch.equal(

@@ -23,6 +23,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #if defined(__linux__)
@@ -89,12 +90,25 @@ INLINE float root_reciprocal(ptrdiff_t size) { return float(1 / __builtin_sqrt(d
 // √size/norm, which turns a group's weights into what is rounded.
 INLINE float factor_of(float norm, ptrdiff_t size) { return norm > 0 ? 1 / norm * root(size) : 0; }
 
-// The next `bytes` bytes.
+template <typename Word>
+INLINE Word load_as(const uint8_t* from) {
+    Word word;
+    memcpy(&word, from, sizeof word);
+    return word;
+}
+
+// The next `bytes` bytes; of 3, or 5 to 7, by two loads that overlap.
 template <int bytes>
 INLINE uint64_t load_word(const uint8_t* from) {
-    uint64_t word = 0;
-    memcpy(&word, from, bytes);
-    return word;
+    if constexpr (bytes == 1) {
+        return *from;
+    } else if constexpr (bytes == 8) {
+        return load_as<uint64_t>(from);
+    } else {
+        using Part = std::conditional_t<bytes < 4, uint16_t, uint32_t>;
+        constexpr int rest = bytes - sizeof(Part);
+        return load_as<Part>(from) | uint64_t(load_as<Part>(from + rest)) << 8 * rest;
+    }
 }
 
 template <typename To, typename From>
@@ -226,7 +240,7 @@ const Level levels[] = {
 
 const Level* current_level = levels;
 
-const Kernels& kernels_for(ptrdiff_t group_size) {
+const Kernels& kernels_for([[maybe_unused]] ptrdiff_t group_size) {
 #if defined(__x86_64__)
     if (current_level->kernels == &avx512::kernels && group_size % 64) {
         return avx2::kernels;

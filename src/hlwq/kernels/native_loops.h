@@ -478,41 +478,50 @@ void measure_groups(const float* weights, float* norms, ptrdiff_t groups, int si
     }
 }
 
-// Of a table of 2^depth float32, filled up to a multiple of sixteen, those at some indices. Also given is each bit of the
-// indices, the highest first, as what a comparison gives: −1 or 0.
-template <int depth>
-INLINE Floats taken(const float* table, Ints index, [[maybe_unused]] const Ints* bits) {
+// Where values lie among the boundaries.
+template <int bits>
+struct Place {
+    // How many of the positive boundaries lie below the sizes of the values, and the bits of these numbers, the highest
+    // first, each as what a comparison gives: −1 or 0.
+    Ints index, bit[bits - 1];
+    // −1 for values that are not positive, else 0.
+    Ints negative;
+};
+
+// Of a table of 2^depth float32, filled up to a multiple of sixteen, those at the indices.
+template <int depth, int bits>
+INLINE Floats taken(const float* table, const Place<bits>& place) {
     [[maybe_unused]] constexpr int count = 1 << depth;
     if constexpr (depth == 0) {
         return repeated(table[0]);
     } else {
 #if LANES == 4
-        return Floats{table[index[0]], table[index[1]], table[index[2]], table[index[3]]};
+        return Floats{table[place.index[0]], table[place.index[1]], table[place.index[2]], table[place.index[3]]};
 #elif LANES == 8
         Floats parts[count <= 8 ? 1 : count / 8];
 #pragma GCC unroll 16
         for (int part = 0; part < (count <= 8 ? 1 : count / 8); ++part) {
-            parts[part] = _mm256_permutevar8x32_ps(load(table + 8 * part), __m256i(index));
+            parts[part] = _mm256_permutevar8x32_ps(load(table + 8 * part), __m256i(place.index));
         }
 #pragma GCC unroll 4
         for (int bit = depth - 4; bit >= 0; --bit) {
 #pragma GCC unroll 8
             for (int part = 0; part < 1 << bit; ++part) {
-                parts[part] = _mm256_blendv_ps(parts[2 * part], parts[2 * part + 1], __m256(bits[bit]));
+                parts[part] = _mm256_blendv_ps(parts[2 * part], parts[2 * part + 1], __m256(place.bit[bit]));
             }
         }
         return parts[0];
 #else
         if constexpr (depth <= 4) {
-            return _mm512_permutexvar_ps(__m512i(index), load(table));
+            return _mm512_permutexvar_ps(__m512i(place.index), load(table));
         } else {
             Floats parts[count / 32];
             for (int part = 0; part * 32 < count; ++part) {
                 const Floats low = load(table + 32 * part), high = load(table + 32 * part + 16);
-                parts[part] = _mm512_permutex2var_ps(low, __m512i(index), high);
+                parts[part] = _mm512_permutex2var_ps(low, __m512i(place.index), high);
             }
             for (int bit = depth - 6; bit >= 0; --bit) {
-                const __mmask16 chosen = _mm512_movepi32_mask(__m512i(bits[bit]));
+                const __mmask16 chosen = _mm512_movepi32_mask(__m512i(place.bit[bit]));
                 for (int part = 0; part < 1 << bit; ++part) {
                     parts[part] = _mm512_mask_blend_ps(chosen, parts[2 * part], parts[2 * part + 1]);
                 }
@@ -523,32 +532,33 @@ INLINE Floats taken(const float* table, Ints index, [[maybe_unused]] const Ints*
     }
 }
 
-// How many of the positive boundaries lie below the sizes of values, the bits of these numbers as `taken` uses them, and
-// −1 for values that are not positive.
-template <int bits>
-struct Place {
-    Ints index, bit[bits - 1], negative;
-};
-
-template <int bits, int depth>
-INLINE void search(const float* steps, Ints size, Place<bits>& place) {
+template <int depth, int bits, int vectors>
+INLINE void search(const float* steps, const Ints (&sizes)[vectors], Place<bits> (&places)[vectors]) {
     if constexpr (depth < bits - 1) {
-        const Ints above = size > Ints(taken<depth>(steps, place.index, place.bit));
-        place.bit[depth] = above;
-        place.index += place.index - above;
-        search<bits, depth + 1>(steps + (depth > 4 ? 1 << depth : 16), size, place);
+#pragma GCC unroll 4
+        for (int each = 0; each < vectors; ++each) {
+            const Ints above = sizes[each] > Ints(taken<depth>(steps, places[each]));
+            places[each].bit[depth] = above;
+            places[each].index += places[each].index - above;
+        }
+        search<depth + 1>(steps + (depth > 4 ? 1 << depth : 16), sizes, places);
     }
 }
 
-// The boundaries are symmetric, so that half of them are searched; what is positive can be compared as integers. A boundary
-// belongs to the level below it. For a negative value that is the larger of the two: it is searched for as the next
-// larger number.
-template <int bits>
-INLINE Place<bits> place_of(const Codebook& book, Floats values) {
-    Place<bits> place{};
-    place.negative = values <= 0.0f;
-    search<bits, 0>(book.steps, (Ints(values) & INT32_MAX) - place.negative, place);
-    return place;
+// The boundaries are symmetric, so that half of them are searched; what is positive can be compared as integers. A
+// boundary belongs to the level below it. For a negative value that is the larger of the two: it is searched for as the
+// next larger number. Several vectors take turns, since each step has to wait for the one before.
+template <int bits, int vectors>
+INLINE void find_places(const Codebook& book, const float* weights, float factor, Place<bits> (&places)[vectors]) {
+    Ints sizes[vectors];
+#pragma GCC unroll 4
+    for (int each = 0; each < vectors; ++each) {
+        const Floats values = load(weights + each * LANES) * factor;
+        places[each].index = Ints{};
+        places[each].negative = values <= 0.0f;
+        sizes[each] = (Ints(values) & INT32_MAX) - places[each].negative;
+    }
+    search<0>(book.steps, sizes, places);
 }
 
 template <int vectors>
@@ -578,14 +588,14 @@ INLINE void store_bytes(uint8_t* to, const Ints (&codes)[vectors]) {
 
 template <int bits, int vectors>
 INLINE void round_weights(const Codebook& book, const float* weights, float factor, uint8_t* codes, int count) {
-    for (int start = 0; start < count; start += vectors * LANES) {
-        Ints some[vectors];
-#pragma GCC unroll 4
+    for (int column = 0; column < count; column += vectors * LANES) {
+        Place<bits> places[vectors];
+        find_places(book, weights + column, factor, places);
+        Ints rounded[vectors];
         for (int each = 0; each < vectors; ++each) {
-            const Place<bits> place = place_of<bits>(book, load(weights + start + each * LANES) * factor);
-            some[each] = (place.index ^ place.negative) + (1 << (bits - 1));
+            rounded[each] = (places[each].index ^ places[each].negative) + (1 << (bits - 1));
         }
-        store_bytes(codes + start, some);
+        store_bytes(codes + column, rounded);
     }
 }
 
@@ -602,23 +612,33 @@ void round_groups(const Codebook& book, const float* weights, const float* norms
     }
 }
 
+template <int bits, int vectors>
+INLINE void nearest_levels(const Codebook& book, const float* weights, float factor, const float* positive_levels,
+                           float* levels, int count) {
+    for (int column = 0; column < count; column += vectors * LANES) {
+        Place<bits> places[vectors];
+        find_places(book, weights + column, factor, places);
+        for (int each = 0; each < vectors; ++each) {
+            const Ints level = Ints(taken<bits - 1>(positive_levels, places[each]));
+            store(levels + column + each * LANES, Floats(level ^ (places[each].negative & INT32_MIN)));
+        }
+    }
+}
+
 template <int bits>
 void refine_groups(const Codebook& book, const float* weights, const float* norms, float* refined, ptrdiff_t groups,
                    int size) {
     constexpr int half = 1 << (bits - 1);
-    float scaled[half < 16 ? 16 : half], levels[256];
+    float positive_levels[half < 16 ? 16 : half] = {}, levels[256];
     for (int level = 0; level < half; ++level) {
-        scaled[level] = book.centroids[half + level] * (1 / root(size));
-    }
-    for (int level = half; level < 16; ++level) {
-        scaled[level] = 0;
+        positive_levels[level] = book.centroids[half + level] * (1 / root(size));
     }
     for (ptrdiff_t group = 0; group < groups; ++group, weights += size) {
         const float factor = factor_of(norms[group], size);
-        for (int column = 0; column < size; column += LANES) {
-            const Place<bits> place = place_of<bits>(book, load(weights + column) * factor);
-            const Ints level = Ints(taken<bits - 1>(scaled, place.index, place.bit));
-            store(levels + column, Floats(level ^ (place.negative & INT32_MIN)));
+        if (size % (4 * LANES) == 0) {
+            nearest_levels<bits, 4>(book, weights, factor, positive_levels, levels, size);
+        } else {
+            nearest_levels<bits, 1>(book, weights, factor, positive_levels, levels, size);
         }
         refined[group] = dot_by_halves(weights, levels, size) / dot_by_halves(levels, levels, size);
     }
