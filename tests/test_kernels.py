@@ -170,6 +170,13 @@ def test_inputs_of_any_layout_and_number(bits: int, cpu: ModuleType) -> None:
     )
 
 
+def test_rows_of_many_groups(cpu: ModuleType) -> None:
+    for groups in (300, 1024, 1030):
+        codes, packed, norms = packed_matrix(4, 5, 32, 32 * groups)
+        inputs = random(1, 32 * groups)
+        assert_product(kernels.matmul(inputs, packed, norms, 4), inputs, dense(codes, norms, 4), 1e-6)
+
+
 def test_a_matrix_large_enough_for_threads(cpu: ModuleType) -> None:
     codes, packed, norms = packed_matrix(4, 1030, 128, 1024)
     assert codes.numel() > 2 * cpu.THREAD_WEIGHTS

@@ -116,7 +116,7 @@ def multiply_row(
         outputs: (rows,), of which those from `first` to `last` are written.
         first: row of the matrix. If `busy` is more than 1, it is 0.
         last: the row after the last.
-        groups: in a row.
+        groups: in a row, 1024 at most.
         group_size: 32, 64, 128 or 256.
         bits: 2 to 8.
         busy: how many threads of torch's OpenMP share the rows, or 1 for none.

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from math import sqrt
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +24,8 @@ GROUP_SIZES = (8, 16, 32, 64, 128, 256)
 """Groups that are rotated and rounded."""
 ROW_GROUP_SIZES = (32, 64, 128, 256)
 """Groups of matrices that one row is multiplied by."""
+ROW_GROUPS = 1024
+"""As many groups as a row of these may have."""
 OPENMP = _native.has_openmp()
 """Whether one row is multiplied in the threads of torch's OpenMP."""
 THREAD_WEIGHTS = 1 << 18
@@ -65,9 +68,10 @@ def _set_codebook(bits: int) -> None:
 
 
 def multiplies_row(columns: int, norms: Tensor) -> bool:
-    """Whether groups of a matrix with so many columns are of a size that `multiply_row` serves."""
-    size, rest = divmod(columns, norms.shape[1])
-    return size in ROW_GROUP_SIZES and not rest
+    """Whether groups of a matrix with so many columns are of a size and number that `multiply_row` serves."""
+    groups = norms.shape[1]
+    size, rest = divmod(columns, groups)
+    return size in ROW_GROUP_SIZES and not rest and groups <= ROW_GROUPS
 
 
 def multiply_row(inputs: Tensor, packed: Tensor, norms: Tensor, bits: int) -> Tensor:
@@ -141,8 +145,10 @@ def decode(codes: Tensor, norms: Tensor, bits: int, width: int, rotated: bool, t
     rows, columns = target.shape
     groups = norms.shape[1]
     group_size = columns // groups
-    codes, scales = codes.contiguous(), (norms.to(torch.float32) / sqrt(group_size)).contiguous()
-    codes_at, scales_at, row_bytes = codes.data_ptr(), scales.data_ptr(), columns * width // 8
+    codes = codes.contiguous()
+    # Not by torch, whose own threads would go on waiting busily for a while on the cores that are needed now.
+    scales = norms.contiguous().numpy().astype(np.float32) / np.float32(sqrt(group_size))
+    codes_at, scales_at, row_bytes = codes.data_ptr(), scales.ctypes.data, columns * width // 8
 
     def decode_rows(first: int, last: int, weights: Tensor) -> None:
         sources = codes_at + first * row_bytes, scales_at + 4 * first * groups

@@ -45,7 +45,8 @@ namespace {
 struct Codebook {
     // The levels, ascending, repeated until there are 256.
     alignas(64) float centroids[256];
-    // The positive boundaries, one table for each step of a binary search, of 1, 2, 4, … entries; each fills a multiple of 16.
+    // The positive boundaries, one table for each step of a binary search, of 1, 2, 4, … entries; each is filled up to a
+    // multiple of 16.
     alignas(64) float steps[176];
     // Byte by byte, the levels for AVX-512: of 7 and 8 bits only the lower half, for the upper is its mirror image.
     alignas(64) uint8_t planes[4][128];
@@ -137,10 +138,10 @@ INLINE void write_output(const RowProduct& product, ptrdiff_t row, float value) 
     }
     const uint32_t word = bits_as<uint32_t>(value);
     const uint32_t nearest = (word + 0x7FFF + (word >> 16 & 1)) >> 16;  // the even one of two
-    static_cast<uint16_t*>(product.outputs)[row] = value != value ? 0x7FC0 : nearest;  // a NaN's sum could be anything
+    static_cast<uint16_t*>(product.outputs)[row] = value != value ? 0x7FC0 : nearest;  // a NaN could become anything
 }
 
-// Of a row that `multiply_row` serves.
+// In a row of a matrix that `multiply_row` serves.
 constexpr ptrdiff_t most_groups = 1024;
 // Float32 that `scale_norms` may write behind the last.
 constexpr ptrdiff_t spare_scales = 15;
@@ -197,7 +198,8 @@ struct Kernels {
 #undef LANES
 #ifdef __clang__
 #pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi"))), \
+                             apply_to = function)
 #else
 #pragma GCC pop_options
 #pragma GCC push_options
@@ -318,8 +320,8 @@ Repack* unpacker(int bits, std::integer_sequence<int, index...>) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Threads: those of the OpenMP that torch brings into the process, called by the names that GCC gives it. They wait busily
-// for the next layer; a second pool of threads would stand in their way.
+// Threads: those of the OpenMP that torch brings into the process, called by the names that GCC gives it. They wait
+// busily for the next layer; a second pool of threads would stand in their way.
 
 struct OpenMP {
     void (*run_in_team)(void (*work)(void*), void* data, unsigned threads, unsigned flags) = nullptr;
@@ -577,7 +579,7 @@ PyObject* multiply_row(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
     int bits, half;
     if (!read_all(arguments, count, inputs, half, product.packed, product.norms, product.outputs, first, last,
                   product.groups, group_size, bits, busy, threads) ||
-        !in_range("bits", bits, 2, 8)) {
+        !in_range("bits", bits, 2, 8) || !in_range("groups", product.groups, 1, most_groups)) {
         return nullptr;
     }
     const ptrdiff_t columns = product.groups * group_size;

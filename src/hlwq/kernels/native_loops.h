@@ -18,7 +18,7 @@ INLINE Floats load(const float* from) {
 
 INLINE void store(float* to, Floats values) { __builtin_memcpy(to, &values, sizeof values); }
 
-INLINE Floats repeated(float value) { return Floats{} + value; }
+INLINE Floats repeated(float value) { return value - Floats{}; }
 
 // Lane i of the result is lane i ^ distance.
 template <int distance, int... lane>
@@ -49,8 +49,8 @@ INLINE Floats multiply_add(Floats left, Floats right, Floats summand) {
 #endif
 }
 
-// norm/√size of float16 norms; up to LANES − 1 more are written. Without the processor's own conversion, which not all have,
-// and through no float32 that is subnormal, so that a mode in which these count as 0 does no harm.
+// norm/√size of float16 norms; up to LANES − 1 more are written. Without the processor's own conversion, which not all
+// have, and through no float32 that is subnormal, so that a mode in which these count as 0 does no harm.
 INLINE void scale_some_norms(const uint16_t* norms, float* scales, ptrdiff_t count, ptrdiff_t group_size) {
     using Halves = uint16_t __attribute__((vector_size(2 * LANES)));
     for (ptrdiff_t first = 0; first < count; first += LANES) {
@@ -144,7 +144,8 @@ INLINE __m256i load_twice(const void* from) {
     return _mm256_broadcastsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(from)));
 }
 
-// Nothing, but the compiler cannot compute later what has led to a value, and keep more of it in registers than there are.
+// Does nothing to a value, but makes the compiler compute it here. Left alone, GCC puts off the sums of a long chain until
+// their terms are more than there are registers.
 INLINE void keep_order(__m256i& value) { __asm__("" : "+x"(value)); }
 
 template <int width>
@@ -169,7 +170,8 @@ INLINE __m256i codes_in_bytes(const uint8_t* codes) {
 }
 
 // Up to 3 bits, levels are found by `vpermps`, which looks only at the lowest three bits of an index, so that codes need
-// not be cut out, only shifted. More bits are found byte by byte with `vpshufb`, in tables of 16: see `Codebook`.
+// not be cut out, only shifted. More bits are found byte by byte with `vpshufb`, in tables of 16: see `Codebook`. Rows are
+// looked up together, since each table is then loaded once for all.
 template <int width, int bits>
 struct Levels {
     static constexpr int step = 32, tables = bits <= 4 ? 1 : 1 << (bits - 5);
@@ -198,23 +200,26 @@ struct Levels {
             // Of the block's 4·width bytes, the four from here on, or the last four.
             const int first_byte = octet * width < 4 * width - 4 ? octet * width : 4 * width - 4;
             const __m256i word = _mm256_set1_epi32(load_word<4>(codes + first_byte));
-            const int first = 8 * (octet * width - first_byte);
-            const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-            return _mm256_srlv_epi32(
-                word, _mm256_add_epi32(_mm256_set1_epi32(first), _mm256_mullo_epi32(lanes, _mm256_set1_epi32(width))));
+            Ints first_bits{0, 1, 2, 3, 4, 5, 6, 7};
+            first_bits = first_bits * width + 8 * (octet * width - first_byte);
+            return _mm256_srlv_epi32(word, __m256i(first_bits));
         }
     }
 
     template <int rows>
     INLINE void by_bytes(const uint8_t* const (&codes)[rows], Floats (&levels)[rows][4]) const {
-        __m256i index[rows], upper[rows], planes[4][rows];
+        // The upper half of the levels is the lower half backwards, with the other sign.
+        constexpr bool folded = bits > 4;
+        __m256i index[rows], planes[4][rows];
         for (int row = 0; row < rows; ++row) {
             index[row] = codes_in_bytes<width>(codes[row]);
-            if constexpr (bits > 4) {  // the upper half of the levels is the lower half backwards, with the other sign
-                upper[row] = bits == 8 ? _mm256_cmpgt_epi8(_mm256_setzero_si256(), index[row])
-                                       : _mm256_cmpgt_epi8(index[row], _mm256_set1_epi8((1 << (bits - 1)) - 1));
-                index[row] = _mm256_xor_si256(
-                    index[row], bits == 8 ? upper[row] : _mm256_and_si256(upper[row], _mm256_set1_epi8((1 << bits) - 1)));
+            if constexpr (folded) {
+                const __m256i last_lower = _mm256_set1_epi8(char((1 << (bits - 1)) - 1));
+                const __m256i upper = bits == 8 ? _mm256_cmpgt_epi8(_mm256_setzero_si256(), index[row])  // signed
+                                                : _mm256_cmpgt_epi8(index[row], last_lower);
+                const __m256i all_bits = _mm256_and_si256(upper, _mm256_set1_epi8(char((1 << bits) - 1)));
+                index[row] = _mm256_xor_si256(index[row], all_bits);
+                planes[3][row] = _mm256_and_si256(upper, _mm256_set1_epi8(-128));
             }
         }
 #pragma GCC unroll 8
@@ -224,7 +229,8 @@ struct Levels {
                 const __m256i entries = load_twice(book.differences[byte][table]);
                 for (int row = 0; row < rows; ++row) {
                     const __m256i change = _mm256_shuffle_epi8(entries, index[row]);
-                    planes[byte][row] = table ? _mm256_xor_si256(planes[byte][row], change) : change;
+                    const bool first = table == 0 && !(folded && byte == 3);
+                    planes[byte][row] = first ? change : _mm256_xor_si256(planes[byte][row], change);
                     keep_order(planes[byte][row]);
                 }
             }
@@ -234,10 +240,6 @@ struct Levels {
             }
         }
         for (int row = 0; row < rows; ++row) {
-            if constexpr (bits > 4) {
-                const __m256i sign = _mm256_and_si256(upper[row], _mm256_set1_epi8(-128));
-                planes[3][row] = _mm256_xor_si256(planes[3][row], sign);
-            }
             const __m256i low01 = _mm256_unpacklo_epi8(planes[0][row], planes[1][row]);
             const __m256i high01 = _mm256_unpackhi_epi8(planes[0][row], planes[1][row]);
             const __m256i low23 = _mm256_unpacklo_epi8(planes[2][row], planes[3][row]);
@@ -742,8 +744,10 @@ template <int bits, int group_size>
 void multiply_row(const RowProduct& product, ptrdiff_t first, ptrdiff_t last) {
     constexpr int rows = 2;
     const Levels<bits, bits> levels(*product.book);
-    const ptrdiff_t groups = product.groups, some_rows = groups < most_groups / 8 ? most_groups / 4 / groups : 2;
-    float scales[2 * most_groups + spare_scales];
+    const ptrdiff_t groups = product.groups;
+    // Norms of several short rows are scaled together.
+    const ptrdiff_t some_rows = groups < 128 ? rows * (128 / groups) : rows;
+    float scales[rows * most_groups + spare_scales];
     for (ptrdiff_t start = first; start < last; start += some_rows) {
         const ptrdiff_t end = last - start < some_rows ? last : start + some_rows;
         scale_some_norms(product.norms + start * groups, scales, (end - start) * groups, group_size);
