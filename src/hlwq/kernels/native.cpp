@@ -45,13 +45,13 @@ namespace {
 struct Codebook {
     // The levels, ascending, repeated until there are 256.
     alignas(64) float centroids[256];
-    // The positive boundaries, one table for each step of a binary search, of 1, 2, 4, … entries; each is filled up to a
-    // multiple of 16.
+    // The positive boundaries, one table for each step of a binary search, of 1, 2, 4, … entries; each is filled up to
+    // a multiple of 16.
     alignas(64) float steps[176];
     // Byte by byte, the levels for AVX-512: of 7 and 8 bits only the lower half, for the upper is its mirror image.
     alignas(64) uint8_t planes[4][128];
-    // The same for AVX2, where more than 4 bits are folded so, in tables of 16. A lookup in a table gives 0 for an index
-    // below it, and is made in all; therefore each but the first holds what differs from the one before.
+    // The same for AVX2, where more than 4 bits are folded so, in tables of 16. A lookup in a table gives 0 for an
+    // index below it, and is made in all; therefore each but the first holds what differs from the one before.
     alignas(64) uint8_t differences[4][8][16];
 };
 
@@ -106,7 +106,7 @@ INLINE uint64_t load_word(const uint8_t* from) {
     } else if constexpr (bytes == 8) {
         return load_as<uint64_t>(from);
     } else {
-        using Part = std::conditional_t<bytes < 4, uint16_t, uint32_t>;
+        using Part = std::conditional_t<(bytes < 4), uint16_t, uint32_t>;
         constexpr int rest = bytes - sizeof(Part);
         return load_as<Part>(from) | uint64_t(load_as<Part>(from + rest)) << 8 * rest;
     }
@@ -137,7 +137,7 @@ INLINE void write_output(const RowProduct& product, ptrdiff_t row, float value) 
         return;
     }
     const uint32_t word = bits_as<uint32_t>(value);
-    const uint32_t nearest = (word + 0x7FFF + (word >> 16 & 1)) >> 16;  // the even one of two
+    const uint32_t nearest = (word + 0x7FFF + (word >> 16 & 1)) >> 16;                 // the even one of two
     static_cast<uint16_t*>(product.outputs)[row] = value != value ? 0x7FC0 : nearest;  // a NaN could become anything
 }
 
@@ -234,8 +234,7 @@ const Level levels[] = {
      [] {
          return levels[1].available() && bool(__builtin_cpu_supports("avx512f")) &&
                 bool(__builtin_cpu_supports("avx512bw")) && bool(__builtin_cpu_supports("avx512dq")) &&
-                bool(__builtin_cpu_supports("avx512vl")) &&
-                bool(__builtin_cpu_supports("avx512vbmi"));
+                bool(__builtin_cpu_supports("avx512vl")) && bool(__builtin_cpu_supports("avx512vbmi"));
      }},
 #endif
 };
@@ -632,9 +631,7 @@ PyObject* repack(PyObject* const* arguments, Py_ssize_t count, Factory* function
 
 PyObject* pack(PyObject*, PyObject* const* arguments, Py_ssize_t count) { return repack(arguments, count, packer); }
 
-PyObject* unpack(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-    return repack(arguments, count, unpacker);
-}
+PyObject* unpack(PyObject*, PyObject* const* arguments, Py_ssize_t count) { return repack(arguments, count, unpacker); }
 
 PyMethodDef fast(const char* name, PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
     return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL, nullptr};

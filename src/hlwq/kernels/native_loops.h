@@ -144,8 +144,8 @@ INLINE __m256i load_twice(const void* from) {
     return _mm256_broadcastsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(from)));
 }
 
-// Does nothing to a value, but makes the compiler compute it here. Left alone, GCC puts off the sums of a long chain until
-// their terms are more than there are registers.
+// Does nothing to a value, but makes the compiler compute it here. Left alone, GCC puts off the sums of a long chain
+// until their terms are more than there are registers.
 INLINE void keep_order(__m256i& value) { __asm__("" : "+x"(value)); }
 
 template <int width>
@@ -169,9 +169,9 @@ INLINE __m256i codes_in_bytes(const uint8_t* codes) {
     }
 }
 
-// Up to 3 bits, levels are found by `vpermps`, which looks only at the lowest three bits of an index, so that codes need
-// not be cut out, only shifted. More bits are found byte by byte with `vpshufb`, in tables of 16: see `Codebook`. Rows are
-// looked up together, since each table is then loaded once for all.
+// Up to 3 bits, levels are found by `vpermps`, which looks only at the lowest three bits of an index, so that codes
+// need not be cut out, only shifted. More bits are found byte by byte with `vpshufb`, in tables of 16: see
+// `Codebook`. Rows are looked up together, since each table is then loaded once for all.
 template <int width, int bits>
 struct Levels {
     static constexpr int step = 32, tables = bits <= 4 ? 1 : 1 << (bits - 5);
@@ -257,8 +257,8 @@ struct Levels {
 // As for AVX2, byte 16·quarter + 4·d + e of a block of 64 is code 16·d + 4·quarter + e.
 constexpr int code_of_byte(int byte) { return 16 * (byte % 16 / 4) + 4 * (byte / 16) + byte % 4; }
 
-// How 64 codes of `width` bits are cut out of the first 32 of their bytes and the last 32, which overlap: `vpermb` moves
-// the bytes with four codes into each 32 bits, and `vpmultishiftqb` any eight bits of 64 into each byte.
+// How 64 codes of `width` bits are cut out of the first 32 of their bytes and the last 32, which overlap: `vpermb`
+// moves the bytes with four codes into each 32 bits, and `vpmultishiftqb` any eight bits of 64 into each byte.
 template <int width>
 struct Cut {
     alignas(64) uint8_t bytes[64] = {};
@@ -293,8 +293,8 @@ constexpr Spread<width, first_bit> spread{};
 
 INLINE __m512i load_bytes(const void* from) { return _mm512_loadu_si512(from); }
 
-// Up to 4 bits, levels are found as float32, else byte by byte; in either case in tables of a whole register or two, which
-// look only at the lowest bits of an index, so that codes need not be masked.
+// Up to 4 bits, levels are found as float32, else byte by byte; in either case in tables of a whole register or
+// two, which look only at the lowest bits of an index, so that codes need not be masked.
 template <int width, int bits>
 struct Levels {
     static constexpr bool whole = bits <= 4;
@@ -492,7 +492,7 @@ struct Place {
 
 // Of a table of 2^depth float32, filled up to a multiple of sixteen, those at the indices.
 template <int depth, int bits>
-INLINE Floats taken(const float* table, const Place<bits>& place) {
+INLINE Floats look_up(const float* table, const Place<bits>& place) {
     [[maybe_unused]] constexpr int count = 1 << depth;
     if constexpr (depth == 0) {
         return repeated(table[0]);
@@ -539,7 +539,7 @@ INLINE void search(const float* steps, const Ints (&sizes)[vectors], Place<bits>
     if constexpr (depth < bits - 1) {
 #pragma GCC unroll 4
         for (int each = 0; each < vectors; ++each) {
-            const Ints above = sizes[each] > Ints(taken<depth>(steps, places[each]));
+            const Ints above = sizes[each] > Ints(look_up<depth>(steps, places[each]));
             places[each].bit[depth] = above;
             places[each].index += places[each].index - above;
         }
@@ -621,7 +621,7 @@ INLINE void nearest_levels(const Codebook& book, const float* weights, float fac
         Place<bits> places[vectors];
         find_places(book, weights + column, factor, places);
         for (int each = 0; each < vectors; ++each) {
-            const Ints level = Ints(taken<bits - 1>(positive_levels, places[each]));
+            const Ints level = Ints(look_up<bits - 1>(positive_levels, places[each]));
             store(levels + column + each * LANES, Floats(level ^ (places[each].negative & INT32_MIN)));
         }
     }
@@ -658,10 +658,10 @@ void decode_row(const Codebook& book, const uint8_t* codes, const float* scales,
         for (ptrdiff_t group = 0; group * group_size < columns; ++group) {
             const float scale = scales[group];
             for (ptrdiff_t column = 0; column < group_size; column += step, target += step, codes += step * width / 8) {
-                Floats found[1][step / LANES];
-                levels({codes}, found);
+                Floats looked_up[1][step / LANES];
+                levels({codes}, looked_up);
                 for (int part = 0; part < step / LANES; ++part) {
-                    store(target + part * LANES, found[0][part] * scale);
+                    store(target + part * LANES, looked_up[0][part] * scale);
                 }
             }
         }
@@ -715,13 +715,13 @@ INLINE void multiply_rows_at_once(const RowProduct& product, const Levels<bits, 
         Floats of_group[rows][parts] = {};
 #pragma GCC unroll 2
         for (int column = 0; column < group_size; column += step, inputs += step) {
-            Floats found[rows][step / LANES];
-            levels(codes, found);
+            Floats looked_up[rows][step / LANES];
+            levels(codes, looked_up);
             for (int part = 0; part < step / LANES; ++part) {
                 const Floats input = load(inputs + part * LANES);
                 for (int each = 0; each < rows; ++each) {
                     Floats& sum = of_group[each][part % parts];
-                    sum = multiply_add(found[each][part], input, sum);
+                    sum = multiply_add(looked_up[each][part], input, sum);
                 }
             }
             for (int each = 0; each < rows; ++each) {
