@@ -649,23 +649,39 @@ void refine_groups(const Codebook& book, const float* weights, const float* norm
 // ---------------------------------------------------------------------------------------------------------------------
 // Rows: decoding, and products with decoded rows.
 
+// Groups of a multiple of `blocks` blocks, of which each is as much as levels are looked up of at once.
+template <int width, int bits, int blocks>
+INLINE void decode_groups(const Codebook& book, const uint8_t* codes, const float* scales, float* target,
+                          ptrdiff_t columns, ptrdiff_t group_size) {
+    constexpr int step = Levels<width, bits>::step;
+    const Levels<width, bits> levels(book);
+    for (ptrdiff_t group = 0; group * group_size < columns; ++group) {
+        const float scale = scales[group];
+        for (ptrdiff_t column = 0; column < group_size; column += blocks * step) {
+            const uint8_t* sources[blocks];
+            for (int block = 0; block < blocks; ++block, codes += step * width / 8) {
+                sources[block] = codes;
+            }
+            Floats looked_up[blocks][step / LANES];
+            levels(sources, looked_up);
+            for (int block = 0; block < blocks; ++block, target += step) {
+                for (int part = 0; part < step / LANES; ++part) {
+                    store(target + part * LANES, looked_up[block][part] * scale);
+                }
+            }
+        }
+    }
+}
+
 template <int width, int bits>
 void decode_row(const Codebook& book, const uint8_t* codes, const float* scales, float* target, ptrdiff_t columns,
                 ptrdiff_t group_size) {
     constexpr int step = Levels<width, bits>::step;
-    const Levels<width, bits> levels(book);
-    if (group_size % step == 0) {
-        for (ptrdiff_t group = 0; group * group_size < columns; ++group) {
-            const float scale = scales[group];
-            for (ptrdiff_t column = 0; column < group_size; column += step, target += step, codes += step * width / 8) {
-                Floats looked_up[1][step / LANES];
-                levels({codes}, looked_up);
-                for (int part = 0; part < step / LANES; ++part) {
-                    store(target + part * LANES, looked_up[0][part] * scale);
-                }
-            }
-        }
-    } else {  // small groups
+    if (group_size % (2 * step) == 0) {
+        decode_groups<width, bits, 2>(book, codes, scales, target, columns, group_size);
+    } else if (group_size % step == 0) {
+        decode_groups<width, bits, 1>(book, codes, scales, target, columns, group_size);
+    } else {  // one by one
         for (ptrdiff_t column = 0; column < columns; column += 8, codes += width) {
             const uint64_t word = load_word<width>(codes);
             for (int index = 0; index < 8; ++index) {
