@@ -729,7 +729,6 @@ INLINE void multiply_rows_at_once(const RowProduct& product, const Levels<bits, 
     Floats sums[rows][parts] = {};
     for (ptrdiff_t group = 0; group < groups; ++group) {
         Floats of_group[rows][parts] = {};
-#pragma GCC unroll 2
         for (int column = 0; column < group_size; column += step, inputs += step) {
             Floats looked_up[rows][step / LANES];
             levels(codes, looked_up);
