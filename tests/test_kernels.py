@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from math import sqrt
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -16,45 +15,42 @@ import torch
 from torch import Tensor
 
 from hlwq import compiled, grids, hadamard, kernels, packing
+from hlwq.errors import HlwqWarning, RequestError
 from hlwq.grids import LloydGrid, Parameters, QuantizedMatrix
 from hlwq.kernels import reference
 from hlwq.lloyd import codebook
 from hlwq.solvers.nearest import quantize_nearest
 
 WIDTHS = range(2, 9)
-SHAPES = [(37, 8, 72), (5, 16, 144), (50, 64, 576), (33, 128, 256)]
+SHAPES = [(37, 8, 72), (5, 16, 144), (6, 32, 96), (50, 64, 576), (33, 128, 256), (3, 256, 768)]
 """Rows, group size, columns."""
-VECTORS = [*((bits, "AVX2") for bits in WIDTHS), (3, "portable"), (8, "portable")]
-"""Compiling takes long, and portable code hardly depends on the width."""
-MATRICES = [
-    *((*each, shape) for each in VECTORS for shape in (SHAPES[0], SHAPES[3])),
-    *((5, "AVX2", shape) for shape in (SHAPES[1], SHAPES[2])),
-]
+LEVELS = ["portable", "avx2", "avx512"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.fixture
-def plain(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As where no compiler is installed."""
-    monkeypatch.setattr(compiled, "find_spec", lambda name: None)
-    compiled._module.cache_clear()
-    yield
-    compiled._module.cache_clear()
+def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where nothing is compiled."""
+    monkeypatch.setattr(compiled, "_cpu_module", lambda: None)
 
 
 @pytest.fixture
 def cpu() -> ModuleType:
-    return pytest.importorskip("hlwq.kernels.cpu", reason="numba is not installed: pip install 'hlwq[kernels]'")
+    kernels = compiled.cpu_kernels(torch.empty(0))
+    if kernels is None:
+        pytest.skip("hlwq was installed without its compiled kernels")
+    return kernels
 
 
-@pytest.fixture
-def vectors(cpu: ModuleType, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    if request.param == "portable":
-        for name in ("cpu", "one_row"):
-            monkeypatch.setattr(f"hlwq.kernels.{name}.AVX2", False)
-    elif not cpu.AVX2:
-        pytest.skip("this processor has no AVX2")
-    return cpu
+@pytest.fixture(params=LEVELS)
+def at_level(cpu: ModuleType, request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    """The kernels for each instruction set."""
+    if request.param not in cpu._native.available_levels():
+        pytest.skip(f"this processor has no {request.param}")
+    before = cpu._native.level()
+    cpu._native.use(request.param)
+    yield cpu
+    cpu._native.use(before)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -88,25 +84,29 @@ def assert_product(outputs: Tensor, inputs: Tensor, matrix: Tensor, epsilon: flo
 EPSILON = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
-@pytest.mark.parametrize(("bits", "vectors", "shape"), MATRICES, indirect=["vectors"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("bits", WIDTHS)
 def test_a_decoded_matrix_has_the_bits_of_the_plain_decode(
-    bits: int, shape: tuple[int, int, int], vectors: ModuleType
+    bits: int, shape: tuple[int, int, int], at_level: ModuleType
 ) -> None:
     codes, packed, norms = packed_matrix(bits, *shape)
     levels = reference._look_up(packed, norms, bits)
     weights = hadamard._rotate_blocks(levels, shape[1])
     assert torch.equal(reference.look_up(packed, norms, bits), levels)
-    target = torch.empty(codes.shape)
-    vectors.decode(packed, norms, bits, bits, True, target)
-    assert torch.equal(target, weights)
+    for source, width in ((packed, bits), (codes, 8)):
+        for rotated, expected in ((True, weights), (False, levels)):
+            target = torch.empty(codes.shape)
+            at_level.decode(source, norms, bits, width, rotated, target)
+            assert torch.equal(target, expected)
     matrix = QuantizedMatrix(codes, Parameters(norms.float()), LloydGrid(bits, shape[1]), "hadamard")
     assert torch.equal(matrix.dequantize(), weights)
     assert torch.equal(matrix.dequantize(torch.bfloat16), weights.bfloat16())
     torch.testing.assert_close(weights.double(), dense(codes, norms, bits), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(("bits", "vectors", "shape"), MATRICES, indirect=["vectors"])
-def test_products_are_those_with_the_dense_matrix(bits: int, shape: tuple[int, int, int], vectors: ModuleType) -> None:
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_products_are_those_with_the_dense_matrix(bits: int, shape: tuple[int, int, int], at_level: ModuleType) -> None:
     codes, packed, norms = packed_matrix(bits, *shape)
     matrix = dense(codes, norms, bits)
     for batch in (1, 3, 16, 300):
@@ -115,10 +115,33 @@ def test_products_are_those_with_the_dense_matrix(bits: int, shape: tuple[int, i
             assert_product(kernels.matmul(inputs, packed, norms, bits), inputs, matrix, EPSILON[dtype])
 
 
+def test_groups_of_any_size_are_looked_up(at_level: ModuleType) -> None:
+    for group_size in (4, 24, 96, 512):
+        _, packed, norms = packed_matrix(5, 3, group_size, 3 * 512)
+        assert torch.equal(reference.look_up(packed, norms, 5), reference._look_up(packed, norms, 5))
+
+
+@pytest.mark.parametrize("batch", [1, 3, 16])
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_products_have_the_same_bits_on_all_processors_with_fused_operations(
+    bits: int, batch: int, cpu: ModuleType
+) -> None:
+    fused = [level for level in cpu._native.available_levels() if level != "portable"]
+    before = cpu._native.level()
+    for shape in SHAPES:
+        _, packed, norms = packed_matrix(bits, *shape)
+        inputs, products = random(batch, shape[2]), []
+        for level in fused:
+            cpu._native.use(level)
+            products.append(kernels.matmul(inputs, packed, norms, bits))
+        cpu._native.use(before)
+        assert all(torch.equal(products[0], each) for each in products)
+
+
 @pytest.mark.parametrize("bits", WIDTHS)
 @pytest.mark.usefixtures("plain")
 def test_products_in_plain_torch(bits: int) -> None:
-    codes, packed, norms = packed_matrix(bits, *SHAPES[2])
+    codes, packed, norms = packed_matrix(bits, *SHAPES[3])
     assert compiled.cpu_kernels(packed) is None
     for batch in (1, 300):
         for dtype in DTYPES:
@@ -129,7 +152,7 @@ def test_products_in_plain_torch(bits: int) -> None:
 
 @pytest.mark.parametrize("bits", [3, 4])
 def test_inputs_of_any_layout_and_number(bits: int, cpu: ModuleType) -> None:
-    codes, packed, norms = packed_matrix(bits, *SHAPES[2])
+    codes, packed, norms = packed_matrix(bits, *SHAPES[3])
     matrix = dense(codes, norms, bits)
     for inputs in (
         random(576, 5).T,
@@ -145,6 +168,13 @@ def test_inputs_of_any_layout_and_number(bits: int, cpu: ModuleType) -> None:
         kernels.matmul(inputs, packed.T.contiguous().T, norms.T.contiguous().T, bits),
         kernels.matmul(inputs, packed, norms, bits),
     )
+
+
+def test_rows_of_many_groups(cpu: ModuleType) -> None:
+    for groups in (300, 1024, 1030):
+        codes, packed, norms = packed_matrix(4, 5, 32, 32 * groups)
+        inputs = random(1, 32 * groups)
+        assert_product(kernels.matmul(inputs, packed, norms, 4), inputs, dense(codes, norms, 4), 1e-6)
 
 
 def test_a_matrix_large_enough_for_threads(cpu: ModuleType) -> None:
@@ -191,7 +221,7 @@ def test_an_error_in_a_thread_is_raised(cpu: ModuleType) -> None:
 
 
 def test_gradients_of_inputs_flow() -> None:
-    codes, packed, norms = packed_matrix(4, *SHAPES[2])
+    codes, packed, norms = packed_matrix(4, *SHAPES[3])
     inputs = random(3, 576).requires_grad_()
     kernels.matmul(inputs, packed, norms, 4).sum().backward()
     assert inputs.grad is not None
@@ -201,7 +231,7 @@ def test_gradients_of_inputs_flow() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_an_embedding_decodes_the_rows_asked_for(bits: int, dtype: torch.dtype) -> None:
-    codes, packed, norms = packed_matrix(bits, *SHAPES[2])
+    codes, packed, norms = packed_matrix(bits, *SHAPES[3])
     rows = dense(codes, norms, bits)
     for ids in (torch.tensor([[3, 1, 3], [49, 0, 2]]), torch.tensor(7), torch.empty(0, 4, dtype=torch.int64)):
         found = kernels.embedding(ids, packed, norms, bits, dtype)
@@ -210,19 +240,19 @@ def test_an_embedding_decodes_the_rows_asked_for(bits: int, dtype: torch.dtype) 
 
 
 def test_embeddings_are_float32_unless_told() -> None:
-    _, packed, norms = packed_matrix(4, *SHAPES[2])
+    _, packed, norms = packed_matrix(4, *SHAPES[3])
     assert kernels.embedding(torch.tensor([1]), packed, norms, 4).dtype == torch.float32
 
 
 @pytest.mark.parametrize("size", [8, 16, 32, 64, 128, 256])
-def test_the_rotation_has_the_bits_of_the_plain_one(size: int, cpu: ModuleType) -> None:
+def test_the_rotation_has_the_bits_of_the_plain_one(size: int, at_level: ModuleType) -> None:
     for values in (random(70, 1024) * 1e3, random(1024, 6).T, torch.zeros(0, 512), random(2, 3, 256)):
-        assert torch.equal(cpu.rotate_blocks(values, size), hadamard._rotate_blocks(values, size))
+        assert torch.equal(at_level.rotate_blocks(values, size), hadamard._rotate_blocks(values, size))
 
 
-@pytest.mark.parametrize("size", [8, 128])
-@pytest.mark.parametrize(("bits", "vectors"), VECTORS, indirect=["vectors"])
-def test_norms_and_codes_have_the_bits_of_the_plain_ones(bits: int, size: int, vectors: ModuleType) -> None:
+@pytest.mark.parametrize("size", [8, 16, 32, 64, 128, 256])
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_norms_and_codes_have_the_bits_of_the_plain_ones(bits: int, size: int, at_level: ModuleType) -> None:
     grid = LloydGrid(bits, size)
     groups = torch.cat(
         [random(700, size) * 0.02, random(9, size) ** 9, torch.zeros(1, size), torch.full((2, size), 3.0)]
@@ -231,21 +261,21 @@ def test_norms_and_codes_have_the_bits_of_the_plain_ones(bits: int, size: int, v
     norm, best = grid._norms(groups)
     for least_squares in (True, False):
         expected = replace(grid, least_squares=least_squares)._norms(groups)
-        for ours, other in zip(vectors.fit_norms(groups, bits, least_squares), expected, strict=True):
+        for ours, other in zip(at_level.fit_norms(groups, bits, least_squares), expected, strict=True):
             assert torch.equal(ours, other)
     for each in (norm, best):
-        assert torch.equal(vectors.nearest_codes(groups, each, bits), grid._round(groups, Parameters(each)))
+        assert torch.equal(at_level.nearest_codes(groups, each, bits), grid._round(groups, Parameters(each)))
 
 
-@pytest.mark.parametrize(("bits", "vectors"), VECTORS, indirect=["vectors"])
-def test_values_on_and_beside_boundaries_get_the_codes_of_the_plain_rounding(bits: int, vectors: ModuleType) -> None:
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_values_on_and_beside_boundaries_get_the_codes_of_the_plain_rounding(bits: int, at_level: ModuleType) -> None:
     edges = codebook(bits).boundaries
     beside = [torch.nextafter(edges, torch.full_like(edges, end)) for end in (-torch.inf, torch.inf)]
-    values = torch.cat([edges, *beside, torch.tensor([-1e30, 1e30, -0.0, 0.0])])
+    values = torch.cat([edges, *beside, torch.tensor([-1e30, 1e30, -0.0, 0.0, torch.inf, -torch.inf, torch.nan])])
     values = torch.nn.functional.pad(values, (0, -len(values) % 16)).view(-1, 16)
     norms = torch.full((len(values), 1), 4.0)  # √16, so that the values themselves are rounded
     assert torch.equal(
-        vectors.nearest_codes(values, norms, bits), LloydGrid(bits, 16)._round(values, Parameters(norms))
+        at_level.nearest_codes(values, norms, bits), LloydGrid(bits, 16)._round(values, Parameters(norms))
     )
 
 
@@ -277,15 +307,6 @@ def test_quantizing_gives_the_same_bits_with_and_without_a_compiler(
 def test_sums_by_halves_are_sums(length: int) -> None:
     values = random(5, length)
     torch.testing.assert_close(grids.sum_by_halves(values), values.sum(-1, keepdim=True))
-
-
-def test_functions_are_compiled_where_no_cache_can_be_written(cpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    from numba.core.caching import CompileResultCacheImpl
-
-    monkeypatch.setattr(CompileResultCacheImpl, "_locator_classes", [])
-    twice = cpu.compiled(lambda value: 2 * value)
-    assert twice(21) == 42
-    assert type(twice).__name__ == "CPUDispatcher"
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
@@ -333,7 +354,7 @@ def test_several_threads_give_what_one_does(cpu: ModuleType, inference: bool) ->
 
 
 def test_tensors_that_do_not_fit_are_refused(cpu: ModuleType) -> None:
-    _, packed, norms = packed_matrix(4, *SHAPES[2])
+    _, packed, norms = packed_matrix(4, *SHAPES[3])
     inputs = random(1, 576)
     for wrong in (
         (random(2, 288), packed, norms, 4),
@@ -351,7 +372,7 @@ def test_tensors_that_do_not_fit_are_refused(cpu: ModuleType) -> None:
 
 @pytest.mark.parametrize("batch", [1, 4, 40])
 def test_compiled_and_exported_models_call_the_kernels(batch: int) -> None:
-    _, packed, norms = packed_matrix(4, *SHAPES[2])
+    _, packed, norms = packed_matrix(4, *SHAPES[3])
 
     class Layer(torch.nn.Module):
         def forward(self, inputs: Tensor) -> Tensor:
@@ -364,60 +385,81 @@ def test_compiled_and_exported_models_call_the_kernels(batch: int) -> None:
     assert torch.equal(torch.export.export(Layer(), (inputs,)).module()(inputs), expected)
 
 
-USE_KERNELS = """
-import torch
-from hlwq import kernels
-from hlwq.grids import LloydGrid
-from hlwq.packing import pack
-from hlwq.solvers.nearest import quantize_nearest
+def test_kernels_that_were_not_compiled_are_done_without_and_missed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "hlwq.kernels._native", None)
+    monkeypatch.delenv("HLWQ_KERNELS", raising=False)
+    compiled._cpu_module.cache_clear()
+    try:
+        with pytest.warns(HlwqWarning, match="without its compiled kernels") as warned:
+            assert [compiled.cpu_kernels(torch.empty(0)) for _ in range(2)] == [None, None]
+        assert len(warned) == 1
+    finally:
+        compiled._cpu_module.cache_clear()
 
-matrix = quantize_nearest(torch.ones(8, 128), LloydGrid(3, 64), "hadamard")
-matrix.dequantize()
-for rows in (1, 2):
-    kernels.matmul(torch.ones(rows, 128), pack(matrix.codes, 3), matrix.parameters.scale.half(), 3)
+
+PRINT_LEVEL = """
+import torch
+from hlwq.compiled import cpu_kernels
+
+kernels = cpu_kernels(torch.empty(0))
+print(kernels and kernels._native.level())
 """
 
 
-def test_a_second_process_compiles_nothing(cpu: ModuleType, tmp_path: Path) -> None:
-    made = []
-    for _ in range(2):
-        environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
-        subprocess.run([sys.executable, "-c", USE_KERNELS], check=True, env=environment)
-        made.append(sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*.nbc")))
-    assert made[0] == made[1] != []
+@pytest.mark.parametrize("level", ["portable", "off", "best"])
+def test_the_environment_chooses_the_level(level: str, cpu: ModuleType) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "HLWQ_KERNELS"}
+    if level != "best":
+        environment["HLWQ_KERNELS"] = level
+    run = subprocess.run([sys.executable, "-c", PRINT_LEVEL], env=environment, capture_output=True, text=True)
+    expected = {"portable": "portable", "off": "None", "best": cpu._native.available_levels()[-1]}
+    assert (run.stdout.strip(), run.stderr) == (expected[level], "")
 
 
-def test_a_compiler_that_cannot_be_imported_is_done_without(plain: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_level_that_is_not_there_is_refused(cpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HLWQ_KERNELS", "mmx")
+    compiled._cpu_module.cache_clear()
+    try:
+        with pytest.raises(RequestError, match="HLWQ_KERNELS is mmx, not one of off, portable"):
+            compiled.cpu_kernels(torch.empty(0))
+    finally:
+        compiled._cpu_module.cache_clear()
+    with pytest.raises(ValueError, match="mmx"):
+        cpu._native.use("mmx")
+
+
+def test_a_triton_that_cannot_be_imported_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "find_spec", lambda name: True)
-    with pytest.warns(UserWarning, match="cannot be used"):
-        assert compiled._module("numba", "hlwq.kernels.absent") is None
+    monkeypatch.setitem(sys.modules, "hlwq.kernels.triton", None)
+    compiled._triton_module.cache_clear()
+    try:
+        with pytest.warns(HlwqWarning, match="cannot be used"):
+            assert compiled._triton_module() is None
+    finally:
+        compiled._triton_module.cache_clear()
 
 
 @pytest.mark.parametrize("rows", [3, 40])
 def test_without_openmp_one_row_is_multiplied_by_threads_of_our_own(
     cpu: ModuleType, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hlwq.kernels import one_row
-
     _, packed, norms = packed_matrix(3, rows, 128, 256)
     inputs = random(1, 256).to(torch.bfloat16)
     expected = kernels.matmul(inputs, packed, norms, 3)
     before = torch.get_num_threads()
-    monkeypatch.setattr(one_row, "openmp", lambda: False)
-    monkeypatch.setattr(one_row, "IDLE_THREAD_WEIGHTS", 1)
+    monkeypatch.setattr(cpu, "OPENMP", False)
+    monkeypatch.setattr(cpu, "IDLE_THREAD_WEIGHTS", 1)
     monkeypatch.setattr(cpu, "THREAD_WEIGHTS", 512)
-    one_row.kernels_for.cache_clear()
     torch.set_num_threads(3)
     try:
         assert torch.equal(kernels.matmul(inputs, packed, norms, 3), expected)
     finally:
         torch.set_num_threads(before)
-        one_row.kernels_for.cache_clear()
 
 
 @pytest.mark.parametrize("batch", [1, 4])
-def test_a_norm_that_is_no_number_gives_none(cpu: ModuleType, batch: int) -> None:
-    _, packed, norms = packed_matrix(4, *SHAPES[2])
+def test_a_norm_that_is_no_number_gives_none(at_level: ModuleType, batch: int) -> None:
+    _, packed, norms = packed_matrix(4, *SHAPES[3])
     norms.view(torch.int16)[0, 0], norms.view(torch.int16)[1, 0] = -1, 0x7FFF
     outputs = kernels.matmul(random(batch, 576).to(torch.bfloat16), packed, norms, 4)
     assert outputs[:, :2].isnan().all()
@@ -425,7 +467,7 @@ def test_a_norm_that_is_no_number_gives_none(cpu: ModuleType, batch: int) -> Non
 
 
 def test_gradients_flow_through_compiled_models() -> None:
-    _, packed, norms = packed_matrix(4, *SHAPES[2])
+    _, packed, norms = packed_matrix(4, *SHAPES[3])
     gradients = []
     for multiply in (kernels.matmul, torch.compile(kernels.matmul, backend="aot_eager")):
         inputs = random(3, 576).requires_grad_()

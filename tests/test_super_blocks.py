@@ -15,7 +15,7 @@ from hlwq import Gptq, Hadamard, Identity, Nearest, RequestError
 from hlwq.bases import Basis
 from hlwq.grids import Parameters, fit_weighted
 from hlwq.solvers import Gram
-from hlwq.solvers.gptq import output_error
+from hlwq.solvers import output_error
 
 TOP = 63
 

@@ -361,7 +361,6 @@ def test_generation_and_perplexity_are_those_of_the_decoded_model(hybrid: Path) 
     ("rows", "columns", "group_size", "bits"), [(48, 576, 64, 5), (24, 256, 128, 3), (9000, 1024, 32, 8)]
 )
 def test_one_row_is_multiplied_as_many_are(rows: int, columns: int, group_size: int, bits: int) -> None:
-    pytest.importorskip("numba", reason="the kernels of the extra `kernels` are not installed")
     generator = torch.Generator().manual_seed(0)
     linear = HLWQLinear(columns, rows, Scheme(bits, group_size))
     linear.weight_packed.copy_(torch.randint(256, linear.weight_packed.shape, generator=generator))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from functools import lru_cache
 from importlib import import_module
@@ -11,23 +12,23 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from hlwq.errors import HlwqWarning, RequestError
+
 
 def cpu_kernels(tensor: Tensor) -> ModuleType | None:
     """The module `hlwq.kernels.cpu`, or None where it cannot serve a tensor.
 
-    It needs the CPU, numba (the extra `kernels`), and no gradients.
+    It needs the CPU, code that was compiled when hlwq was installed, and no gradients. What torch.compile traces is
+    plain torch.
     """
-    return None if tensor.device.type != "cpu" or _has_gradient(tensor) else _module("numba", "hlwq.kernels.cpu")
-
-
-def one_row_kernels(tensor: Tensor) -> ModuleType | None:
-    """The module `hlwq.kernels.one_row`, on the same terms."""
-    return None if tensor.device.type != "cpu" or _has_gradient(tensor) else _module("numba", "hlwq.kernels.one_row")
+    if tensor.device.type != "cpu" or _has_gradient(tensor) or torch.compiler.is_compiling():
+        return None
+    return _cpu_module()
 
 
 def cuda_kernels(tensor: Tensor) -> ModuleType | None:
     """The module `hlwq.kernels.triton`, which comes with torch for CUDA, or None where it cannot serve a tensor."""
-    return None if tensor.device.type != "cuda" or _has_gradient(tensor) else _module("triton", "hlwq.kernels.triton")
+    return None if tensor.device.type != "cuda" or _has_gradient(tensor) else _triton_module()
 
 
 def _has_gradient(tensor: Tensor) -> bool:
@@ -35,11 +36,35 @@ def _has_gradient(tensor: Tensor) -> bool:
 
 
 @lru_cache
-def _module(compiler: str, name: str) -> ModuleType | None:
-    if not find_spec(compiler):
+def _cpu_module() -> ModuleType | None:
+    """Of the level that the environment variable HLWQ_KERNELS names, or the best; or None if it is `off`."""
+    level = os.environ.get("HLWQ_KERNELS")
+    if level == "off":
         return None
     try:
-        return import_module(name)
-    except ImportError as error:  # such as a numba that is older than its numpy
-        warnings.warn(f"{compiler} is installed but cannot be used, so hlwq is slower: {error}", stacklevel=2)
+        native = import_module("hlwq.kernels._native")
+    except ImportError as error:
+        warnings.warn(
+            f"hlwq was installed without its compiled kernels, so it is slower on a CPU ({error}). "
+            "Install it again where there is a C++ compiler.",
+            HlwqWarning,
+            stacklevel=2,
+        )
+        return None
+    if level:
+        if level not in native.available_levels():
+            choices = ", ".join(["off", *native.available_levels()])
+            raise RequestError(f"The environment variable HLWQ_KERNELS is {level}, not one of {choices}.")
+        native.use(level)
+    return import_module("hlwq.kernels.cpu")
+
+
+@lru_cache
+def _triton_module() -> ModuleType | None:
+    if not find_spec("triton"):
+        return None
+    try:
+        return import_module("hlwq.kernels.triton")
+    except ImportError as error:
+        warnings.warn(f"triton is installed but cannot be used, so hlwq is slower: {error}", HlwqWarning, stacklevel=2)
         return None

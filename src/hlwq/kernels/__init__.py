@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hlwq.compiled import cpu_kernels, cuda_kernels, one_row_kernels
+from hlwq.compiled import cpu_kernels, cuda_kernels
 from hlwq.hadamard import rotate_blocks
 from hlwq.kernels import reference
 
@@ -25,8 +25,8 @@ FEW_ROWS = 16
 def matmul(inputs: Tensor, packed: Tensor, norms: Tensor, bits: int) -> Tensor:
     """Multiply by a packed matrix Ŵ, as a linear layer does: inputs · Ŵᵀ.
 
-    Few rows of inputs are multiplied by a compiled kernel: on a CPU with numba (the extra `kernels`), on a CUDA device
-    with Triton. Without them, and where a gradient is wanted, by plain torch, as many rows are.
+    Few rows of inputs are multiplied by a compiled kernel: on a CPU from native.cpp, on a CUDA device by Triton.
+    Without them, and where a gradient is wanted, by plain torch, as many rows are.
 
     Args:
         inputs: (…, in), any floating dtype.
@@ -55,8 +55,8 @@ def _matmul(inputs: Tensor, packed: Tensor, norms: Tensor, bits: int) -> Tensor:
         )
     if not device == packed.device == norms.device:
         raise ValueError(f"Inputs are on {device}, codes on {packed.device}, norms on {norms.device}.")
-    if inputs.numel() == columns and (one_row := one_row_kernels(inputs)) and one_row.serves(columns, norms):
-        outputs: Tensor = one_row.matmul(inputs, packed, norms, bits)
+    if inputs.numel() == columns and (cpu := cpu_kernels(inputs)) and cpu.multiplies_row(columns, norms):
+        outputs: Tensor = cpu.multiply_row(inputs, packed, norms, bits)
         return outputs if outputs.dtype == inputs.dtype else outputs.to(inputs.dtype)
     rows = inputs.reshape(-1, columns)
     kernels = (cpu_kernels(inputs) or cuda_kernels(inputs)) if 0 < len(rows) <= FEW_ROWS else None

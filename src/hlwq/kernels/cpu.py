@@ -1,6 +1,7 @@
-"""Kernels for processors, compiled by numba: loops over rows, and what calls them, torch tensors in and out.
+"""Kernels for processors, compiled from native.cpp, with torch tensors in and out.
 
-Each equals its plain version in torch bit for bit, but for `matmul`, whose sums have another order.
+Each equals its plain version in torch bit for bit, but for the products, whose sums have another order. That order is
+the same on all processors; on x86 without FMA, what is added to these sums is rounded once more.
 """
 
 from __future__ import annotations
@@ -10,37 +11,29 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from math import sqrt
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hlwq import hadamard
-from hlwq.kernels.vectors import (
-    AVX2,
-    compiled,
-    dot_by_halves,
-    keep,
-    level_tables,
-    levels,
-    load,
-    multiply,
-    multiply_add,
-    nearest_codes_of_eight,
-    nearest_levels_of_eight,
-    rotate,
-    search_tables,
-    spread,
-    store,
-    total,
-    zeros,
-)
+from hlwq.kernels import _native
+from hlwq.lloyd import codebook
 
 GROUP_SIZES = (8, 16, 32, 64, 128, 256)
-"""Groups that are kept in registers."""
+"""Groups that are rotated and rounded."""
+ROW_GROUP_SIZES = (32, 64, 128, 256)
+"""Groups of matrices that one row is multiplied by."""
+ROW_GROUPS = 1024
+"""As many groups as a row of these may have."""
+OPENMP = _native.has_openmp()
+"""Whether one row is multiplied in the threads of torch's OpenMP."""
 THREAD_WEIGHTS = 1 << 18
 """Weights that are worth a thread of their own."""
+BUSY_THREAD_WEIGHTS = 1 << 15
+"""Weights that are worth a thread that waits busily."""
+IDLE_THREAD_WEIGHTS = 1 << 23
+"""Weights of a matrix, multiplied by one row, that is worth threads that have to be woken."""
 CACHED_WEIGHTS = 1 << 15
 """Float32 that fit the cache of a core beside other things, and that torch copies without threads of its own."""
 
@@ -67,204 +60,74 @@ def _pool(process: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(os.cpu_count())
 
 
-# Compiled loops over rows. Arrays are contiguous; groups have 2^group_log columns.
-
-
 @lru_cache
-def row_kernels(width: int, bits: int, shuffled: bool) -> tuple[Any, Any]:
-    """For codes of `bits` bits, `width` bits apart: a row looked up, and the loop that multiplies rows of inputs."""
-    mask = 2**width - 1
-
-    @compiled
-    def look_up_row(packed, scales, group_log, tables, centroids, target):
-        source, table, to = np.intp(packed.ctypes.data), np.intp(tables.ctypes.data), np.intp(target.ctypes.data)
-        blocks = len(target) // 32
-        for block in range(blocks):
-            group = 32 * block
-            first, second, third, fourth = levels(source, table, width, bits, shuffled)
-            store(to, multiply(first, spread(scales[group >> group_log])))
-            store(to + 32, multiply(second, spread(scales[(group + 8) >> group_log])))
-            store(to + 64, multiply(third, spread(scales[(group + 16) >> group_log])))
-            store(to + 96, multiply(fourth, spread(scales[(group + 24) >> group_log])))
-            source += 4 * width
-            to += 128
-        for octet in range(4 * blocks, len(target) // 8):  # where groups are of 8 or 16
-            word = np.uint64(0)
-            for byte in range(width):
-                word |= np.uint64(packed[octet * width + byte]) << np.uint64(8 * byte)
-            for column in range(8 * octet, 8 * octet + 8):
-                target[column] = centroids[word & np.uint64(mask)] * scales[column >> group_log]
-                word >>= np.uint64(width)
-
-    @compiled
-    def multiply_rows(inputs, packed, scales, group_log, tables, centroids, outputs):
-        """A multiple of four rows of inputs: a row of the matrix is decoded into the cache, and used for four."""
-        decoded = np.empty(inputs.shape[1], np.float32)
-        stride = 4 * inputs.shape[1]
-        for row in range(len(packed)):
-            look_up_row(packed[row], scales[row], group_log, tables, centroids, decoded)
-            for first in range(0, len(inputs), 4):
-                inputs_from, decoded_from = np.intp(inputs[first].ctypes.data), np.intp(decoded.ctypes.data)
-                sum0 = sum1 = sum2 = sum3 = zeros()
-                for _ in range(inputs.shape[1] // 8):
-                    weights = load(decoded_from)
-                    sum0 = multiply_add(weights, load(inputs_from), sum0)
-                    sum1 = multiply_add(weights, load(inputs_from + stride), sum1)
-                    sum2 = multiply_add(weights, load(inputs_from + 2 * stride), sum2)
-                    sum3 = multiply_add(weights, load(inputs_from + 3 * stride), sum3)
-                    inputs_from += 32
-                    decoded_from += 32
-                outputs[first, row], outputs[first + 1, row] = total(sum0), total(sum1)
-                outputs[first + 2, row], outputs[first + 3, row] = total(sum2), total(sum3)
-        keep(decoded)
-
-    return look_up_row, multiply_rows
+def _set_codebook(bits: int) -> None:
+    """Give the compiled code its codebook, once."""
+    book = codebook(bits)
+    _native.set_codebook(bits, book.centroids.data_ptr(), book.boundaries.data_ptr())
 
 
-@lru_cache
-def decode_kernel(width: int, bits: int, shuffled: bool, rotated: int) -> Any:
-    """The loop over rows that looks them up and rotates their groups of `rotated` columns, or none if that is 0."""
-    look_up_row, _ = row_kernels(width, bits, shuffled)
-    if not rotated:
-
-        @compiled
-        def look_up(packed, scales, group_log, tables, centroids, target):
-            for row in range(len(packed)):
-                look_up_row(packed[row], scales[row], group_log, tables, centroids, target[row])
-
-        return look_up
-    rotate_groups, *_ = group_kernels(rotated)
-
-    @compiled
-    def decode_rows(packed, scales, group_log, tables, centroids, target):
-        for row in range(len(packed)):
-            look_up_row(packed[row], scales[row], group_log, tables, centroids, target[row])
-            groups = target[row].reshape(len(target[row]) // rotated, rotated)
-            rotate_groups(groups, groups)
-
-    return decode_rows
+def multiplies_row(columns: int, norms: Tensor) -> bool:
+    """Whether groups of a matrix with so many columns are of a size and number that `multiply_row` serves."""
+    groups = norms.shape[1]
+    size, rest = divmod(columns, groups)
+    return size in ROW_GROUP_SIZES and not rest and groups <= ROW_GROUPS
 
 
-@lru_cache
-def group_kernels(size: int) -> tuple[Any, Any]:
-    """Loops over groups of `size` columns."""
+def multiply_row(inputs: Tensor, packed: Tensor, norms: Tensor, bits: int) -> Tensor:
+    """See `hlwq.kernels.matmul`; for one row of inputs. It is what generation asks of every layer.
 
-    @compiled
-    def rotate_groups(source, target):
-        for group in range(len(source)):
-            rotate(np.intp(source[group].ctypes.data), np.intp(target[group].ctypes.data), size)
+    A small layer takes less time than giving work to a thread of Python's. So the threads are those of the OpenMP that
+    torch itself uses, which wait busily for the next layer: a second pool would stand in their way. Like torch's own
+    they do not survive a fork, whose child must do with `torch.set_num_threads(1)`.
 
-    @compiled
-    def measure_groups(weights, norms):
-        for group in range(len(weights)):
-            here = np.intp(weights[group].ctypes.data)
-            norms[group] = np.sqrt(dot_by_halves(here, here, size))
+    Args:
+        inputs: of which one row is all, (…, in).
+        packed: uint8 (out, in·bits/8).
+        norms: float16 (out, groups), of groups that `multiplies_row` allows.
+        bits: 2 to 8.
 
-    return rotate_groups, measure_groups
-
-
-@lru_cache
-def rounding_kernels(bits: int, shuffled: bool, size: int) -> tuple[Any, Any]:
-    """Loops over groups of `size` columns: their codes, and the norms of least squared error for these."""
-
-    @compiled
-    def round_groups(weights, norms, tables, codes):
-        table = np.intp(tables.ctypes.data)
-        for group in range(len(weights)):
-            source, target = np.intp(weights[group].ctypes.data), np.intp(codes[group].ctypes.data)
-            factor = factor_of(norms[group], size)
-            for octet in range(size // 8):
-                nearest_codes_of_eight(source + 32 * octet, factor, table, target + 8 * octet, bits, shuffled)
-
-    @compiled
-    def refine_groups(weights, norms, tables, refined):
-        levels_of, table = np.empty(size, np.float32), np.intp(tables.ctypes.data)
-        for group in range(len(weights)):
-            here, there = np.intp(weights[group].ctypes.data), np.intp(levels_of.ctypes.data)
-            factor = factor_of(norms[group], size)
-            for octet in range(size // 8):
-                nearest_levels_of_eight(here + 32 * octet, factor, table, there + 32 * octet, bits, shuffled)
-            refined[group] = dot_by_halves(here, there, size) / dot_by_halves(there, there, size)
-        keep(levels_of)
-
-    return round_groups, refine_groups
-
-
-@compiled
-def factor_of(norm, size):
-    """√size/norm, which turns a group's weights into what is rounded."""
-    return np.float32(1) / norm * np.float32(sqrt(size)) if norm > 0 else np.float32(0)
-
-
-@compiled
-def pack_octets(codes, bits, packed):
-    """Codes (octets, 8) to bytes (octets, bits)."""
-    for octet in range(len(codes)):
-        word = np.uint64(0)
-        for index in range(8):
-            word |= np.uint64(codes[octet, index]) << np.uint64(index * bits)
-        for byte in range(bits):
-            packed[octet, byte] = word >> np.uint64(8 * byte)
-
-
-@compiled
-def unpack_octets(packed, bits, codes):
-    """Bytes (octets, bits) to codes (octets, 8)."""
-    mask = np.uint64(2**bits - 1)
-    for octet in range(len(packed)):
-        word = np.uint64(0)
-        for byte in range(bits):
-            word |= np.uint64(packed[octet, byte]) << np.uint64(8 * byte)
-        for index in range(8):
-            codes[octet, index] = (word >> np.uint64(index * bits)) & mask
-
-
-# What the rest of the library calls: torch tensors in, torch tensors out.
-
-
-@lru_cache
-def scale_table(group_size: int) -> np.ndarray:
-    """norm/√group_size, float32, of each norm that float16 has, by its bits. It is shared: do not write to it."""
-    with np.errstate(invalid="ignore"):
-        scales: np.ndarray = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
-        scales /= np.float32(sqrt(group_size))
-    return scales
-
-
-@compiled
-def look_up_scales(norms, table, scales):
-    """Of the bits of norms, by `scale_table`."""
-    for row in range(len(norms)):
-        for group in range(norms.shape[1]):
-            scales[row, group] = table[norms[row, group]]
+    Returns:
+        (…, out), bfloat16 if the inputs are, else float32.
+    """
+    _set_codebook(bits)
+    half = inputs.dtype == torch.bfloat16
+    source = (inputs if half else inputs.to(torch.float32)).contiguous()
+    packed, norms = packed.contiguous(), norms.contiguous()
+    *leading, columns = source.shape
+    rows, groups = norms.shape
+    weights = rows * columns
+    outputs = source.new_empty((*leading, rows))
+    at = source.data_ptr(), half, packed.data_ptr(), norms.data_ptr(), outputs.data_ptr()
+    matrix = groups, columns // groups, bits
+    if OPENMP:
+        threads = torch.get_num_threads()
+        busy = max(1, min(threads, weights // BUSY_THREAD_WEIGHTS))
+        # Where there are several, all threads are called: OpenMP ends those that a smaller team leaves over.
+        _native.multiply_row(*at, 0, rows, *matrix, busy, threads)
+    elif weights >= IDLE_THREAD_WEIGHTS:
+        in_threads(lambda part: _native.multiply_row(*at, part.start, part.stop, *matrix, 1, 1), rows, weights)
+    else:
+        _native.multiply_row(*at, 0, rows, *matrix, 1, 1)
+    return outputs
 
 
 def matmul(inputs: Tensor, packed: Tensor, norms: Tensor, bits: int) -> Tensor:
     """See `hlwq.kernels.matmul`; inputs (rows, in), for few rows. Sums and result are float32."""
-    rows, columns = inputs.shape
-    group_size = columns // norms.shape[1]
-    rotated = hadamard.rotate_blocks(inputs.to(torch.float32), group_size)
-    padded = torch.nn.functional.pad(rotated, (0, 0, 0, -rows % 4))
-    outputs = np.empty((len(padded), len(packed)), np.float32)
-    _, multiply_rows = row_kernels(bits, bits, AVX2)
-    x, codes = padded.numpy(), packed.contiguous().numpy()
-    halves, of_norm = norms.contiguous().view(torch.int16).numpy().view(np.uint16), scale_table(group_size)
-    log, tables, centroids = group_size.bit_length() - 1, level_tables(bits, AVX2), level_tables(bits, False)
+    _set_codebook(bits)
+    count, columns = inputs.shape
+    rows, groups = norms.shape
+    group_size = columns // groups
+    rotated = hadamard.rotate_blocks(inputs.to(torch.float32), group_size).contiguous()
+    packed, norms = packed.contiguous(), norms.contiguous()
+    outputs = torch.empty(count, rows)
+    at = rotated.data_ptr(), count, packed.data_ptr(), norms.data_ptr(), outputs.data_ptr()
 
     def work(part: slice) -> None:
-        # Not by torch, whose own threads would go on waiting busily for a while on the cores that are needed now.
-        scales = np.empty(halves[part].shape, np.float32)
-        look_up_scales(halves[part], of_norm, scales)
-        multiply_rows(x, codes[part], scales, log, tables, centroids, outputs[:, part])
+        _native.multiply_rows(*at, part.start, part.stop, rows, columns, group_size, bits)
 
-    in_threads(work, len(packed), len(packed) * columns)
-    return torch.from_numpy(outputs[:rows])
-
-
-def scales_of(norms: Tensor, group_size: int) -> np.ndarray:
-    """norm/√group_size, float32. By numpy, see `matmul`."""
-    scales: np.ndarray = norms.contiguous().numpy().astype(np.float32) / np.float32(sqrt(group_size))
-    return scales
+    in_threads(work, rows, rows * columns)
+    return outputs
 
 
 def decode(codes: Tensor, norms: Tensor, bits: int, width: int, rotated: bool, target: Tensor) -> None:
@@ -278,78 +141,109 @@ def decode(codes: Tensor, norms: Tensor, bits: int, width: int, rotated: bool, t
         rotated: whether groups are rotated, which decodes HLWQ; their size is then one of GROUP_SIZES.
         target: where to.
     """
+    _set_codebook(bits)
     rows, columns = target.shape
-    group_size = columns // norms.shape[1]
-    kernel = decode_kernel(width, bits, AVX2, group_size if rotated else 0)
-    lines, scales = codes.contiguous().numpy(), scales_of(norms, group_size)
-    log, tables, centroids = group_size.bit_length() - 1, level_tables(bits, AVX2), level_tables(bits, False)
-    in_place = target.dtype == torch.float32 and target.is_contiguous()
+    groups = norms.shape[1]
+    group_size = columns // groups
+    codes = codes.contiguous()
+    # Not by torch, whose own threads would go on waiting busily for a while on the cores that are needed now.
+    scales = norms.contiguous().numpy().astype(np.float32) / np.float32(sqrt(group_size))
+    codes_at, scales_at, row_bytes = codes.data_ptr(), scales.ctypes.data, columns * width // 8
+
+    def decode_rows(first: int, last: int, weights: Tensor) -> None:
+        sources = codes_at + first * row_bytes, scales_at + 4 * first * groups
+        _native.decode_rows(*sources, weights.data_ptr(), last - first, columns, group_size, bits, width, rotated)
 
     def work(part: slice) -> None:
-        if in_place:
-            kernel(lines[part], scales[part], log, tables, centroids, target[part].numpy())
+        if target.dtype == torch.float32 and target.is_contiguous():
+            decode_rows(part.start, part.stop, target[part])
             return
         step = max(1, CACHED_WEIGHTS // max(1, columns))
         weights = torch.empty(step, columns)
-        for start in range(part.start, part.stop, step):
-            some = slice(start, min(start + step, part.stop))
-            decoded = weights[: some.stop - some.start]
-            kernel(lines[some], scales[some], log, tables, centroids, decoded.numpy())
-            target[some] = decoded
+        for first in range(part.start, part.stop, step):
+            last = min(first + step, part.stop)
+            decode_rows(first, last, weights)
+            target[first:last] = weights[: last - first]
 
     in_threads(work, rows, target.numel())
 
 
 def rotate_blocks(values: Tensor, block_size: int) -> Tensor:
     """See `hlwq.hadamard.rotate_blocks`; `block_size` is one of GROUP_SIZES."""
-    blocks = values.reshape(-1, block_size).contiguous().numpy()
-    target = np.empty_like(blocks)
-    kernel, *_ = group_kernels(block_size)
-    in_threads(lambda part: kernel(blocks[part], target[part]), len(blocks), blocks.size)
-    return torch.from_numpy(target).view(values.shape)
+    source = values.contiguous()
+    target = torch.empty_like(source)
+    at, to = source.data_ptr(), target.data_ptr()
+
+    def work(part: slice) -> None:
+        start = 4 * block_size * part.start
+        _native.rotate_groups(at + start, to + start, part.stop - part.start, block_size)
+
+    in_threads(work, source.numel() // block_size, source.numel())
+    return target
 
 
 def fit_norms(weights: Tensor, bits: int, least_squares: bool) -> tuple[Tensor, Tensor]:
     """Of groups (…, size): their norms and those to store, float32 (…, 1). See `LloydGrid.fit`."""
-    groups = weights.reshape(-1, weights.shape[-1]).contiguous().numpy()
-    norms = np.empty(len(groups), np.float32)
-    best = np.empty_like(norms) if least_squares else norms
-    size = weights.shape[-1]
-    _, measure = group_kernels(size)
-    _, refine = rounding_kernels(bits, AVX2, size)
-    tables = search_tables(bits, 1 / np.float32(sqrt(size)))
+    _set_codebook(bits)
+    source, size = weights.contiguous(), weights.shape[-1]
+    norms = torch.empty(*weights.shape[:-1], 1)
+    best = torch.empty_like(norms) if least_squares else norms
+    at, norms_at, best_at = source.data_ptr(), norms.data_ptr(), best.data_ptr()
 
     def work(part: slice) -> None:
-        measure(groups[part], norms[part])
+        groups = part.stop - part.start
+        some = at + 4 * size * part.start, norms_at + 4 * part.start
+        _native.measure_groups(*some, groups, size)
         if least_squares:
-            refine(groups[part], norms[part], tables, best[part])
+            _native.refine_groups(*some, best_at + 4 * part.start, groups, size, bits)
 
-    in_threads(work, len(groups), groups.size)
-    shape = (*weights.shape[:-1], 1)
-    return torch.from_numpy(norms).view(shape), torch.from_numpy(best).view(shape)
+    in_threads(work, norms.numel(), source.numel())
+    return norms, best
 
 
 def nearest_codes(weights: Tensor, norms: Tensor, bits: int) -> Tensor:
     """The codes of groups (…, size) with norms (…, 1), uint8. See `LloydGrid.round`."""
-    groups = weights.reshape(-1, weights.shape[-1]).contiguous().numpy()
-    codes, scales = np.empty(groups.shape, np.uint8), norms.reshape(-1).numpy()
-    round_groups, _ = rounding_kernels(bits, AVX2, groups.shape[1])
-    tables = search_tables(bits, 1.0)
-    in_threads(lambda part: round_groups(groups[part], scales[part], tables, codes[part]), len(groups), groups.size)
-    return torch.from_numpy(codes).view(weights.shape)
+    _set_codebook(bits)
+    source, scales, size = weights.contiguous(), norms.contiguous(), weights.shape[-1]
+    codes = torch.empty(weights.shape, dtype=torch.uint8)
+    at, scales_at, codes_at = source.data_ptr(), scales.data_ptr(), codes.data_ptr()
+
+    def work(part: slice) -> None:
+        start = part.start
+        some = at + 4 * size * start, scales_at + 4 * start, codes_at + size * start
+        _native.round_groups(*some, part.stop - start, size, bits)
+
+    in_threads(work, source.numel() // size, source.numel())
+    return codes
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """See `hlwq.packing.pack`."""
-    octets = codes.reshape(-1, 8).contiguous().numpy()
-    packed = np.empty((len(octets), bits), np.uint8)
-    in_threads(lambda part: pack_octets(octets[part], bits, packed[part]), len(octets), octets.size)
-    return torch.from_numpy(packed).view(*codes.shape[:-1], codes.shape[-1] * bits // 8)
+    packed = torch.empty(*codes.shape[:-1], codes.shape[-1] * bits // 8, dtype=torch.uint8)
+    _repack(_native.pack, codes, packed, 8, bits, bits)
+    return packed
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
     """See `hlwq.packing.unpack`."""
-    octets = packed.reshape(-1, bits).contiguous().numpy()
-    codes = np.empty((len(octets), 8), np.uint8)
-    in_threads(lambda part: unpack_octets(octets[part], bits, codes[part]), len(octets), codes.size)
-    return torch.from_numpy(codes).view(*packed.shape[:-1], packed.shape[-1] * 8 // bits)
+    codes = torch.empty(*packed.shape[:-1], packed.shape[-1] * 8 // bits, dtype=torch.uint8)
+    _repack(_native.unpack, packed, codes, bits, 8, bits)
+    return codes
+
+
+def _repack(
+    kernel: Callable[[int, int, int, int], None],
+    source: Tensor,
+    target: Tensor,
+    from_bytes: int,
+    to_bytes: int,
+    bits: int,
+) -> None:
+    """Turn each run of `from_bytes` bytes, eight codes, into one of `to_bytes`."""
+    source = source.contiguous()
+    at, to, octets = source.data_ptr(), target.data_ptr(), source.numel() // from_bytes
+
+    def work(part: slice) -> None:
+        kernel(at + from_bytes * part.start, to + to_bytes * part.start, part.stop - part.start, bits)
+
+    in_threads(work, octets, 8 * octets)
