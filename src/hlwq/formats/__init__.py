@@ -15,8 +15,8 @@ from hlwq.formats.base import (
     Scheme,
     StoredModule,
     demand,
-    section_of,
 )
+from hlwq.formats.reading import section_of
 
 __all__ = [
     "ENGINE_SECTIONS",

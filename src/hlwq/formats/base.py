@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from hlwq.bases import Basis
 from hlwq.containers import Reader, TensorSpec, Writer
-from hlwq.errors import CheckpointError, UnsupportedError
+from hlwq.errors import UnsupportedError
 from hlwq.families import ModelLayout, Restoration
 from hlwq.grids import Grid
 from hlwq.matrix import QuantizedMatrix
-
-T = TypeVar("T")
-
-AGAIN = "The directory is damaged; make or download it again."
-"""What to do about a damaged directory."""
-FLOATS = ("F16", "BF16", "F32")
-"""The dtypes in which tools write the parameters of groups."""
 
 ENGINE_SECTIONS = ("quantization_config", "quantization")
 """The keys of `config.json` that say how weights are stored."""
@@ -32,8 +23,6 @@ PIPELINE_COMMAND = (
     """python -c "from transformers import pipeline; print(pipeline('text-generation', '{path}')('Hello'))\""""
 )
 """Runs a directory that plain transformers loads."""
-
-_JSON_TYPES: dict[type, str] = {int: "an integer", bool: "true or false", dict: "an object", list: "a list"}
 
 
 @dataclass(frozen=True)
@@ -187,11 +176,6 @@ class Format(ReadableFormat):
     stores_decoded: bool = False
 
 
-def engine_storage(dtype: str) -> tuple[torch.dtype, ...]:
-    """The dtypes that scales of a GPTQ file end up in: float16 in the file, the model's bfloat16 in the engine."""
-    return (torch.bfloat16, torch.float16) if dtype == "BF16" else (torch.float16,)
-
-
 def check_bits(format_name: str, bits: int, allowed: tuple[int, ...]) -> None:
     """Raise UnsupportedError unless a format has codes of this width."""
     if bits not in allowed:
@@ -204,84 +188,3 @@ def check_bits(format_name: str, bits: int, allowed: tuple[int, ...]) -> None:
 def common_scheme(quantized: dict[str, Scheme]) -> Scheme:
     """The scheme that most modules have."""
     return Counter(quantized.values()).most_common(1)[0][0]
-
-
-def modules_with(reader: Reader, part: str) -> list[str]:
-    """The modules that have a part of this name."""
-    return [name.removesuffix(f".{part}") for name in reader.tensors if name.endswith(f".{part}")]
-
-
-def not_as_configured(reader: Reader, module: str) -> CheckpointError:
-    """The error of a module whose tensors and configuration disagree."""
-    message = f"{reader.path}: {module} does not have the bits and group size that config.json gives it."
-    return CheckpointError(message, path=reader.path, tensor=module)
-
-
-def require_parts(reader: Reader, module: str, *parts: str) -> tuple[str, ...]:
-    """The names of a module's parts, all of which must be there.
-
-    Raises:
-        CheckpointError: one is missing.
-    """
-    names = tuple(f"{module}.{part}" for part in parts)
-    for name in names:
-        if name not in reader.tensors:
-            raise CheckpointError(f"{reader.path}: tensor {name} is missing. {AGAIN}")
-    return names
-
-
-def matrix_shape(reader: Reader, name: str) -> tuple[int, int]:
-    """The two sizes of a tensor. Raises CheckpointError if it has more or fewer axes, or no elements."""
-    shape = reader.tensors[name].shape
-    if len(shape) != 2 or 0 in shape:
-        raise CheckpointError(f"{reader.path}: tensor {name} has shape {shape}, which is no matrix. {AGAIN}")
-    return shape[0], shape[1]
-
-
-def check_parts(reader: Reader, expected: Iterable[TensorSpec]) -> None:
-    """Compare the headers of a module's parts with what its format writes for its scheme.
-
-    Raises:
-        CheckpointError: a dtype or a shape is another. Floating dtypes may stand for each other.
-    """
-    for spec in expected:
-        stored = reader.tensors[spec.name]
-        alike = stored.dtype == spec.dtype or (stored.dtype in FLOATS and spec.dtype in FLOATS)
-        if not alike or stored.shape != spec.shape:
-            raise CheckpointError(
-                f"{reader.path}: tensor {spec.name} is {stored.dtype} {stored.shape}, where {spec.dtype} {spec.shape} "
-                f"belongs beside the other tensors of its module. {AGAIN}"
-            )
-
-
-def entry(values: dict[str, Any], key: str, kind: type[T], where: str, default: T | None = None) -> T:
-    """An entry of a JSON object.
-
-    Args:
-        values: the object.
-        key: the entry's.
-        kind: int, bool, dict or list.
-        where: what an error calls the object: a file, and the way to the object in it.
-        default: what a missing entry, or null, stands for. Without one it must be there.
-
-    Raises:
-        CheckpointError: it is missing, or of another type. JSON's 4.0 and true are no integers here.
-    """
-    if values.get(key) is None and default is not None:
-        return default
-    if key not in values:
-        raise CheckpointError(f"{where} lacks {key}. {AGAIN}")
-    value: T = values[key]
-    if type(value) is not kind:
-        raise CheckpointError(f"{where}: {key} is {json.dumps(value)}, not {_JSON_TYPES[kind]}. {AGAIN}")
-    return value
-
-
-def section_of(reader: Reader, key: str = "quantization_config") -> tuple[dict[str, Any], str]:
-    """The section of `config.json` that says how weights are stored, and what errors call it.
-
-    Raises:
-        CheckpointError: there is none, or it is not a JSON object.
-    """
-    file = str(reader.path / "config.json")
-    return entry(reader.config, key, dict, file), f"{file}: {key}"

@@ -19,8 +19,8 @@ from hlwq.bases import Basis
 from hlwq.containers import DTYPES, Reader, TensorSpec
 from hlwq.errors import CheckpointError, UnsupportedError
 from hlwq.families import ModelLayout
+from hlwq.formats import reading
 from hlwq.formats.base import (
-    AGAIN,
     PIPELINE_COMMAND,
     Contents,
     Demand,
@@ -28,15 +28,8 @@ from hlwq.formats.base import (
     Format,
     Scheme,
     StoredModule,
-    check_parts,
     common_scheme,
     demand,
-    entry,
-    matrix_shape,
-    modules_with,
-    not_as_configured,
-    require_parts,
-    section_of,
 )
 from hlwq.formats.patterns import check_pattern, kept_patterns, patterns_by_scheme
 from hlwq.formats.uniform import (
@@ -169,14 +162,14 @@ def stored_modules(reader: Reader) -> dict[str, StoredModule]:
             gives the module.
         UnsupportedError: it is another format of compressed-tensors, or a width that cannot be read.
     """
-    section, where = section_of(reader)
+    section, where = reading.section_of(reader)
     if section.get("format") != PACKING:
         raise UnsupportedError(
             f"{reader.path}: compressed-tensors format {section.get('format')} cannot be read, only {PACKING}."
         )
     _check_section(section, where)
     modules = {}
-    for module in modules_with(reader, "weight_packed"):
+    for module in reading.modules_with(reader, "weight_packed"):
         weights = configured_weights(section, module)
         if weights is None:
             raise CheckpointError(f"{reader.path}: {module} is stored as codes, but config.json has no scheme for it.")
@@ -186,31 +179,31 @@ def stored_modules(reader: Reader) -> dict[str, StoredModule]:
                 f"{reader.path}: {module} has {bits}-bit codes or scattered groups; files of 2, 4 and 8 bits with "
                 "groups of neighbouring columns can be read."
             )
-        rows, words = matrix_shape(reader, f"{module}.weight_packed")
+        rows, words = reading.matrix_shape(reader, f"{module}.weight_packed")
         columns = words * 32 // bits
         scheme = scheme_in(weights, columns)
         zeros = () if scheme.symmetric else ("weight_zero_point",)
-        parts = require_parts(reader, module, "weight_packed", "weight_scale", "weight_shape", *zeros)
-        if columns != matrix_shape(reader, f"{module}.weight_scale")[1] * scheme.group_size:
-            raise not_as_configured(reader, module)
-        check_parts(reader, _parts(module, (rows, columns), scheme, "BF16"))
+        parts = reading.require_parts(reader, module, "weight_packed", "weight_scale", "weight_shape", *zeros)
+        if columns != reading.matrix_shape(reader, f"{module}.weight_scale")[1] * scheme.group_size:
+            raise reading.not_as_configured(reader, module)
+        reading.check_parts(reader, _parts(module, (rows, columns), scheme, "BF16"))
         modules[module] = StoredModule(scheme, (rows, columns), parts)
     return modules
 
 
 def _check_section(section: dict[str, Any], where: str) -> None:
     """Raise CheckpointError unless the `quantization_config` can be understood."""
-    targets = list(entry(section, "ignore", list, where, default=[]))
-    groups = entry(section, "config_groups", dict, where)
+    targets = list(reading.entry(section, "ignore", list, where, default=[]))
+    groups = reading.entry(section, "config_groups", dict, where)
     for name in groups:
-        group, here = entry(groups, name, dict, f"{where}.config_groups"), f"{where}.config_groups.{name}"
-        targets += entry(group, "targets", list, here)
+        group, here = reading.entry(groups, name, dict, f"{where}.config_groups"), f"{where}.config_groups.{name}"
+        targets += reading.entry(group, "targets", list, here)
         if group.get("weights") is None:
             continue
-        weights, here = entry(group, "weights", dict, here), f"{here}.weights"
-        entry(weights, "num_bits", int, here)
-        entry(weights, "group_size", int, here, default=-1)
-        entry(weights, "symmetric", bool, here, default=True)
+        weights, here = reading.entry(group, "weights", dict, here), f"{here}.weights"
+        reading.entry(weights, "num_bits", int, here)
+        reading.entry(weights, "group_size", int, here, default=-1)
+        reading.entry(weights, "symmetric", bool, here, default=True)
         if weights.get("type", "int") != "int":
             raise UnsupportedError(f"{here}: codes of type {weights['type']} cannot be read, only int.")
     for target in targets:
@@ -228,7 +221,7 @@ def dequantize(reader: Reader, module: str, scheme: Scheme) -> Tensor:
     stated = reader.read(f"{module}.weight_shape").tolist()
     if stated != list(codes.shape):
         raise CheckpointError(
-            f"{reader.path}: tensor {module}.weight_shape says {stated} of {list(codes.shape)}. {AGAIN}"
+            f"{reader.path}: tensor {module}.weight_shape says {stated} of {list(codes.shape)}. {reading.AGAIN}"
         )
     zeros: Tensor | int = symmetric_zero(bits)
     if not scheme.symmetric:

@@ -21,8 +21,8 @@ from hlwq.formats.base import (
     StoredModule,
     check_bits,
     demand,
-    engine_storage,
 )
+from hlwq.formats.uniform import engine_storage
 from hlwq.grids import Grid, UniformGrid
 from hlwq.matrix import QuantizedMatrix
 

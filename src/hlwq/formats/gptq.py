@@ -19,30 +19,15 @@ from hlwq.bases import Basis
 from hlwq.containers import Reader, TensorSpec
 from hlwq.errors import CheckpointError, UnsupportedError
 from hlwq.families import ModelLayout
-from hlwq.formats.base import (
-    AGAIN,
-    Contents,
-    Demand,
-    Engine,
-    Format,
-    Scheme,
-    StoredModule,
-    check_parts,
-    common_scheme,
-    demand,
-    engine_storage,
-    entry,
-    matrix_shape,
-    modules_with,
-    require_parts,
-    section_of,
-)
+from hlwq.formats import reading
+from hlwq.formats.base import Contents, Demand, Engine, Format, Scheme, StoredModule, common_scheme, demand
 from hlwq.formats.patterns import check_pattern, kept_patterns, patterns_by_scheme
 from hlwq.formats.uniform import (
     READABLE_BITS,
     WORD_BITS,
     check_multiples_of_32,
     decode,
+    engine_storage,
     integer_zeros,
     uniform_grid,
 )
@@ -136,13 +121,13 @@ def stored_modules(reader: Reader) -> dict[str, StoredModule]:
         CheckpointError: `config.json` is damaged, or tensors of a module are missing or disagree.
         UnsupportedError: codes have a width that cannot be read.
     """
-    section, where = section_of(reader)
+    section, where = reading.section_of(reader)
     _check_section(section, where)
     modules = {}
-    for module in modules_with(reader, "qweight"):
-        parts = require_parts(reader, module, "qweight", "qzeros", "scales")
-        words, rows = matrix_shape(reader, f"{module}.qweight")
-        groups, zero_words = matrix_shape(reader, f"{module}.qzeros")
+    for module in reading.modules_with(reader, "qweight"):
+        parts = reading.require_parts(reader, module, "qweight", "qzeros", "scales")
+        words, rows = reading.matrix_shape(reader, f"{module}.qweight")
+        groups, zero_words = reading.matrix_shape(reader, f"{module}.qzeros")
         width = 32 * zero_words / rows
         if width not in READABLE_BITS:
             raise UnsupportedError(
@@ -154,9 +139,11 @@ def stored_modules(reader: Reader) -> dict[str, StoredModule]:
             parts += (f"{module}.g_idx",)
         elif columns % groups:
             raise CheckpointError(
-                f"{reader.path}: {module} has {groups} groups for {columns} columns, and no g_idx. {AGAIN}"
+                f"{reader.path}: {module} has {groups} groups for {columns} columns, and no g_idx. {reading.AGAIN}"
             )
-        check_parts(reader, (spec for spec in _parts(module, (rows, columns), bits, groups) if spec.name in parts))
+        reading.check_parts(
+            reader, (spec for spec in _parts(module, (rows, columns), bits, groups) if spec.name in parts)
+        )
         scheme = Scheme(bits, columns // groups, bool(section.get("sym", True)))
         modules[module] = StoredModule(scheme, (rows, columns), parts)
     return modules
@@ -165,11 +152,11 @@ def stored_modules(reader: Reader) -> dict[str, StoredModule]:
 def _check_section(section: dict[str, Any], where: str) -> None:
     """Raise CheckpointError unless engines can make something of the `quantization_config`."""
     for key in ("bits", "group_size"):
-        entry(section, key, int, where)
-    rules = entry(section, "dynamic", dict, where, default={})
+        reading.entry(section, key, int, where)
+    rules = reading.entry(section, "dynamic", dict, where, default={})
     for pattern in rules:
         check_pattern(pattern.removeprefix("-:").removeprefix("+:"), f"{where}.dynamic")
-        entry(rules, pattern, dict, f"{where}.dynamic")
+        reading.entry(rules, pattern, dict, f"{where}.dynamic")
 
 
 def dequantize(reader: Reader, module: str, scheme: Scheme) -> Tensor:
@@ -190,7 +177,7 @@ def dequantize(reader: Reader, module: str, scheme: Scheme) -> Tensor:
         if least < 0 or most >= len(zeros):
             raise CheckpointError(
                 f"{reader.path}: tensor {module}.g_idx holds groups from {least} to {most}, but those that are there "
-                f"are 0 to {len(zeros) - 1}. {AGAIN}"
+                f"are 0 to {len(zeros) - 1}. {reading.AGAIN}"
             )
         if not torch.equal(stored, torch.arange(codes.shape[1]) // scheme.group_size):
             group_of_column = stored

@@ -17,24 +17,8 @@ from hlwq.bases import Basis, Hadamard, rotates_groups
 from hlwq.containers import DTYPES, Reader, TensorSpec
 from hlwq.errors import CheckpointError, UnsupportedError
 from hlwq.families import ModelLayout
-from hlwq.formats.base import (
-    AGAIN,
-    Contents,
-    Demand,
-    Engine,
-    Format,
-    Scheme,
-    StoredModule,
-    check_bits,
-    common_scheme,
-    demand,
-    entry,
-    matrix_shape,
-    modules_with,
-    not_as_configured,
-    require_parts,
-    section_of,
-)
+from hlwq.formats import reading
+from hlwq.formats.base import Contents, Demand, Engine, Format, Scheme, StoredModule, check_bits, common_scheme, demand
 from hlwq.formats.vllm import mixed_fusions
 from hlwq.grids import Grid, LloydGrid, Parameters
 from hlwq.matrix import QuantizedMatrix
@@ -133,16 +117,16 @@ def scheme_for(section: dict[str, Any], module: str, where: str) -> Scheme:
         where: what an error calls the section.
 
     Raises:
-        CheckpointError: an entry is missing, or is none that a file of this format has.
+        CheckpointError: an reading.entry is missing, or is none that a file of this format has.
     """
-    modules = entry(section, "modules", dict, where)
+    modules = reading.entry(section, "modules", dict, where)
     if module in modules:
-        section, where = entry(modules, module, dict, f"{where}.modules"), f"{where}.modules.{module}"
-    bits, group_size = entry(section, "bits", int, where), entry(section, "group_size", int, where)
+        section, where = reading.entry(modules, module, dict, f"{where}.modules"), f"{where}.modules.{module}"
+    bits, group_size = reading.entry(section, "bits", int, where), reading.entry(section, "group_size", int, where)
     if bits not in BITS or group_size < 8 or group_size & (group_size - 1):
         raise CheckpointError(
             f"{where} does not have the bits and group size of any HLWQ file: bits is {bits}, of {min(BITS)} to "
-            f"{max(BITS)}; group_size is {group_size}, of powers of two from 8. {AGAIN}"
+            f"{max(BITS)}; group_size is {group_size}, of powers of two from 8. {reading.AGAIN}"
         )
     return Scheme(bits, group_size)
 
@@ -154,17 +138,17 @@ def stored_modules(reader: Reader) -> dict[str, StoredModule]:
         CheckpointError: `config.json` is damaged, or the tensors of a module are missing or disagree.
         UnsupportedError: a later version wrote the directory.
     """
-    section, where = section_of(reader)
+    section, where = reading.section_of(reader)
     check_version(section, str(reader.path))
     modules = {}
-    for module in modules_with(reader, "weight_packed"):
-        parts = require_parts(reader, module, "weight_packed", "weight_norms")
+    for module in reading.modules_with(reader, "weight_packed"):
+        parts = reading.require_parts(reader, module, "weight_packed", "weight_norms")
         scheme = scheme_for(section, module, where)
-        (rows, _), (_, groups) = (matrix_shape(reader, part) for part in parts)
+        (rows, _), (_, groups) = (reading.matrix_shape(reader, part) for part in parts)
         columns = groups * scheme.group_size
         expected = outputs(module, (rows, columns), LloydGrid(scheme.bits, scheme.group_size), "")
         if [reader.tensors[part] for part in parts] != expected or columns * scheme.bits % 8:
-            raise not_as_configured(reader, module)
+            raise reading.not_as_configured(reader, module)
         modules[module] = StoredModule(scheme, (rows, columns), parts)
     return modules
 

@@ -18,24 +18,8 @@ from hlwq.bases import Basis
 from hlwq.containers import DTYPES, Reader, TensorSpec
 from hlwq.errors import CheckpointError, UnsupportedError
 from hlwq.families import FAMILIES, ModelLayout, Restoration, family_of
-from hlwq.formats.base import (
-    AGAIN,
-    Contents,
-    Demand,
-    Engine,
-    Format,
-    Scheme,
-    StoredModule,
-    check_parts,
-    common_scheme,
-    demand,
-    entry,
-    matrix_shape,
-    modules_with,
-    not_as_configured,
-    require_parts,
-    section_of,
-)
+from hlwq.formats import reading
+from hlwq.formats.base import Contents, Demand, Engine, Format, Scheme, StoredModule, common_scheme, demand
 from hlwq.formats.uniform import GROUP_SIZES, uniform_grid
 from hlwq.grids import Grid, Parameters, UniformGrid
 from hlwq.matrix import QuantizedMatrix
@@ -116,24 +100,28 @@ def stored_modules(reader: Reader) -> dict[str, StoredModule]:
         CheckpointError: `config.json` is damaged, or tensors of a module are missing or disagree with it.
         UnsupportedError: the mode is not affine.
     """
-    section, where = section_of(reader, "quantization")
+    section, where = reading.section_of(reader, "quantization")
     if section.get("mode", "affine") != "affine":
         raise UnsupportedError(f"{reader.path}: MLX mode {section['mode']} cannot be read; only affine can.")
     modules = {}
-    for module in modules_with(reader, "scales"):
-        parts = require_parts(reader, module, "weight", "scales", "biases")
-        (rows, words), (_, groups), _ = (matrix_shape(reader, part) for part in parts)
+    for module in reading.modules_with(reader, "scales"):
+        parts = reading.require_parts(reader, module, "weight", "scales", "biases")
+        (rows, words), (_, groups), _ = (reading.matrix_shape(reader, part) for part in parts)
         # An override goes by MLX's path, which is the file's own name or what `sanitize` makes of it.
         paths = (module, *(each.mlx.path(module) for each in FAMILIES))
         path = next((path for path in paths if isinstance(section.get(path), dict)), None)
         chosen, here = (section[path], f"{where}.{path}") if path else (section, where)
-        scheme = Scheme(entry(chosen, "bits", int, here), entry(chosen, "group_size", int, here), symmetric=False)
+        scheme = Scheme(
+            reading.entry(chosen, "bits", int, here), reading.entry(chosen, "group_size", int, here), symmetric=False
+        )
         if scheme.bits not in BITS:
-            raise CheckpointError(f"{here}: bits is {scheme.bits}; MLX files have {', '.join(map(str, BITS))}. {AGAIN}")
+            raise CheckpointError(
+                f"{here}: bits is {scheme.bits}; MLX files have {', '.join(map(str, BITS))}. {reading.AGAIN}"
+            )
         if scheme.bits * scheme.group_size * groups != words * 32:
-            raise not_as_configured(reader, module)
+            raise reading.not_as_configured(reader, module)
         shape = (rows, words * 32 // scheme.bits)
-        check_parts(reader, outputs(module, shape, UniformGrid(scheme.bits, scheme.group_size), "BF16"))
+        reading.check_parts(reader, outputs(module, shape, UniformGrid(scheme.bits, scheme.group_size), "BF16"))
         modules[module] = StoredModule(scheme, shape, parts)
     return modules
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from hlwq.errors import CheckpointError
 from hlwq.families import ModelLayout
-from hlwq.formats.base import AGAIN, Contents, Scheme
+from hlwq.formats import reading
+from hlwq.formats.base import Contents, Scheme
 
 
 def kept_patterns(contents: Contents) -> list[str]:
@@ -31,7 +32,7 @@ def check_pattern(pattern: Any, where: str) -> None:
     try:
         re.compile(pattern)
     except (re.error, TypeError, OverflowError, RecursionError):
-        raise CheckpointError(f"{where}: {json.dumps(pattern)} is not a regular expression. {AGAIN}") from None
+        raise CheckpointError(f"{where}: {json.dumps(pattern)} is not a regular expression. {reading.AGAIN}") from None
 
 
 def outside_the_decoder(layout: ModelLayout) -> list[str]:

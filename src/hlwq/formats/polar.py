@@ -28,17 +28,8 @@ from hlwq.containers import Reader
 from hlwq.errors import CheckpointError, UnsupportedError
 from hlwq.families import FAMILIES, ModelLayout, Restoration, describe
 from hlwq.files import read_json
-from hlwq.formats.base import (
-    FLOATS,
-    Demand,
-    Engine,
-    ReadableFormat,
-    Scheme,
-    StoredModule,
-    demand,
-    entry,
-    matrix_shape,
-)
+from hlwq.formats import reading
+from hlwq.formats.base import Demand, Engine, ReadableFormat, Scheme, StoredModule, demand
 from hlwq.hadamard import rotate_blocks
 from hlwq.matrix import CHUNK_WEIGHTS
 from hlwq.packing import unpack, unpack_big_endian
@@ -163,9 +154,9 @@ def _describe_module(reader: Reader, config: dict[str, Any], module: str, codes:
     norms, levels, meta = f"{prefix}norms", f"{prefix}ct_scaled", f"{prefix}meta"
     if levels not in reader.tensors and f"{prefix}ct" in reader.tensors:
         levels = f"{prefix}ct"
-    dtypes_of = {codes: ("I8", "U8"), norms: FLOATS}
+    dtypes_of = {codes: ("I8", "U8"), norms: reading.FLOATS}
     if dotted:
-        dtypes_of[levels] = FLOATS
+        dtypes_of[levels] = reading.FLOATS
     if packed:
         dtypes_of[meta] = INTEGERS
     for name, dtypes in dtypes_of.items():
@@ -173,13 +164,13 @@ def _describe_module(reader: Reader, config: dict[str, Any], module: str, codes:
             raise _damaged(reader, module, f"lacks its tensor {name}")
         if reader.tensors[name].dtype not in dtypes:
             raise _damaged(reader, module, f"has its tensor {name} in {reader.tensors[name].dtype}")
-    rows, blocks = matrix_shape(reader, norms)
+    rows, blocks = reading.matrix_shape(reader, norms)
     file = str(reader.path / CONFIG_FILE)
-    layers = entry(config, "layers", dict, file, default={})
-    stated = {**config, **entry({module: {}, **layers}, module, dict, f"{file}: layers")}
+    layers = reading.entry(config, "layers", dict, file, default={})
+    stated = {**config, **reading.entry({module: {}, **layers}, module, dict, f"{file}: layers")}
     file = f"{file}: layers.{module}"
-    block, cut = entry(stated, "block_size", int, file, default=128), inf
-    bits = entry(stated, "bits", int, file, default=0)
+    block, cut = reading.entry(stated, "block_size", int, file, default=128), inf
+    bits = reading.entry(stated, "bits", int, file, default=0)
     if packed:
         if reader.tensors[meta].shape not in ((2,), (4,)):
             raise CheckpointError(
@@ -206,7 +197,7 @@ def _describe_module(reader: Reader, config: dict[str, Any], module: str, codes:
         raise _damaged(reader, module, f"has {counts}")
     if dotted and reader.tensors[levels].shape != (2**bits,):
         raise _damaged(reader, module, f"has centroids of shape {reader.tensors[levels].shape}, but {bits} bits")
-    columns = entry(stated, "in_features", int, file, default=0) or _true_width(reader, module) or padded
+    columns = reading.entry(stated, "in_features", int, file, default=0) or _true_width(reader, module) or padded
     if not padded - block < columns <= padded:
         raise _damaged(reader, module, f"has {blocks} blocks of {block} for {columns} columns")
     shape = (rows, columns)

@@ -58,6 +58,11 @@ def uniform_grid(name: str, bits: tuple[int, ...], recipe: str, grid: Grid, basi
     return replace(grid, **stored)
 
 
+def engine_storage(dtype: str) -> tuple[torch.dtype, ...]:
+    """The dtypes that scales of a GPTQ file end up in: float16 in the file, the model's bfloat16 in the engine."""
+    return (torch.bfloat16, torch.float16) if dtype == "BF16" else (torch.float16,)
+
+
 def check_multiples_of_32(name: str, module: str, shape: tuple[int, int]) -> None:
     """Raise UnsupportedError unless both sides of a matrix are multiples of 32, as packing and engines need them."""
     if shape[0] % 32 or shape[1] % 32:
