@@ -23,12 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hlwq.bases import Hadamard
 from hlwq.grids import LloydGrid
 from hlwq.hadamard import hadamard_matrix
 from hlwq.kernels import cpu, matmul
 from hlwq.lloyd import codebook
 from hlwq.packing import pack, unpack
-from hlwq.solvers.nearest import quantize_nearest
+from hlwq.solvers import Nearest
 
 PAUSE = 0.02
 """Seconds before each run. torch's threads spin for a while after their work, and would slow the next candidate."""
@@ -106,7 +107,7 @@ def main() -> None:
 def on_one_matrix(weights: Tensor, bits: int, peer: Peer | None) -> Iterator[tuple[str, dict[str, Run]]]:
     """Candidates for encoding, decoding, packing and unpacking one matrix: hlwq and those it is compared with."""
     grid, plain = LloydGrid(bits, GROUP), LloydGrid(bits, GROUP, least_squares=False)
-    quantized = quantize_nearest(weights, grid, "hadamard")
+    quantized = Nearest().solve(weights, grid, Hadamard(grid.group_size))
     codes, norms = quantized.codes, quantized.parameters.scale
     packed, target = pack(codes, bits), torch.empty_like(weights)
     rotation, book = hadamard_matrix(GROUP), codebook(bits)
@@ -129,8 +130,8 @@ def on_one_matrix(weights: Tensor, bits: int, peer: Peer | None) -> Iterator[tup
     yield (
         "encode",
         {
-            "hlwq": lambda: quantize_nearest(weights, plain, "hadamard"),
-            "hlwq, least squares": lambda: quantize_nearest(weights, grid, "hadamard"),
+            "hlwq": lambda: Nearest().solve(weights, plain, Hadamard(plain.group_size)),
+            "hlwq, least squares": lambda: Nearest().solve(weights, grid, Hadamard(grid.group_size)),
             "torch": encode_in_torch,
             **others("encode"),
         },

@@ -13,9 +13,8 @@ from hlwq.bases import Basis
 from hlwq.grids import Grid, LloydGrid, Parameters, UniformGrid, fit_weighted
 from hlwq.hadamard import rotate_blocks
 from hlwq.matrix import QuantizedMatrix
-from hlwq.solvers import Gram
+from hlwq.solvers import Gram, output_error
 from hlwq.solvers.gptq import inverse_factor
-from hlwq.solvers import output_error
 
 INT4 = UniformGrid(4, 32)
 

@@ -14,12 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from hlwq import compiled, grids, hadamard, kernels, packing
+from hlwq import compiled, hadamard, kernels, packing
+from hlwq.bases import Hadamard
 from hlwq.errors import HlwqWarning, RequestError
-from hlwq.grids import LloydGrid, Parameters, QuantizedMatrix
+from hlwq.grids import LloydGrid, Parameters, sum_by_halves
 from hlwq.kernels import reference
 from hlwq.lloyd import codebook
-from hlwq.solvers.nearest import quantize_nearest
+from hlwq.matrix import QuantizedMatrix
+from hlwq.solvers import Nearest
 
 WIDTHS = range(2, 9)
 SHAPES = [(37, 8, 72), (5, 16, 144), (6, 32, 96), (50, 64, 576), (33, 128, 256), (3, 256, 768)]
@@ -98,7 +100,7 @@ def test_a_decoded_matrix_has_the_bits_of_the_plain_decode(
             target = torch.empty(codes.shape)
             at_level.decode(source, norms, bits, width, rotated, target)
             assert torch.equal(target, expected)
-    matrix = QuantizedMatrix(codes, Parameters(norms.float()), LloydGrid(bits, shape[1]), "hadamard")
+    matrix = QuantizedMatrix(codes, Parameters(norms.float()), LloydGrid(bits, shape[1]), Hadamard(shape[1]))
     assert torch.equal(matrix.dequantize(), weights)
     assert torch.equal(matrix.dequantize(torch.bfloat16), weights.bfloat16())
     torch.testing.assert_close(weights.double(), dense(codes, norms, bits), rtol=0, atol=1e-6)
@@ -293,10 +295,10 @@ def test_quantizing_gives_the_same_bits_with_and_without_a_compiler(
     cpu: ModuleType, request: pytest.FixtureRequest
 ) -> None:
     weights = random(40, 576) * 0.02
-    fast = quantize_nearest(weights, LloydGrid(5, 64), "hadamard")
+    fast = Nearest().solve(weights, LloydGrid(5, 64), Hadamard(64))
     decoded, packed = fast.dequantize(), packing.pack(fast.codes, 5)
     request.getfixturevalue("plain")
-    slow = quantize_nearest(weights, LloydGrid(5, 64), "hadamard")
+    slow = Nearest().solve(weights, LloydGrid(5, 64), Hadamard(64))
     assert torch.equal(slow.codes, fast.codes)
     assert torch.equal(slow.parameters.scale, fast.parameters.scale)
     assert torch.equal(slow.dequantize(), decoded)
@@ -306,7 +308,7 @@ def test_quantizing_gives_the_same_bits_with_and_without_a_compiler(
 @pytest.mark.parametrize("length", [1, 2, 7, 96, 128])
 def test_sums_by_halves_are_sums(length: int) -> None:
     values = random(5, length)
-    torch.testing.assert_close(grids.sum_by_halves(values), values.sum(-1, keepdim=True))
+    torch.testing.assert_close(sum_by_halves(values), values.sum(-1, keepdim=True))
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
@@ -336,7 +338,7 @@ def test_several_threads_give_what_one_does(cpu: ModuleType, inference: bool) ->
         for threads in (1, 3):
             torch.set_num_threads(threads)
             with torch.inference_mode(inference):
-                matrix = quantize_nearest(weights, LloydGrid(5, 64), "hadamard")
+                matrix = Nearest().solve(weights, LloydGrid(5, 64), Hadamard(64))
                 products = [kernels.matmul(each, packed, norms, 5) for each in (inputs, row, row.float())]
                 found.append(
                     [

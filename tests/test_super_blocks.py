@@ -14,8 +14,7 @@ from torch import Tensor
 from hlwq import Gptq, Hadamard, Identity, Nearest, RequestError
 from hlwq.bases import Basis
 from hlwq.grids import Parameters, fit_weighted
-from hlwq.solvers import Gram
-from hlwq.solvers import output_error
+from hlwq.solvers import Gram, output_error
 
 TOP = 63
 

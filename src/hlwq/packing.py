@@ -87,7 +87,7 @@ def _unpack(packed: Tensor, bits: int) -> Tensor:
 
 def _in_chunks(function: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
     """Work on some rows at a time, since the words in between take up to sixteen times the bytes."""
-    if values.ndim < 2:
+    if values.ndim < 2 or not len(values):
         return function(values)
     rows = max(1, CHUNK_BYTES // max(1, values[0].numel()))
     return torch.cat([function(chunk) for chunk in values.split(rows)])

@@ -37,10 +37,10 @@ def main(model: str, options_file: str, out: str) -> None:
     weights, streams = {}, {}
     with PolarWeightLoader(str(to), config) as loader:
         for module in loader.get_all_layer_names():
-            found, meta = loader.load_layer_weights(module), config["layers"][module]
-            codes = unpack_codes_half_block(found["codes"], block) if meta["packed"] else found["codes"]
-            levels, bits = found["ct_scaled"], meta["bits"]
-            key, norms, columns = module.replace(".", "__"), found["norms"], meta["in_features"]
+            tensors, meta = loader.load_layer_weights(module), config["layers"][module]
+            codes = unpack_codes_half_block(tensors["codes"], block) if meta["packed"] else tensors["codes"]
+            levels, bits = tensors["ct_scaled"], meta["bits"]
+            key, norms, columns = module.replace(".", "__"), tensors["norms"], meta["in_features"]
             if options.get("stream") == "counted":
                 levels = hf_integration._get_centroids(bits) / math.sqrt(block)
                 flat, total = hf_integration._bitpack_5(codes.reshape(-1))

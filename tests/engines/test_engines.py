@@ -115,7 +115,7 @@ def test_vllm_serves_packed_hlwq(
 def test_vllm_keeps_to_the_schemes_of_the_file(tmp_path: Path, run_engine: RunEngine) -> None:
     directory = tmp_path / "quantized"
     hlwq.quantize(bundled_model(), directory, "hlwq", exclude=[r"layers\.1\.mlp"], group_size=512)
-    said = run_engine("vllm", "vllm_packed.py", directory)
+    output = run_engine("vllm", "vllm_packed.py", directory)
     decoded = DecodedCheckpoint(directory)
     layout = describe(decoded.config, decoded.tensors)
     expected = {}
@@ -124,7 +124,7 @@ def test_vllm_keeps_to_the_schemes_of_the_file(tmp_path: Path, run_engine: RunEn
             scheme = decoded.scheme_of(f"{layout.layer_prefix(index)}{matrix.name}.weight")
             fused = f"language_model.model.layers.{index}.{matrix.fused or matrix.name}"
             expected[fused] = scheme and [scheme.bits, scheme.group_size]
-    assert said == expected
+    assert output == expected
 
 
 def test_chain_runs_in_mlx(prompts: dict[str, str], tmp_path: Path, run_engine: RunEngine) -> None:
@@ -195,8 +195,8 @@ def test_vllm_reads_the_dynamic_rules_as_meant(tmp_path: Path, run_engine: RunEn
     assert not expected["language_model.model.layers.0.linear_attn.in_proj_ba"]
     assert not expected["language_model.model.layers.1.mlp.gate_up_proj"]
     assert expected["language_model.model.layers.0.linear_attn.in_proj_qkvz"]
-    said = run_engine("vllm", "vllm_rules.py", directory, list(expected))
-    assert {name: rule is not False for name, rule in said["rules"].items()} == expected
+    output = run_engine("vllm", "vllm_rules.py", directory, list(expected))
+    assert {name: rule is not False for name, rule in output["rules"].items()} == expected
 
 
 @pytest.mark.parametrize("name", ["smollm2", "hybrid"])
@@ -214,9 +214,9 @@ def test_vllm_reads_the_config_groups_as_meant(
     for index, layer in enumerate(layout.layers):
         for matrix in layer.matrices():
             prefix = layout.layer_prefix(index)
-            asked = prefix.replace("model.language_model.", "language_model.model.") + (matrix.fused or matrix.name)
+            name = prefix.replace("model.language_model.", "language_model.model.") + (matrix.fused or matrix.name)
             scheme = decoded.scheme_of(f"{prefix}{matrix.name}.weight")
-            expected[asked] = [scheme.bits, scheme.group_size, scheme.symmetric] if scheme else None
+            expected[name] = [scheme.bits, scheme.group_size, scheme.symmetric] if scheme else None
     sizes = {scheme[1] for scheme in expected.values() if scheme}
     assert sizes == ({64, 128} if name == "smollm2" else {128})
     assert run_engine("vllm", "vllm_schemes.py", directory, list(expected)) == expected
@@ -228,8 +228,8 @@ def test_vllm_finds_the_group_size_of_each_module(
     directory = tmp_path / "quantized"
     hlwq.quantize(models["smollm2"], directory, "rtn", group_size=128)
     names = ["model.layers.3.self_attn.qkv_proj", "model.layers.3.mlp.gate_up_proj", "model.layers.3.mlp.down_proj"]
-    said = run_engine("vllm", "vllm_rules.py", directory, names)
-    assert said["group_sizes"] == dict(zip(names, [64, 64, 128], strict=True))
+    output = run_engine("vllm", "vllm_rules.py", directory, names)
+    assert output["group_sizes"] == dict(zip(names, [64, 64, 128], strict=True))
 
 
 @pytest.mark.parametrize("name", ["smollm2", "hybrid"])

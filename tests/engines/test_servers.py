@@ -66,13 +66,13 @@ def test_what_was_measured_through_vllm_is_in_the_comparison(
     options = ["--endpoint", vllm, "--json"]
     for model in (dense, bundled_model()):  # the server stands for both; what it serves is not the point
         programs = ["--prompting", "completion", "--limit", "4", "--max-tokens", "24"]
-        said = CliRunner().invoke(app, ["eval", "humaneval", str(model), *options, *programs])
-        assert said.exit_code == 0, said.output
+        ended = CliRunner().invoke(app, ["eval", "humaneval", str(model), *options, *programs])
+        assert ended.exit_code == 0, ended.output
     [record] = (dense / "results").glob("humaneval-*.jsonl")
     assert len(record.read_text().split("\n")) == 5
-    said = CliRunner().invoke(app, ["eval", "speed", str(dense), *options])
-    assert said.exit_code == 0, said.output
-    measured = json.loads(said.stdout)
+    ended = CliRunner().invoke(app, ["eval", "speed", str(dense), *options])
+    assert ended.exit_code == 0, ended.output
+    measured = json.loads(ended.stdout)
     assert measured["engine"] == "vLLM"
     assert measured["peak_memory"] > 10**8
     assert measured["decode"][1] > 1
@@ -92,8 +92,8 @@ def test_mlx_lm_server_is_measured_too(tmp_path: Path) -> None:
     with serve("mlx", lambda port: [*command, "--port", str(port)], tmp_path / "log") as url:
         assert Endpoint(url).engine == "mlx-lm"
         short = ["--prompt-tokens", "32", "--new-tokens", "8", "--runs", "1", "--json"]
-        said = CliRunner().invoke(app, ["eval", "speed", str(directory), "--endpoint", url, *short])
-        assert said.exit_code == 0, said.output
+        ended = CliRunner().invoke(app, ["eval", "speed", str(directory), "--endpoint", url, *short])
+        assert ended.exit_code == 0, ended.output
         text = ["eval", "perplexity", str(directory), "--endpoint", url, "--text", str(held_out_text())]
         refused = CliRunner().invoke(app, text)
         assert isinstance(refused.exception, hlwq.HlwqError)

@@ -15,20 +15,20 @@ def main(directory: str, out: str) -> None:
     from vllm import LLM
 
     llm = LLM(model=directory, enforce_eager=True, max_model_len=512, language_model_only=True)
-    (found,) = llm.apply_model(schemes)
-    Path(out).write_text(json.dumps(found))
+    (packed,) = llm.apply_model(schemes)
+    Path(out).write_text(json.dumps(packed))
 
 
 def schemes(model):
     from vllm.model_executor.layers.linear import LinearBase
 
-    found = {}
+    packed = {}
     for name, module in model.named_modules():
         if isinstance(module, LinearBase) and ".layers." in name and "conv1d" not in name:
             scheme = getattr(module.quant_method, "scheme", None)
             assert hasattr(module, "weight_packed") == (scheme is not None)
-            found[name] = scheme and [scheme.bits, scheme.group_size]
-    return found
+            packed[name] = scheme and [scheme.bits, scheme.group_size]
+    return packed
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ def main(directory: str, names_file: str, out: str) -> None:
     config.packed_modules_mapping = MODELS[description["architectures"][0]].packed_modules_mapping
     schemes = {}
     for name in json.loads(Path(names_file).read_text()):
-        found = config.get_scheme_dict(ColumnParallelLinear(), name)
-        weights = found and found["weights"]
+        scheme = config.get_scheme_dict(ColumnParallelLinear(), name)
+        weights = scheme and scheme["weights"]
         schemes[name] = weights and [weights.num_bits, weights.group_size, weights.symmetric]
     Path(out).write_text(json.dumps(schemes))
 
