@@ -133,7 +133,7 @@ def test_without_a_network_the_embedded_texts_serve_and_say_so(monkeypatch: pyte
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     samples = load_samples(Calibration((), 4, 64), tokenizer)
-    assert "name better data with `calibration`" in samples.warning
+    assert "name better data with `sources`" in samples.warning
     assert samples.origin["sources"][0]["source"] == EMBEDDED
     named = load_samples(Calibration((EMBEDDED,), 4, 64), tokenizer)
     assert torch.equal(samples.tokens, named.tokens)

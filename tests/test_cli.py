@@ -240,8 +240,17 @@ def test_quantize_inspect_check_convert(model: Path, tmp_path: Path) -> None:
     ended = hlwq("convert", packed, again, "--format", "gptq")
     assert ended.returncode == 0
     assert "warning: the weights of packed are rounded a second time" in ended.stderr
+    refused = hlwq("check", again).stdout
+    assert "--symmetric" in hlwq("check", _asymmetric(model, tmp_path)).stdout
+    assert "`" not in refused
     hlwq("card", again)
     assert "rounded twice: by recipe `hlwq`" in (again / "README.md").read_text(encoding="utf-8")
+
+
+def _asymmetric(model: Path, folder: Path) -> Path:
+    """A directory that vLLM refuses, with advice in the words of `quantize`."""
+    hlwq("quantize", model, folder / "asymmetric", "--recipe", "rtn", "--asymmetric")
+    return folder / "asymmetric"
 
 
 def test_a_calibrated_run_reports_its_layers_and_warns(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import hlwq
 from hlwq import (
     CheckpointError,
     Hadamard,
+    HlwqError,
     Identity,
     LloydGrid,
     Nearest,
@@ -123,12 +125,16 @@ OPTIONS: list[dict[str, object]] = [
     {"format": "mlx"},
     {"format": "dense"},
     {"shard_bytes": 100_000},
+    {"format": "dense", "basis": "hadamard"},
+    {"format": "dense", "basis": "hadamard", "block_size": 32},
 ]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_each_option_changes_the_output(options: dict[str, object], hybrid: Path, tmp_path: Path) -> None:
-    base = {key: value for key, value in options.items() if key == "format"} if len(options) > 1 else {}
+    """One option is what differs: `block_size`, else what is not the format, else the format."""
+    changed = min(options, key=lambda name: (name != "block_size", name == "format"))
+    base = {name: value for name, value in options.items() if name != changed}
     quantize(hybrid, tmp_path / "default", "rtn", **base)
     quantize(hybrid, tmp_path / "changed", "rtn", **options)
     assert weights_of(tmp_path / "changed") != weights_of(tmp_path / "default")
@@ -156,6 +162,36 @@ def test_converting_equals_the_chain_from_the_source(format_name: str, hybrid: P
     convert(tmp_path / "hlwq", tmp_path / "converted", format_name)
     quantize(hybrid, tmp_path / "chain", "hlwq-mlx" if format_name == "mlx" else "hlwq-int4", format=format_name)
     assert weights_of(tmp_path / "converted") == weights_of(tmp_path / "chain")
+
+
+def test_a_conversion_can_leave_matrices_decoded(hybrid: Path, tmp_path: Path) -> None:
+    quantize(hybrid, tmp_path / "made", "hlwq")
+    convert(tmp_path / "made", tmp_path / "whole", "gptq")
+    convert(tmp_path / "made", tmp_path / "some", "gptq", exclude=r"layers\.0\.mlp")
+    kept = {f"model.language_model.layers.0.mlp.{each}_proj.weight" for each in ("gate", "up", "down")}
+    assert kept == Reader(tmp_path / "some").tensors.keys() - Reader(tmp_path / "whole").tensors.keys()
+
+
+@pytest.mark.parametrize(
+    ("format_name", "options", "message"),
+    [
+        ("gptq", {"calibrate": True}, "`calibrate` is for quantizing, and a conversion only rounds"),
+        ("gptq", {"damping": 0.1}, "`damping` is for quantizing, and a conversion only rounds"),
+        ("gptq", {"desc_act": True}, "`desc_act` is for quantizing, and a conversion only rounds"),
+        ("dense", {"bits": 4}, "`bits` changes nothing: to format dense"),
+        ("dense", {"exclude": ["mlp"]}, "`exclude` changes nothing: to format dense"),
+        ("gptq", {"exclude": ["nothing"]}, "`exclude` 'nothing' matches no tensor"),
+        ("hlwq", {}, "is in format hlwq already"),
+        (None, {}, "There is no format None"),
+    ],
+)
+def test_a_conversion_that_cannot_be_is_refused(
+    format_name: Any, options: dict[str, Any], message: str, llama: Path, tmp_path: Path
+) -> None:
+    quantize(llama, tmp_path / "made", "hlwq")
+    with pytest.raises(HlwqError, match=message):
+        convert(tmp_path / "made", tmp_path / "out", format_name, **options)
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_converting_to_dense_equals_quantizing_to_dense(hybrid: Path, tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ from checkpoints import make_checkpoint
 
 import hlwq
 from hlwq import (
+    Calibration,
+    CheckpointError,
     Gptq,
     Hadamard,
     Identity,
@@ -221,3 +223,95 @@ def test_a_request_says_what_was_asked_for(tmp_path: Path) -> None:
     request = Request.of("model", "rtn", bits=8, group_size=None, basis="hadamard", format="dense", exclude=["a"])
     assert request == Request("model", "rtn", "dense", Selection(exclude=("a",)), {"bits": 8, "basis": "hadamard"})
     assert request.changed_recipe().stages == (Stage(UniformGrid(8, 64), Hadamard()),)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"symmetric": 0}, "`symmetric` is 0; it must be True or False or None."),
+        ({"symmetric": "no"}, "`symmetric` is 'no'; it must be True or False or None."),
+        ({"bits": "4"}, "`bits` is '4'; it must be an integer."),
+        ({"bits": True}, "`bits` is True; it must be an integer."),
+        ({"bits": 4.0}, "`bits` is 4.0; it must be an integer."),
+        ({"scale_method": "bogus"}, "`scale_method` is 'bogus'; it must be signed or absmax or None."),
+        ({"calibrate": "no"}, "`calibrate` is 'no'; it must be True or False."),
+        ({"calibrate": True, "damping": "1"}, "`damping` is '1'; it must be a number."),
+        ({"calibrate": True, "gptaq_alpha": True}, "`gptaq_alpha` is True; it must be a number."),
+        ({"calibrate": True, "desc_act": 1}, "`desc_act` is 1; it must be True or False."),
+        ({"basis": "hadamard", "block_size": "64"}, "`block_size` is '64'; it must be an integer or None."),
+        ({"basis": []}, r"There is no basis \[\]"),
+        ({"include_embeddings": "no"}, "`include_embeddings` is 'no'; it must be True or False."),
+        ({"exclude": 5}, "`exclude` is .*5.*; it must be several of a string."),
+        ({"recipe": 5}, "`recipe` is 5; it must be a string or a Recipe."),
+        ({"recipe": []}, r"`recipe` is \[\]; it must be a string or a Recipe."),
+        ({"format": 5}, "`format` is 5; it must be a string or None."),
+        ({"format": ""}, "There is no format ."),
+        ({"device": 5}, "`device` is 5; it must be a string."),
+        ({"shard_bytes": "5GB"}, "`shard_bytes` is '5GB'; it must be a positive integer."),
+        ({"shard_bytes": 0}, "`shard_bytes` is 0; it must be a positive integer."),
+        ({"calibration": "wiki.txt"}, "`calibration` is 'wiki.txt'; it must be a Calibration."),
+    ],
+    ids=str,
+)
+def test_an_argument_of_a_wrong_type_is_refused_in_a_sentence(
+    options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    source = make_checkpoint(tmp_path / "model", "llama")
+    with pytest.raises(RequestError, match=message):
+        hlwq.quantize(source, tmp_path / "out", **{"recipe": "rtn", **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"samples": "10"}, "`samples` is '10'; it must be an integer."),
+        ({"offload_activations": "no"}, "`offload_activations` is 'no'; it must be True or False."),
+        ({"sources": 5}, "`sources` is .*5.*; it must be several of a string."),
+        ({"sources": Path("absent.txt")}, "`sources` absent.txt does not exist."),
+    ],
+    ids=str,
+)
+def test_calibration_data_have_types(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        Calibration(**options)
+
+
+def test_what_is_no_recipe_is_refused() -> None:
+    with pytest.raises(RequestError, match="Recipe mine names no format"):
+        Recipe("mine", "", (Stage(UniformGrid(4, 64)),), ())
+    with pytest.raises(RequestError, match="`grid` is 'uniform'; it must be an object such as UniformGrid, LloydGrid"):
+        Stage("uniform")  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="`bits` changes nothing: recipe mine rounds nothing"):
+        changed(Recipe("mine", "", (), ("dense",)), {"bits": 4})
+    assert Recipe("mine", "", (), "dense").formats == ("dense",)  # type: ignore[arg-type]
+
+
+def test_options_of_several_parts_are_changed_at_once() -> None:
+    (stage,) = changed(RECIPES["hlwq"], {"group_size": 48, "block_size": 16}).stages
+    assert stage == Stage(LloydGrid(5, 48), Hadamard(16))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recorded_stage_is_read_again(name: str) -> None:
+    for stage in RECIPES[name].stages:
+        assert Stage.recorded(json.loads(json.dumps(stage.record()))) == stage
+    unusual = Stage(LloydGrid(4, 64, least_squares=False), Hadamard(32), Gptq(desc_act=True, damping=0.1))
+    assert Stage.recorded(json.loads(json.dumps(unusual.record()))) == unusual
+
+
+@pytest.mark.parametrize("record", [{}, {"grid": "uniform", "basis": "identity"}, {"grid": {"name": "new"}}])
+def test_a_stage_of_another_version_is_refused(record: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError, match="made by another version of hlwq"):
+        Stage.recorded(record)
+
+
+def test_a_block_that_does_not_divide_is_told(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = dict(hidden_size=192, num_attention_heads=3, num_key_value_heads=3)
+    source = Reader(make_checkpoint(tmp_path / "model", "llama", **sizes))
+    recipe = changed(RTN, {"basis": "hadamard", "block_size": 128})
+    plan = make_plan(source, recipe, "dense")
+    assert plan.remarks == ("columns rotated in blocks of 64 where in_features is 192",)
+    assert {stage.summary for each in plan.quantized() for stage in each.stages} == {
+        "4 bits, group 64, rotated in blocks of 64",
+        "4 bits, group 64, rotated in blocks of 128",
+    }

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hlwq.errors import RequestError
 from hlwq.hadamard import rotate_blocks
-from hlwq.options import option
+from hlwq.options import check_types, option
 
 
 class Basis(Protocol):
@@ -23,6 +23,10 @@ class Basis(Protocol):
     name: ClassVar[str]
     title: ClassVar[str]
     reference: ClassVar[str]
+
+    @property
+    def summary(self) -> str:
+        """What it does to columns, in a few words; nothing if nothing."""
 
     def fitted(self, in_features: int, group_size: int) -> Basis:
         """The basis for matrices of this width, whose groups have this size.
@@ -45,6 +49,11 @@ class Identity:
     name: ClassVar[str] = "identity"
     title: ClassVar[str] = "columns as they are"
     reference: ClassVar[str] = ""
+
+    @property
+    def summary(self) -> str:
+        """Nothing."""
+        return ""
 
     def fitted(self, in_features: int, group_size: int) -> Identity:
         """Itself, whatever the width."""
@@ -74,9 +83,15 @@ class Hadamard:
     block_size: int | None = option("Columns rotated together, a power of two (default: a group).", default=None)
 
     def __post_init__(self) -> None:
+        check_types(self)
         size = self.block_size
-        if size is not None and (type(size) is not int or size < 2 or size & (size - 1)):
+        if size is not None and (size < 2 or size & (size - 1)):
             raise RequestError(f"`block_size` is {size}; it must be a power of two from 2.")
+
+    @property
+    def summary(self) -> str:
+        """The size of the blocks."""
+        return f"rotated in blocks of {self.block_size or 'a group'}"
 
     def fitted(self, in_features: int, group_size: int) -> Hadamard:
         """The basis with the block size for this width. Raises RequestError where there is none."""

@@ -62,8 +62,7 @@ class CalibratedLayers:
             check_finite(weights[-1], tensor.spec.name)
         stage = next(iter(matrices.values())).stages[-1]
         try:
-            stacked = torch.cat(weights)
-            solved = stage.solver.solve(stacked, stage.grid.bound(stacked), stage.basis, gram)
+            solved = stage.solver.solve(torch.cat(weights), stage.grid, stage.basis, gram)
         except HlwqError as error:
             raise error.about(*(tensor.spec.name for tensor in matrices.values())) from None
         parts = solved.split_rows([len(values) for values in weights])

@@ -6,9 +6,14 @@ line makes a flag of it, `hlwq.json` records it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable
 from dataclasses import MISSING, Field, dataclass, field, fields
-from typing import Any
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from hlwq.errors import RequestError
 
 
 @dataclass(frozen=True)
@@ -44,11 +49,60 @@ def references(part: Any) -> list[str]:
 
 
 def recorded(part: Any) -> dict[str, Any]:
-    """A grid, basis or solver as `hlwq.json` has it: its name and its options."""
-    values: Mapping[str, Any] = {name: getattr(part, name) for name in options_of(part)}
-    return {"name": part.name, **values}
+    """A grid, basis or solver as `hlwq.json` has it: its name, its options, and what else is not as by default.
+
+    The dtypes that a grid is stored in are left out: the format decides them.
+    """
+    own = {each.name: each for each in fields(part)}
+    values = {name: getattr(part, name) for name in own}
+    options = options_of(part)
+    kept = {
+        name: value
+        for name, value in values.items()
+        if name in options or (isinstance(value, bool | int | float | str) and value != own[name].default)
+    }
+    return {"name": part.name, **kept}
 
 
-def several(values: str | Iterable[str]) -> tuple[str, ...]:
-    """Values of an option that may be given several times; a single string is one of them."""
-    return (values,) if isinstance(values, str) else tuple(values)
+def check_types(part: Any) -> None:
+    """Raise RequestError, which names the option, unless the options of a dataclass have the types of its fields.
+
+    A bool is no integer here, and an integer is a float.
+    """
+    for name, hint in get_type_hints(type(part)).items():
+        if name in options_of(part) and not _has_type(getattr(part, name), hint):
+            raise RequestError(f"`{name}` is {getattr(part, name)!r}; it must be {_in_words(hint)}.")
+
+
+def several(values: Any) -> tuple[str, ...]:
+    """Values of an option that may be given several times; a single string, path or pattern is one of them."""
+    single = isinstance(values, str | Path | re.Pattern) or not isinstance(values, Iterable)
+    return tuple(
+        each.pattern if isinstance(each, re.Pattern) else str(each) if isinstance(each, Path) else each
+        for each in ((values,) if single else values)
+    )
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+    if get_origin(hint) in (Union, UnionType):
+        return any(_has_type(value, each) for each in get_args(hint))
+    if get_origin(hint) is Literal:
+        return isinstance(value, str) and value in get_args(hint)
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_has_type(each, get_args(hint)[0]) for each in value)
+    if hint in (bool, int):
+        return type(value) is hint
+    if hint is float:
+        return type(value) in (int, float)
+    return isinstance(value, hint)
+
+
+def _in_words(hint: Any) -> str:
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(_in_words(each) for each in get_args(hint))
+    if get_origin(hint) is Literal:
+        return " or ".join(get_args(hint))
+    if get_origin(hint) is tuple:
+        return f"several of {_in_words(get_args(hint)[0])}"
+    words = {bool: "True or False", int: "an integer", float: "a number", str: "a string", Path: "a path"}
+    return "None" if hint is type(None) else words.get(hint, f"a {hint.__name__}")

@@ -15,7 +15,7 @@ import torch
 
 from hlwq.calibration import Calibration, Samples, default_batch_size, load_samples
 from hlwq.check import check_directory, has_tokenizer, refuse_unless_usable
-from hlwq.containers import DEFAULT_SHARD_BYTES, Source
+from hlwq.containers import DEFAULT_SHARD_BYTES, Source, Writer
 from hlwq.devices import available_memory, peak_memory, torch_device
 from hlwq.errors import CheckpointError, HlwqWarning, RequestError
 from hlwq.formats import Demand
@@ -105,7 +105,7 @@ def run_plan(
         "files": source.stamps(),
     }
     json_files = plan.format.json_files(source.config, plan.contents())
-    writer = plan.format.container(out, plan.outputs(), arguments, shard_bytes, json_files)
+    writer = Writer(out, plan.outputs(), arguments, shard_bytes, json_files)
     work = Work(source, plan, writer, target, report)
     layers = CalibratedLayers(work, samples.tokens, calibration) if samples and calibration else None
     errors = _run_units(work, layers)

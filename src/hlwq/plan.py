@@ -9,15 +9,14 @@ from typing import Any, Literal, Protocol
 
 from hlwq.calibration import Calibration, calibration_memory
 from hlwq.containers import DTYPES, TensorSpec
-from hlwq.errors import CheckpointError, RequestError, UnsupportedError
-from hlwq.families import Matrix, ModelLayout, describe, model_dtype
-from hlwq.formats import Contents, Format, Scheme, format_named
+from hlwq.errors import CheckpointError, HlwqError, RequestError, UnsupportedError
+from hlwq.families import FLOATS, Matrix, ModelLayout, describe, model_dtype
+from hlwq.formats import FORMATS, Contents, Format, Scheme, format_named
 from hlwq.matrix import CHUNK_WEIGHTS
 from hlwq.recipes import Recipe, Stage
 from hlwq.request import Selection
 from hlwq.solvers import Nearest
 
-SOURCE_DTYPES = ("BF16", "F16", "F32")
 REST = "outside the layers"
 
 
@@ -105,9 +104,7 @@ class Plan:
     def contents(self) -> Contents:
         """What the output will hold, as formats see it."""
         quantized = {tensor.module: tensor.scheme for tensor in self.quantized()}
-        return Contents(
-            self.layout, quantized, [m for m in _decoder_matrices(self.layout) if m not in quantized], self.dtype
-        )
+        return Contents(self.layout, quantized, [m for m in self.layout.matrices() if m not in quantized], self.dtype)
 
     def output_bytes(self) -> int:
         """Bytes of all tensors written; headers and side files are not counted."""
@@ -154,25 +151,25 @@ def make_plan(
         recipe: what to do to each matrix.
         format_name: what to write; the recipe's usual format if None.
         selection: changes of the family's choice of matrices.
-        modules: if given, exactly what to quantize, instead of the family's choice.
+        modules: what to quantize where `selection` does not say otherwise; None for the family's choice.
 
     Raises:
         RequestError: an argument is wrong or changes nothing.
         CheckpointError: a tensor is missing or has another shape than the configuration says.
         UnsupportedError: the architecture is not supported, or the format cannot hold what is asked for.
     """
-    output_format = format_named(format_name or recipe.formats[0])
+    output_format = format_named(recipe.formats[0] if format_name is None else format_name)
     layout = describe(source.config, source.tensors)
     check_tensors(source, layout)
     selection = selection or Selection()
-    chosen = set(modules or _choose(source, layout, selection))
+    chosen = _choose(source, layout, selection, usual_modules(layout) if modules is None else set(modules))
     if modules and not output_format.holds_embeddings:  # what the source had as codes is then written decoded
         chosen -= set(_embeddings(layout))
     _check_chosen(layout, output_format, chosen, selection)
     _check_solver(recipe, output_format)
-    matrices, required = _decoder_matrices(layout), layout.required_tensors()
+    matrices, required = layout.matrices(), layout.required_tensors()
     dtype = model_dtype(source.config, source.tensors.values())
-    fallbacks: dict[tuple[int, int], int] = {}
+    remarks: dict[str, None] = {}  # in the order in which they come up, each once
     planned = []
     for spec in source.tensors.values():
         module, unit = spec.name.rpartition(".")[0], _unit(spec.name, layout)
@@ -181,21 +178,16 @@ def make_plan(
         elif spec.name == f"{module}.weight" and module in chosen:
             stages = _stages(recipe, spec, output_format, dtype, calibrated=module in matrices)
             for stage, fitted in zip(recipe.stages, stages, strict=True):
-                if fitted.grid.group_size != stage.grid.group_size:
-                    fallbacks[spec.shape[1], stage.grid.group_size] = fitted.grid.group_size
+                remarks |= dict.fromkeys(_fallbacks(stage, fitted, spec.shape[1]))
             outputs = tuple(output_format.outputs(module, (spec.shape[0], spec.shape[1]), stages[-1].grid, dtype))
             planned.append(PlannedTensor(spec, "quantize", "", unit, stages, outputs))
         else:
             reason = _why_kept(spec.name, layout, matrices, required)
-            planned.append(PlannedTensor(spec, "copy", reason, unit, (), (output_format.kept(spec),)))
-    remarks = [
-        f"group {size} where in_features is {width}, which {wanted} does not divide"
-        for (width, wanted), size in fallbacks.items()
-    ]
+            planned.append(PlannedTensor(spec, "copy", reason, unit, (), (spec,)))
     if recipe.calibrated and chosen.intersection(_embeddings(layout)):
-        remarks.append("the embedding and the output head are rounded to nearest: only layers are calibrated")
+        remarks["the embedding and the output head are rounded to nearest: only layers are calibrated"] = None
     if layout.tied and "lm_head.weight" in source.tensors:
-        remarks.append("lm_head.weight is dropped: config.json ties it to the embedding")
+        remarks["lm_head.weight is dropped: config.json ties it to the embedding"] = None
     plan = Plan(layout, recipe, output_format, dtype, tuple(planned), tuple(remarks))
     return replace(plan, warnings=tuple(output_format.cautions(plan.contents())))
 
@@ -220,7 +212,7 @@ def plan_decoding(source: Headers) -> Plan:
 
 def usual_modules(layout: ModelLayout) -> set[str]:
     """The modules that are quantized unless the user says otherwise."""
-    return {module for module, matrix in _decoder_matrices(layout).items() if not matrix.keep}
+    return {module for module, matrix in layout.matrices().items() if not matrix.keep}
 
 
 def check_tensors(source: Headers, layout: ModelLayout) -> None:
@@ -238,25 +230,16 @@ def check_tensors(source: Headers, layout: ModelLayout) -> None:
                 f"tensor {name} has shape {spec.shape}, but config.json says {shape}. They do not belong together.",
                 tensor=name,
             )
-        if spec.dtype not in SOURCE_DTYPES:
+        if spec.dtype not in FLOATS:
             raise UnsupportedError(
                 f"tensor {name} has dtype {spec.dtype}: the source is quantized already. Start from its BF16 original.",
                 tensor=name,
             )
 
 
-def _decoder_matrices(layout: ModelLayout) -> dict[str, Matrix]:
-    return {
-        layout.layer_prefix(index) + matrix.name: matrix
-        for index, layer in enumerate(layout.layers)
-        for matrix in layer.matrices()
-    }
-
-
-def _choose(source: Headers, layout: ModelLayout, selection: Selection) -> set[str]:
-    """The modules to quantize: the family's choice, changed by options, each of which must change something."""
-    matrices, embeddings = _decoder_matrices(layout), _embeddings(layout)
-    chosen = usual_modules(layout)
+def _choose(source: Headers, layout: ModelLayout, selection: Selection, usual: set[str]) -> set[str]:
+    """The modules to quantize: the usual choice, changed by options, each of which must change something."""
+    matrices, embeddings, chosen = layout.matrices(), _embeddings(layout), set(usual)
     if selection.include_embeddings:
         chosen.update(embeddings)
     for pattern in selection.include:
@@ -277,11 +260,17 @@ def _check_chosen(layout: ModelLayout, output_format: Format, chosen: set[str], 
     if not output_format.holds_embeddings and chosen.intersection(_embeddings(layout)):
         raise UnsupportedError(
             f"format {output_format.name} cannot hold a quantized embedding or output head that engines load. "
-            "Use format mlx, hlwq or dense for that, or leave them out.",
+            f"Use format {_formats('holds_embeddings')} for that, or leave them out.",
             argument="include_embeddings" if selection.include_embeddings else "include",
         )
     if output_format.fused_alike:
         _check_fused(layout, chosen)
+
+
+def _formats(property: str, value: bool = True) -> str:
+    """The formats that have a property, in words."""
+    names = [each.name for each in FORMATS.values() if getattr(each, property) is value]
+    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def _check_solver(recipe: Recipe, output_format: Format) -> None:
@@ -290,8 +279,9 @@ def _check_solver(recipe: Recipe, output_format: Format) -> None:
             f"Recipe {recipe.name} rounds more than once. Only a single rounding can be calibrated.", argument="recipe"
         )
     if recipe.solver.scatters_groups and not output_format.holds_scattered_groups:
+        others = _formats("holds_scattered_groups")
         raise UnsupportedError(
-            f"format {output_format.name} has no place for `desc_act`. Use format gptq, or leave it out."
+            f"format {output_format.name} has no place for `desc_act`. Use format {others}, or leave it out."
         )
 
 
@@ -313,19 +303,13 @@ def _matching(
 
 
 def _check_fused(layout: ModelLayout, chosen: set[str]) -> None:
-    members: dict[str, list[str]] = {}
-    for index, layer in enumerate(layout.layers):
-        prefix = layout.layer_prefix(index)
-        for matrix in layer.matrices():
-            if matrix.fused:
-                members.setdefault(prefix + matrix.fused, []).append(prefix + matrix.name)
-    for fused, modules in members.items():
+    for fused, modules in layout.fusions().items():
         inside = [module for module in modules if module in chosen]
         if inside and len(inside) < len(modules):
-            outside = [module for module in modules if module not in chosen]
+            outside, others = [module for module in modules if module not in chosen], _formats("fused_alike", False)
             raise UnsupportedError(
                 f"engines run {', '.join(modules)} as one matrix ({fused}), so all or none can be quantized. "
-                f"Exclude {', '.join(inside)} too, or include {', '.join(outside)}; or write format mlx or dense.",
+                f"Exclude {', '.join(inside)} too, or include {', '.join(outside)}; or write format {others}.",
                 argument="exclude",
             )
 
@@ -334,21 +318,27 @@ def _stages(
     recipe: Recipe, spec: TensorSpec, output_format: Format, dtype: str, *, calibrated: bool
 ) -> tuple[Stage, ...]:
     """The stages of a recipe for one matrix: groups and blocks that divide it, the last grid as the format has it."""
-    module, shape = spec.name.rpartition(".")[0], (spec.shape[0], spec.shape[1])
+    shape, stages = (spec.shape[0], spec.shape[1]), []
     try:
-        grids = [stage.grid.fitted(shape[1], output_format.default_symmetric) for stage in recipe.stages]
-        bases = [
-            stage.basis.fitted(shape[1], grid.group_size) for stage, grid in zip(recipe.stages, grids, strict=True)
-        ]
-    except UnsupportedError as error:
+        for stage in recipe.stages:
+            grid = stage.grid.fitted(shape[1], output_format.default_symmetric)
+            basis = stage.basis.fitted(shape[1], grid.group_size)
+            stages.append(replace(stage, grid=grid, basis=basis))
+    except HlwqError as error:
         raise error.about(spec.name) from None
-    stages = [
-        replace(stage, grid=grid, basis=basis) for stage, grid, basis in zip(recipe.stages, grids, bases, strict=True)
-    ]
     last = stages[-1]
-    grid = output_format.hold(module, shape, last.grid, last.basis, dtype)
+    grid = output_format.hold(spec.name.rpartition(".")[0], shape, last.grid, last.basis, dtype)
     stages[-1] = replace(last, grid=grid, solver=last.solver if calibrated else Nearest())
     return tuple(stages)
+
+
+def _fallbacks(stage: Stage, fitted: Stage, width: int) -> Iterator[str]:
+    """What a matrix of this width has in place of what a stage asked for."""
+    wanted, size = stage.grid.group_size, fitted.grid.group_size
+    if wanted != size:
+        yield f"group {size} where in_features is {width}, which {wanted} does not divide"
+    if stage.basis.fitted(1 << 30, size) != fitted.basis:
+        yield f"columns {fitted.basis.summary} where in_features is {width}"
 
 
 def layer_unit(index: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ from hlwq.decoded import DecodedCheckpoint, open_dense
 from hlwq.errors import HlwqWarning, RequestError
 from hlwq.families import describe
 from hlwq.files import read_json, refuse_unless_empty
+from hlwq.options import options_of, several
 from hlwq.pipeline import QuantizeResult, run_plan
 from hlwq.plan import Plan, make_plan, plan_decoding, usual_modules
 from hlwq.recipes import Recipe, changed, recipe_named
-from hlwq.request import Request
+from hlwq.request import Request, Selection
+from hlwq.solvers import SOLVERS
 from hlwq.sources import locate, stated_by_card
 from hlwq.transformers_models import require_transformers
 from hlwq.work import Progress
@@ -90,19 +93,21 @@ def convert(
     out: str | Path,
     format: str,
     *,
+    exclude: str | Sequence[str] = (),
     device: str = "cpu",
     progress: Progress | None = None,
     **changes: Any,
 ) -> QuantizeResult:
     """Turn a quantized directory into another format, without the model it was made from.
 
-    To `dense` the codes are only decoded. To `gptq` and `mlx` they are decoded and rounded again (recipe `rtn`), with
-    the result of the chain HLWQ → INT4; relative errors are then against the decoded weights.
+    To `dense` the codes are only decoded. To other formats they are decoded and rounded again (recipe `rtn`), with the
+    result of the chain HLWQ → INT4; relative errors are then against the decoded weights.
 
     Args:
         directory: what `quantize` wrote, or a PolarQuant or early HLWQ directory; any format can be decoded.
         out: the directory to make; absent or empty.
         format: `gptq`, `mlx`, `compressed-tensors` or `dense`.
+        exclude: regular expressions of modules to write decoded.
         device: where to compute.
         progress: told how far the work is.
         changes: options of the codes in the new file: `bits`, `group_size`, `symmetric`, `scale_method`.
@@ -116,12 +121,13 @@ def convert(
     if not path.is_dir():
         raise RequestError(f"{directory} is not a directory.", argument="directory", path=path)
     decoded = DecodedCheckpoint(path)
+    selection = Selection(exclude=several(exclude))
+    _check_conversion(directory, decoded.format.name, format, changes, selection)
     recipe = changed(recipe_named("rtn"), changes)
-    _check_conversion(directory, decoded.format.name, format, recipe, changes)
     if format == "dense":
         plan = plan_decoding(decoded)
     else:
-        plan = make_plan(decoded, recipe, format, modules=_modules_to_round(decoded))
+        plan = make_plan(decoded, recipe, format, selection, modules=_modules_to_round(decoded))
         warnings.warn(
             f"the weights of {path.resolve().name} are rounded a second time, and errors are told against them as they "
             "are. Quantize the original if you have it.",
@@ -138,20 +144,22 @@ def convert(
 
 
 def _check_conversion(
-    directory: str | Path, present: str, wanted: str, recipe: Recipe, changes: dict[str, Any]
+    directory: str | Path, present: str, wanted: str, changes: dict[str, Any], selection: Selection
 ) -> None:
-    """Raise RequestError unless a directory of one format can become one of another by this recipe."""
+    """Raise RequestError unless a directory of one format can become one of another with these changes."""
     given = [name for name, value in changes.items() if value is not None]
+    solving = {"calibrate", *(name for kind in SOLVERS.values() for name in options_of(kind))}
     if present == "dense":
         raise RequestError(f"{directory} is not quantized. Use `hlwq quantize`.", argument="directory")
     if wanted == present:
         raise RequestError(f"{directory} is in format {wanted} already.", argument="format")
     if wanted == "hlwq":
         raise RequestError("To make an HLWQ checkpoint, quantize the original with recipe hlwq.", argument="format")
-    if wanted == "dense" and given:
+    if wanted == "dense" and (given := given or ["exclude"] * bool(selection.exclude)):
         raise RequestError(f"`{given[0]}` changes nothing: to format dense, codes are only decoded.", argument=given[0])
-    if recipe.calibrated:
-        raise RequestError("`calibrate` is for quantizing, and a conversion only rounds. Quantize the original.")
+    if calibrating := solving.intersection(given):
+        message = f"`{min(calibrating)}` is for quantizing, and a conversion only rounds. Quantize the original."
+        raise RequestError(message)
 
 
 def _modules_to_round(decoded: DecodedCheckpoint) -> list[str]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import Field, dataclass, field, replace
+from dataclasses import Field, dataclass, field, is_dataclass, replace
 from typing import Any
 
 from hlwq.bases import BASES, Basis, Hadamard, Identity
 from hlwq.errors import CheckpointError, HlwqError, RequestError
 from hlwq.grids import GRIDS, Grid, LloydGrid, UniformGrid
-from hlwq.options import options_of, recorded
+from hlwq.options import options_of, recorded, several
 from hlwq.solvers import SOLVERS, Gptq, Nearest, Solver
 
 PARTS: dict[str, Mapping[str, type[Any]]] = {"grid": GRIDS, "basis": BASES, "solver": SOLVERS}
@@ -32,7 +32,18 @@ class Stage:
     solver: Solver = field(default_factory=Nearest)
 
     def __post_init__(self) -> None:
-        self.basis.fitted(self.grid.group_size, self.grid.group_size)  # groups that cannot be rotated are refused here
+        for part, table in PARTS.items():
+            if not is_dataclass(getattr(self, part)):
+                kinds = ", ".join(kind.__name__ for kind in table.values())
+                raise RequestError(f"`{part}` is {getattr(self, part)!r}; it must be an object such as {kinds} make.")
+        if self.basis == Hadamard():  # of groups: those that cannot be rotated are refused, not replaced by others
+            self.basis.fitted(self.grid.group_size, self.grid.group_size)
+
+    @property
+    def summary(self) -> str:
+        """What it makes of a matrix, in a few words."""
+        parts = (f"{self.grid.bits} bits", f"group {self.grid.group_size}", self.basis.summary)
+        return ", ".join(filter(None, parts))
 
     def record(self) -> dict[str, Any]:
         """The stage as `hlwq.json` has it."""
@@ -62,6 +73,11 @@ class Recipe:
     summary: str
     stages: tuple[Stage, ...]
     formats: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "formats", several(self.formats))
+        if not self.formats:
+            raise RequestError(f"Recipe {self.name} names no format.")
 
     @property
     def solver(self) -> Solver:
@@ -141,28 +157,30 @@ def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
         raise TypeError(f"unknown option {min(unknown)!r}; options are {', '.join(sorted(stage_options()))}")
     if not given:
         return recipe
-    stage = recipe.stages[-1]
+    if not recipe.stages:
+        raise RequestError(f"`{min(given)}` changes nothing: recipe {recipe.name} rounds nothing.")
+    parts: dict[str, Any] = {part: getattr(recipe.stages[-1], part) for part in PARTS}
     if "basis" in given:
-        stage = replace(stage, basis=_basis_named(given.pop("basis"), stage.basis))
+        parts["basis"] = _basis_named(given.pop("basis"), parts["basis"])
     if "calibrate" in given:
-        stage = replace(stage, solver=_calibrated(recipe, given.pop("calibrate")))
-    for part_name in PARTS:
-        part = getattr(stage, part_name)
-        own = {name: given.pop(name) for name in options_of(part) if name in given}
-        if own:
-            stage = replace(stage, **{part_name: replace(part, **own)})
-    for name in given:
-        raise RequestError(f"`{name}` changes nothing in recipe {recipe.name}: {_why_idle(name, stage)}")
-    return replace(recipe, stages=(*recipe.stages[:-1], stage))
+        parts["solver"] = _calibrated(recipe, given.pop("calibrate"))
+    for name, part in parts.items():
+        parts[name] = replace(part, **{option: given.pop(option) for option in options_of(part) if option in given})
+    for option in given:
+        why = _why_idle(option, parts["grid"])
+        raise RequestError(f"`{option}` changes nothing in recipe {recipe.name}: {why}")
+    return replace(recipe, stages=(*recipe.stages[:-1], Stage(**parts)))
 
 
 def _basis_named(name: str, present: Basis) -> Basis:
-    if name not in BASES:
+    if not isinstance(name, str) or name not in BASES:
         raise RequestError(f"There is no basis {name}. Bases are: {', '.join(BASES)}.", argument="basis")
     return present if present.name == name else BASES[name]()
 
 
 def _calibrated(recipe: Recipe, calibrate: bool) -> Solver:
+    if type(calibrate) is not bool:
+        raise RequestError(f"`calibrate` is {calibrate!r}; it must be True or False.")
     if recipe.calibrated:
         if calibrate:
             raise RequestError(f"`calibrate=True` changes nothing: recipe {recipe.name} is calibrated.")
@@ -177,11 +195,11 @@ def _calibrated(recipe: Recipe, calibrate: bool) -> Solver:
     return CALIBRATED if calibrate else recipe.solver
 
 
-def _why_idle(name: str, stage: Stage) -> str:
-    """Why a stage has no option of a name that others have, and what to do."""
+def _why_idle(name: str, grid: Grid) -> str:
+    """Why a stage on this grid has no option of a name that others have, and what to do."""
     owner = next(part for part, table in PARTS.items() if any(name in options_of(kind) for kind in table.values()))
     if owner == "solver":
         return "it is not calibrated. Add `calibrate=True`."
     if owner == "basis":
         return "its columns are not rotated. Add `basis='hadamard'`."
-    return f"{'Lloyd–Max' if stage.grid.name == 'lloyd' else stage.grid.name} levels have no such option."
+    return f"{grid.title} have no such option."

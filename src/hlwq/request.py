@@ -10,7 +10,7 @@ from typing import Any
 from hlwq.calibration import Calibration
 from hlwq.containers import DEFAULT_SHARD_BYTES
 from hlwq.errors import RequestError
-from hlwq.options import option, several
+from hlwq.options import check_types, option, several
 from hlwq.recipes import Recipe, changed, recipe_named, stage_options
 
 
@@ -31,6 +31,7 @@ class Selection:
     def __post_init__(self) -> None:
         object.__setattr__(self, "include", several(self.include))
         object.__setattr__(self, "exclude", several(self.exclude))
+        check_types(self)
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,11 @@ class Request:
     shard_bytes: int = DEFAULT_SHARD_BYTES
 
     def __post_init__(self) -> None:
-        if self.shard_bytes < 1:
-            raise RequestError(f"`shard_bytes` is {self.shard_bytes}; it must be positive.")
+        check_types(self)
+        if type(self.shard_bytes) is not int or self.shard_bytes < 1:
+            raise RequestError(f"`shard_bytes` is {self.shard_bytes!r}; it must be a positive integer.")
+        if not isinstance(self.calibration, Calibration | None):
+            raise RequestError(f"`calibration` is {self.calibration!r}; it must be a Calibration.")
 
     @classmethod
     def of(cls, source: str | Path, recipe: str | Recipe = "rtn", **options: Any) -> Request:

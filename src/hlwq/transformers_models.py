@@ -30,9 +30,10 @@ def load_tokenizer(path: Path) -> Any:
         ResourceError: transformers is not installed.
         CheckpointError: there is no tokenizer, or none that loads.
     """
+    transformers = require_transformers()
     try:
-        return require_transformers().AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, ImportError) as error:
+        return transformers.AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # tokenizers raise what they like
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         message = f"{path} has no tokenizer that loads ({reason}). Copy the original's."
         raise CheckpointError(message, path=path) from None

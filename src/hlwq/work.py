@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -77,7 +76,6 @@ def quantize_matrix(
         UnsupportedError: a group's parameters overflow.
     """
     parts: list[QuantizedMatrix] = []
-    stages = [replace(stage, grid=stage.grid.bound(weights)) for stage in stages]
     squared_error, squared_norm = 0.0, 0.0
     for rows in weights.split(max(1, CHUNK_WEIGHTS // weights.shape[1])):
         original = values = rows.to(device, torch.float32)

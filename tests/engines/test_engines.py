@@ -214,9 +214,9 @@ def test_vllm_reads_the_config_groups_as_meant(
     for index, layer in enumerate(layout.layers):
         for matrix in layer.matrices():
             prefix = layout.layer_prefix(index)
-            name = prefix.replace("model.language_model.", "language_model.model.") + (matrix.fused or matrix.name)
+            module = prefix.replace("model.language_model.", "language_model.model.") + (matrix.fused or matrix.name)
             scheme = decoded.scheme_of(f"{prefix}{matrix.name}.weight")
-            expected[name] = [scheme.bits, scheme.group_size, scheme.symmetric] if scheme else None
+            expected[module] = [scheme.bits, scheme.group_size, scheme.symmetric] if scheme else None
     sizes = {scheme[1] for scheme in expected.values() if scheme}
     assert sizes == ({64, 128} if name == "smollm2" else {128})
     assert run_engine("vllm", "vllm_schemes.py", directory, list(expected)) == expected

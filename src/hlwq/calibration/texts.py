@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hlwq.errors import HlwqError, RequestError, ResourceError
 from hlwq.files import hash_file
-from hlwq.options import option, several
+from hlwq.options import check_types, option, several
 
 HUB_DEFAULT = "neuralmagic/LLM_compression_calibration"
 EMBEDDED = "embedded"
@@ -55,11 +55,12 @@ class Calibration:
     offload_activations: bool = option("Keep samples on disk between layers, not in memory.", default=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "sources", several(self.sources))
+        check_types(self)
         for name, least in (("samples", 1), ("sequence_length", 1), ("batch_size", 1), ("seed", 0)):
             value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < least):
+            if value is not None and value < least:
                 raise RequestError(f"`{name}` {value} must be at least {least}.")
-        object.__setattr__(self, "sources", several(self.sources))
         if len(set(self.sources)) < len(self.sources):
             raise _wrong("the same source is named twice, which changes nothing. Name each once.")
         for source in self.sources:
@@ -103,7 +104,7 @@ def load_samples(calibration: Calibration, tokenizer: Any) -> Samples:
     share, more = divmod(calibration.samples, len(calibration.sources))
     if not share:
         raise RequestError(
-            f"`samples` {calibration.samples} is fewer than the {len(calibration.sources)} sources of `calibration`."
+            f"`samples` {calibration.samples} is fewer than the {len(calibration.sources)} sources of `sources`."
         )
     parts, facts = [], []
     for index, source in enumerate(calibration.sources):
@@ -129,7 +130,7 @@ def _embedded_samples(calibration: Calibration, tokenizer: Any, error: HlwqError
     chosen = replace(calibration, sources=(EMBEDDED,), samples=max(1, min(calibration.samples, most)))
     warning = (
         f"calibrating on {chosen.samples} samples of Python's reference documentation, since the hub's data could not "
-        f"be had. It is English about one subject: name better data with `calibration`. ({error})"
+        f"be had. It is English about one subject: name better data with `sources`. ({error})"
     )
     return replace(load_samples(chosen, tokenizer), warning=warning)
 
@@ -236,7 +237,7 @@ def _from_hub(name: str, calibration: Calibration) -> tuple[dict[str, Any], Iter
         return {"fingerprint": data._fingerprint}, data.shuffle(seed=calibration.seed)
     except Exception as error:  # the library lets many through: of the network, of the hub, of the files
         raise ResourceError(
-            f"`calibration` {name} is no file here, and the hub did not give it: {_first_line(error)} "
+            f"`sources` {name} is no file here, and the hub did not give it: {_first_line(error)} "
             "Name a local file instead."
         ) from None
 
@@ -259,7 +260,7 @@ def _shuffled(documents: list[Any], calibration: Calibration) -> list[Any]:
 
 
 def _wrong(message: str) -> RequestError:
-    return RequestError(f"`calibration` {message}")
+    return RequestError(f"`sources` {message}")
 
 
 def _first_line(error: Exception) -> str:
@@ -272,6 +273,6 @@ def _datasets() -> Any:
     except ImportError:
         raise ResourceError(
             "Calibration data from the hub, which is also the default, and .parquet files need datasets. Run: "
-            "pip install 'hlwq[calibration]', or name a .txt or .jsonl file with `calibration`."
+            "pip install 'hlwq[calibration]', or name a .txt or .jsonl file with `sources`."
         ) from None
     return datasets

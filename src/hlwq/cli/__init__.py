@@ -30,7 +30,7 @@ class Command(TyperCommand):
             text = "interrupted; `quantize`, `convert` and `eval humaneval` go on where they stopped"
             printing.messages.print(text, highlight=False)
             raise typer.Exit(130) from None
-        output.show(ctx.params["as_json"], lambda text: spelled(text, self))
+        output.show(ctx.params["as_json"], self._spelled)
         raise typer.Exit(output.status)
 
     def _show_warning(self, message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
@@ -39,7 +39,12 @@ class Command(TyperCommand):
             self._show("[yellow]warning:[/yellow]", message)
 
     def _show(self, kind: str, message: object) -> None:
-        printing.messages.print(f"{kind} {escape(spelled(str(message), self))}", soft_wrap=True, highlight=False)
+        printing.messages.print(f"{kind} {escape(self._spelled(str(message)))}", soft_wrap=True, highlight=False)
+
+    def _spelled(self, text: str) -> str:
+        """A text in this command's flags; in those of `quantize` where it advises to quantize again."""
+        again: Any = typer.main.get_command(app)
+        return spelled(text, self, again.commands["quantize"]) if "Quantize again" in text else spelled(text, self)
 
 
 app = typer.Typer(

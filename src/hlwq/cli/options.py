@@ -97,13 +97,14 @@ def with_json(command: Command) -> Command:
     return _declared(run, [*inspect.signature(command, eval_str=True).parameters.values(), as_json])
 
 
-def spelled(message: str, command: Any) -> str:
-    """A message of the library in the words of a typer command: `--group-size` for an argument in backticks.
+def spelled(message: str, *commands: Any) -> str:
+    """A message of the library in the words of typer commands: `--group-size` for an argument in backticks.
 
-    What stands in backticks and is no argument of the command stays as it is.
+    What stands in backticks and is no argument of the commands stays as it is; the first that has one spells it.
     """
-    known = {opt.lstrip("-").replace("-", "_"): each for each in command.params for opt in each.opts}
-    known |= {each.name: each for each in command.params}
+    known: dict[str, Any] = {}
+    for each in (each for command in reversed(commands) for each in command.params):
+        known |= {opt.lstrip("-").replace("-", "_"): each for opt in each.opts} | {each.name: each}
 
     def in_flags(quoted: re.Match[str]) -> str:
         match = _QUOTED.fullmatch(_RENAMED.get(quoted[0], quoted[0]))

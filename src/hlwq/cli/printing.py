@@ -162,7 +162,7 @@ def plan_output(plan: Plan, calibration: Calibration | None) -> Output:
     for tensor in plan.tensors:
         how, name, shape = tensor.reason, "", ""
         if tensor.action == "quantize":
-            how = " → ".join(f"{stage.grid.bits} bits, group {stage.grid.group_size}" for stage in tensor.stages)
+            how = " → ".join(stage.summary for stage in tensor.stages)
             name = re.sub(r"\.layers\.\d+\.", ".layers.*.", tensor.spec.name)
             shape = "×".join(map(str, tensor.spec.shape))
         written = sum(spec.nbytes for spec in tensor.outputs)

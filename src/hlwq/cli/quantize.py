@@ -30,7 +30,7 @@ QUANTIZE_FLAGS = {
     "calibrate": parameter("calibrate", bool, CALIBRATE),
     **CALIBRATION_FLAGS,
 }
-CONVERT_FLAGS = {**flags_of(UniformGrid), "device": flags_of(Request)["device"]}
+CONVERT_FLAGS = {**flags_of(UniformGrid), **{name: QUANTIZE_FLAGS[name] for name in ("exclude", "device")}}
 
 Out = Annotated[Path, typer.Argument(help="The directory to make.")]
 Directory = Annotated[Path, typer.Argument(help="A model directory of any format.")]

@@ -142,10 +142,6 @@ class Reader:
             tensor: Tensor = handle.get_tensor(name) if part is None else handle.get_slice(name)[part]
         return tensor
 
-    def file_of(self, name: str) -> Path:
-        """The shard that holds a tensor."""
-        return self._files[name]
-
     def stamps(self) -> list[list[Any]]:
         """Name, size and time of each weight file."""
         files = sorted(self.path.glob("*.safetensors"))

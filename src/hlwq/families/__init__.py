@@ -17,6 +17,7 @@ from hlwq.families.qwen3_5 import QWEN3_5
 
 __all__ = [
     "FAMILIES",
+    "FLOATS",
     "Family",
     "Layer",
     "Matrix",
@@ -60,6 +61,22 @@ class ModelLayout:
     def layer_prefix(self, index: int) -> str:
         """The names before a decoder layer's modules."""
         return f"{self.prefix}layers.{index}."
+
+    def matrices(self) -> dict[str, Matrix]:
+        """The linear layers of the decoder, by their names in the checkpoint."""
+        return {
+            self.layer_prefix(index) + matrix.name: matrix
+            for index, layer in enumerate(self.layers)
+            for matrix in layer.matrices()
+        }
+
+    def fusions(self) -> dict[str, list[str]]:
+        """The matrices that engines run as one: the members, by the name of the whole."""
+        members: dict[str, list[str]] = {}
+        for module, matrix in self.matrices().items():
+            if matrix.fused:
+                members.setdefault(module.removesuffix(matrix.name) + matrix.fused, []).append(module)
+        return members
 
     def required_tensors(self) -> dict[str, tuple[int, ...]]:
         """Every tensor that the decoder cannot do without, with its shape."""

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from hlwq.bases import Basis
-from hlwq.containers import Reader, TensorSpec, Writer
+from hlwq.containers import Reader, TensorSpec
 from hlwq.errors import UnsupportedError
 from hlwq.families import ModelLayout, Restoration
 from hlwq.grids import Grid
@@ -150,8 +150,6 @@ class Format(ReadableFormat):
         outputs: the tensors that `encode` will return for a module on a grid that `hold` gave.
         encode: a quantized matrix as the tensors of the file, by name, given the model's dtype.
         json_files: `config.json`, and whatever else engines read beside it.
-        kept: a tensor that is not quantized as the file has it: its name and its dtype may be others.
-        container: what writes the files.
         cautions: what users should know before the work, one line each.
         default_symmetric: whether uniform codes are symmetric where the user does not say.
         fused_alike: engines run some matrices as one, whose members must have one scheme.
@@ -166,8 +164,6 @@ class Format(ReadableFormat):
     encode: Callable[[str, QuantizedMatrix, str], dict[str, Tensor]]
     json_files: Callable[[dict[str, Any], Contents], dict[str, dict[str, Any]]]
     _: KW_ONLY
-    kept: Callable[[TensorSpec], TensorSpec] = lambda spec: spec
-    container: type[Writer] = Writer
     cautions: Callable[[Contents], list[str]] = lambda contents: []
     default_symmetric: bool = True
     fused_alike: bool = True

@@ -41,8 +41,8 @@ from hlwq.formats.uniform import (
     symmetric_zero,
     uniform_grid,
 )
-from hlwq.formats.vllm import VLLM, decoder_matrices, uniform_demands
-from hlwq.grids import Grid, UniformGrid
+from hlwq.formats.vllm import VLLM, uniform_demands
+from hlwq.grids import Grid
 from hlwq.matrix import QuantizedMatrix
 from hlwq.packing import pack, unpack
 
@@ -64,8 +64,7 @@ def hold(module: str, shape: tuple[int, int], grid: Grid, basis: Basis, dtype: s
 
 def outputs(module: str, shape: tuple[int, int], grid: Grid, dtype: str) -> list[TensorSpec]:
     """The three or four tensors of a module."""
-    symmetric = not isinstance(grid, UniformGrid) or grid.symmetry
-    return _parts(module, shape, Scheme(grid.bits, grid.group_size, symmetric), dtype)
+    return _parts(module, shape, Scheme(grid.bits, grid.group_size, grid.symmetry), dtype)
 
 
 def _parts(module: str, shape: tuple[int, int], scheme: Scheme, dtype: str) -> list[TensorSpec]:
@@ -82,14 +81,14 @@ def _parts(module: str, shape: tuple[int, int], scheme: Scheme, dtype: str) -> l
 
 
 def encode(module: str, matrix: QuantizedMatrix, dtype: str) -> dict[str, Tensor]:
-    """Pack codes, zeros and scales as the module's docstring says."""
+    """Codes, zeros and scales, packed."""
     bits = matrix.grid.bits
     parts = {
         f"{module}.weight_packed": pack(matrix.codes, bits).view(torch.int32),
         f"{module}.weight_scale": matrix.parameters.scale.to(DTYPES[dtype]),
         f"{module}.weight_shape": torch.tensor(matrix.codes.shape),
     }
-    if isinstance(matrix.grid, UniformGrid) and not matrix.grid.symmetry:
+    if not matrix.grid.symmetry:
         zeros = pack(integer_zeros(matrix).T.contiguous(), bits).view(torch.int32)
         parts[f"{module}.weight_zero_point"] = zeros.T.contiguous()
     return parts
@@ -247,8 +246,7 @@ def _wrong_groups(
 ) -> list[str]:
     """Modules for which `config_groups` and `ignore` say something else than the tensors do."""
     wrong = []
-    for prefix, matrix in decoder_matrices(layout):
-        module = prefix + matrix.name
+    for module in layout.matrices():
         name = layout.family.vllm_name(module) if vllm else module  # vLLM asks for the members of a fused matrix
         stored, weights = modules.get(module), configured_weights(section, name)
         if weights and stored:
@@ -257,7 +255,7 @@ def _wrong_groups(
             agrees = weights is None and stored is None
         if not agrees:
             wrong.append(name)
-    kept = [f"{prefix}blocks.0.mlp.linear_fc1" for prefix in layout.family.kept]
+    kept = [f"{prefix}any.linear" for prefix in layout.family.kept]
     outside = ["lm_head", *map(layout.family.vllm_name, kept)] if vllm else ["lm_head", *kept]
     return wrong + [name for name in outside if configured_weights(section, name) is not None]
 

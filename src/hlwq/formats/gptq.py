@@ -31,8 +31,8 @@ from hlwq.formats.uniform import (
     integer_zeros,
     uniform_grid,
 )
-from hlwq.formats.vllm import VLLM, decoder_matrices, uniform_demands
-from hlwq.grids import Grid, UniformGrid
+from hlwq.formats.vllm import VLLM, uniform_demands
+from hlwq.grids import Grid
 from hlwq.matrix import QuantizedMatrix
 from hlwq.packing import pack, unpack
 from hlwq.version import __version__
@@ -69,9 +69,9 @@ def _parts(module: str, shape: tuple[int, int], bits: int, groups: int) -> list[
 
 
 def encode(module: str, matrix: QuantizedMatrix, dtype: str) -> dict[str, Tensor]:
-    """Pack codes, zeros and scales as the module's docstring says."""
+    """Codes, zeros and scales, packed."""
     bits = matrix.grid.bits
-    symmetric = isinstance(matrix.grid, UniformGrid) and matrix.grid.symmetry
+    symmetric = matrix.grid.symmetry
     stored = integer_zeros(matrix) - (1 if symmetric else 0)
     group_of_column = matrix.group_of_column
     if group_of_column is None:
@@ -216,9 +216,10 @@ def _wrong_rules(
     """Modules, as an engine names them, for which the `dynamic` rules say something else than the tensors do."""
     rules, vllm = section.get("dynamic") or {}, engine == VLLM
     wrong = []
-    for prefix, matrix in decoder_matrices(layout):
-        name = layout.family.vllm_name(prefix + (matrix.fused or matrix.name)) if vllm else prefix + matrix.name
-        stored, rule = modules.get(prefix + matrix.name), _first_rule(rules, name)
+    for module, matrix in layout.matrices().items():
+        fused = module.removesuffix(matrix.name) + (matrix.fused or matrix.name)
+        name = layout.family.vllm_name(fused) if vllm else module
+        stored, rule = modules.get(module), _first_rule(rules, name)
         if stored is None:
             agrees = rule is False
         else:
@@ -227,7 +228,7 @@ def _wrong_rules(
             agrees = rule is not False and (chosen["bits"], size) == (stored.scheme.bits, stored.scheme.group_size)
         if not agrees:
             wrong.append(name)
-    kept = [f"{prefix}blocks.0.mlp.linear_fc1" for prefix in layout.family.kept]
+    kept = [f"{prefix}any.linear" for prefix in layout.family.kept]
     outside = ["lm_head", *map(layout.family.vllm_name, kept)] if vllm else ["lm_head", *kept]
     return wrong + [name for name in outside if name not in modules and _first_rule(rules, name) is not False]
 

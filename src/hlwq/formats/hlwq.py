@@ -62,7 +62,7 @@ def outputs(module: str, shape: tuple[int, int], grid: Grid, dtype: str) -> list
 
 
 def encode(module: str, matrix: QuantizedMatrix, dtype: str) -> dict[str, Tensor]:
-    """Pack codes and norms as the module's docstring says."""
+    """Codes and norms, packed."""
     return {
         f"{module}.weight_packed": pack(matrix.codes, matrix.grid.bits),
         f"{module}.weight_norms": matrix.parameters.scale.to(torch.float16),
@@ -117,7 +117,7 @@ def scheme_for(section: dict[str, Any], module: str, where: str) -> Scheme:
         where: what an error calls the section.
 
     Raises:
-        CheckpointError: an reading.entry is missing, or is none that a file of this format has.
+        CheckpointError: an entry is missing, or is none that a file of this format has.
     """
     modules = reading.entry(section, "modules", dict, where)
     if module in modules:

@@ -50,7 +50,7 @@ def outputs(module: str, shape: tuple[int, int], grid: Grid, dtype: str) -> list
 
 
 def encode(module: str, matrix: QuantizedMatrix, dtype: str) -> dict[str, Tensor]:
-    """Pack codes, scales and biases as the module's docstring says."""
+    """Codes, scales and biases, packed."""
     stored = matrix.parameters.apply(lambda values: values.to(DTYPES[dtype]))
     if stored.bias is None:
         raise ValueError("MLX stores grids with biases.")

@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from hlwq.families import Matrix, ModelLayout
-from hlwq.formats.base import Demand, Scheme, StoredModule, demand
+from hlwq.families import ModelLayout
+from hlwq.formats.base import Demand, StoredModule, demand
 from hlwq.formats.uniform import GROUP_SIZES, WORD_BITS
 
 VLLM = "vLLM"
-
-
-def decoder_matrices(layout: ModelLayout) -> Iterator[tuple[str, Matrix]]:
-    """Each linear layer of the decoder, after the names that stand before it in the checkpoint."""
-    for index, layer in enumerate(layout.layers):
-        for matrix in layer.matrices():
-            yield layout.layer_prefix(index), matrix
 
 
 def uniform_demands(layout: ModelLayout, modules: dict[str, StoredModule], again: str) -> list[Demand]:
@@ -39,9 +30,8 @@ def uniform_demands(layout: ModelLayout, modules: dict[str, StoredModule], again
 
 def mixed_fusions(layout: ModelLayout, modules: dict[str, StoredModule]) -> list[str]:
     """The matrices that vLLM fuses, by its names for them, whose members do not have one scheme."""
-    schemes: dict[str, set[Scheme | None]] = {}
-    for prefix, matrix in decoder_matrices(layout):
-        if matrix.fused:
-            stored = modules.get(prefix + matrix.name)
-            schemes.setdefault(prefix + matrix.fused, set()).add(stored.scheme if stored else None)
-    return [fused for fused, members in schemes.items() if len(members) > 1]
+    return [
+        fused
+        for fused, members in layout.fusions().items()
+        if len({modules[member].scheme if member in modules else None for member in members}) > 1
+    ]

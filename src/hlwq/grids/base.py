@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hlwq.errors import RequestError, UnsupportedError
+from hlwq.options import check_types
 
 GROUP_SIZES = (128, 64, 32)
 """What stands in for a group size that does not divide in_features, the first that is not above it and divides."""
@@ -79,9 +80,6 @@ class Grid(Protocol):
             UnsupportedError: no group size divides the width.
         """
 
-    def bound(self, weights: Tensor) -> Grid:
-        """The grid for one matrix (out, in), with what all of its runs share; itself where they share nothing."""
-
     def fit(self, weights: Tensor) -> Parameters:
         """Parameters for runs of weights (…, run), from each run alone.
 
@@ -102,12 +100,13 @@ class Grid(Protocol):
         """The weights that codes (…, run), or any columns of one group, stand for."""
 
 
-def check_sizes(kind: str, bits: int, widths: range, group_size: int) -> None:
-    """Raise RequestError unless a grid has codes of this width, and groups of this size make sense."""
-    if type(bits) is not int or bits not in widths:
-        raise RequestError(f"`bits` is {bits}; {kind} levels have {widths.start} to {widths.stop - 1} bits.")
-    if type(group_size) is not int or group_size < 1:
-        raise RequestError(f"`group_size` is {group_size}; it must be a positive integer.")
+def check_sizes(grid: Grid, widths: range) -> None:
+    """Raise RequestError unless a grid's options have their types, its bits are of these, and groups hold weights."""
+    check_types(grid)
+    if grid.bits not in widths:
+        raise RequestError(f"`bits` is {grid.bits}; {grid.title} have {widths.start} to {widths.stop - 1} bits.")
+    if grid.group_size < 1:
+        raise RequestError(f"`group_size` is {grid.group_size}; it must be positive.")
 
 
 def fit_group_size(wanted: int, in_features: int) -> int:

@@ -39,7 +39,7 @@ class LloydGrid:
     storage: tuple[torch.dtype, ...] = (torch.float16,)
 
     def __post_init__(self) -> None:
-        check_sizes("Lloyd–Max", self.bits, range(1, 9), self.group_size)
+        check_sizes(self, range(1, 9))
 
     @property
     def fit_columns(self) -> int:
@@ -53,10 +53,6 @@ class LloydGrid:
     def fitted(self, in_features: int, symmetric: bool) -> LloydGrid:
         """The grid with groups that divide the width. Raises UnsupportedError if no group size does."""
         return replace(self, group_size=fit_group_size(self.group_size, in_features))
-
-    def bound(self, weights: Tensor) -> LloydGrid:
-        """Itself: groups share nothing."""
-        return self
 
     def fit(self, weights: Tensor) -> Parameters:
         """Norms for groups of float32 weights (…, group); `scale` holds the norm. A zero group has norm 0.

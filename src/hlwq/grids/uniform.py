@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -51,13 +51,7 @@ class UniformGrid:
     storage: tuple[torch.dtype, ...] = (torch.float16,)
 
     def __post_init__(self) -> None:
-        check_sizes("uniform", self.bits, range(2, 9), self.group_size)
-        if self.symmetric not in (None, True, False):
-            raise RequestError(f"`symmetric` is {self.symmetric}; it must be True, False or None.")
-        if self.scale_method is not None and self.scale_method not in get_args(ScaleMethod):
-            raise RequestError(
-                f"`scale_method` is {self.scale_method}; it must be {' or '.join(get_args(ScaleMethod))}."
-            )
+        check_sizes(self, range(2, 9))
         if self.scale_method is not None and self.symmetric is False:
             raise RequestError("`scale_method` changes nothing where the grid is asymmetric. Add `symmetric=True`.")
 
@@ -80,10 +74,6 @@ class UniformGrid:
         """
         symmetric = symmetric if self.symmetric is None else self.symmetric
         return replace(self, group_size=fit_group_size(self.group_size, in_features), symmetric=symmetric)
-
-    def bound(self, weights: Tensor) -> UniformGrid:
-        """Itself: groups share nothing."""
-        return self
 
     def fit(self, weights: Tensor) -> Parameters:
         """Parameters for groups of float32 weights (…, group), from each group's range.

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from hlwq.bases import Hadamard
 from hlwq.decoded import open_dense
 from hlwq.devices import torch_device
-from hlwq.errors import HlwqWarning, RequestError, ResourceError, UnsupportedError
+from hlwq.errors import HlwqError, HlwqWarning, RequestError, ResourceError, UnsupportedError
 from hlwq.families import ModelLayout, describe
-from hlwq.formats.patterns import module_patterns
+from hlwq.formats.patterns import module_patterns, outside_the_decoder
 from hlwq.grids import LloydGrid, fit_group_size
 from hlwq.plan import usual_modules
 from hlwq.recipes import Stage
@@ -45,7 +45,8 @@ def quantize_(model: nn.Module, *, bits: int | None = 5, block_size: int = 128, 
         RequestError: a size is out of range.
         UnsupportedError: the family is not supported, no group size divides a matrix, or one is quantized already or
             offloaded.
-        CheckpointError: a weight is not finite. The model is always as it was.
+        CheckpointError: a weight is not finite.
+            All of this is found out before anything is changed, but for groups whose parameters overflow.
     """
     _require_torchao()
     from torchao.quantization import quantize_ as torchao_quantize_
@@ -62,8 +63,11 @@ def quantize_(model: nn.Module, *, bits: int | None = 5, block_size: int = 128, 
             raise RequestError(f"`block_size` is {block_size}, which is no power of two. Use 32, 64 or 128.")
         sizes = _fitted("block_size", block_size, widths)
         stages = {width: Stage(LloydGrid(bits, size), Hadamard(size)) for width, size in sizes.items()}
-        for weight in weights.values():
-            matrix, _ = quantize_matrix(weight.cpu(), [stages[weight.shape[1]]], device)
+        for name, weight in weights.items():
+            try:
+                matrix, _ = quantize_matrix(weight.cpu(), [stages[weight.shape[1]]], device)
+            except HlwqError as error:
+                raise error.about(name) from None
             weight.copy_(matrix.dequantize())
     torchao_quantize_(model, config, filter_fn=None)
 
@@ -114,7 +118,9 @@ def _int4_config(layout: ModelLayout, widths: dict[str, int], group_size: int, d
             config = IntxWeightOnlyConfig(
                 weight_dtype=int4, granularity=PerGroup(size), mapping_type=MappingType.ASYMMETRIC
             )
-        configs |= {f"re:{pattern}": config for pattern in module_patterns(names, layout)}
+        # Parts beside the decoder can have layers of the same names.
+        elsewhere = "|".join(outside_the_decoder(layout))
+        configs |= {f"re:(?!{elsewhere}){pattern}": config for pattern in module_patterns(names, layout)}
     return FqnToConfig(configs)
 
 

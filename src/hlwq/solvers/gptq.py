@@ -18,7 +18,7 @@ from hlwq.bases import Basis
 from hlwq.errors import CheckpointError, RequestError
 from hlwq.grids import Grid, Parameters, fit_weighted
 from hlwq.matrix import QuantizedMatrix
-from hlwq.options import option
+from hlwq.options import check_types, option
 from hlwq.solvers.base import INPUTS, ORIGINAL_INPUTS, Gram
 
 SOLVED_WEIGHTS = 1 << 23
@@ -56,11 +56,10 @@ class Gptq:
     damping: float = option("Share of its mean added to the Hessian's diagonal.", default=0.01)
 
     def __post_init__(self) -> None:
-        if type(self.desc_act) is not bool:
-            raise RequestError(f"`desc_act` is {self.desc_act}; it must be True or False.")
+        check_types(self)
         for name, low, high in (("foem_beta", 0, 1), ("gptaq_alpha", 0, 1), ("damping", 1e-6, 1)):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or not low <= value <= high:
+            if not low <= value <= high:
                 raise RequestError(f"`{name}` {value} must be between {low:g} and {high:g}.")
 
     @property
