@@ -12,6 +12,7 @@ from hlwq.decoded import DecodedCheckpoint, open_dense
 from hlwq.errors import HlwqWarning, RequestError
 from hlwq.families import describe
 from hlwq.files import read_json, refuse_unless_empty
+from hlwq.formats import format_named
 from hlwq.options import options_of, several
 from hlwq.pipeline import QuantizeResult, run_plan
 from hlwq.plan import Plan, make_plan, plan_decoding, usual_modules
@@ -120,6 +121,7 @@ def convert(
     path = Path(directory)
     if not path.is_dir():
         raise RequestError(f"{directory} is not a directory.", argument="directory", path=path)
+    format_named(format)
     decoded = DecodedCheckpoint(path)
     selection = Selection(exclude=several(exclude))
     _check_conversion(directory, decoded.format.name, format, changes, selection)
