@@ -152,6 +152,7 @@ UNDOCUMENTED = {
 PYTHON = {
     "AutoModelForCausalLM.from_pretrained(": (MAKE_Q5,),
     "hlwq.evaluate.perplexity(": (),
+    "hlwq.Stage(": (),
 }
 """Phrase of each block of Python code, and the commands of `RUNS` that run before it. The code runs unchanged."""
 
