@@ -370,6 +370,44 @@ def test_tensors_that_do_not_fit_are_refused(cpu: ModuleType) -> None:
     ):
         with pytest.raises(ValueError, match=r"fit|are on"):
             kernels.matmul(*wrong)
+    for columns, groups in ((4, 1), (12, 3), (32, 0)):  # half an octet of codes; no groups
+        shapes = (5, columns // 2), (5, groups)
+        codes, scales = torch.zeros(shapes[0], dtype=torch.uint8), torch.ones(shapes[1], dtype=torch.float16)
+        for batch in (1, 2):
+            with pytest.raises(ValueError, match="fit"):
+                kernels.matmul(random(batch, columns), codes, scales, 4)
+
+
+@pytest.mark.parametrize(
+    ("row_bytes", "groups", "bits", "dtype"),
+    [
+        (0, 1, 4, torch.uint8),
+        (4, 16, 4, torch.uint8),
+        (32, 5, 4, torch.uint8),
+        (32, 0, 4, torch.uint8),
+        (3, 1, 5, torch.uint8),
+        (8, 1, 4, torch.int32),
+    ],
+)
+def test_codes_and_norms_that_do_not_fit_are_refused(
+    row_bytes: int, groups: int, bits: int, dtype: torch.dtype, cpu: ModuleType
+) -> None:
+    packed, norms = torch.zeros(3, row_bytes, dtype=dtype), torch.ones(3, groups, dtype=torch.float16)
+    with pytest.raises(ValueError, match="fit"):
+        kernels.embedding(torch.tensor([0, 2]), packed, norms, bits)
+
+
+def test_tensors_that_the_kernels_do_not_know_are_left_to_plain_code(cpu: ModuleType) -> None:
+    grid, groups = LloydGrid(4, 64), random(300, 64)
+    for weights in (groups.bfloat16(), groups.double(), random(3, 100)):
+        assert torch.equal(replace(grid, storage=()).fit(weights).scale, grid._norms(weights)[1])
+    half = Parameters(groups.norm(dim=-1, keepdim=True).half())
+    for weights, parameters in ((groups.bfloat16(), half), (groups, half), (groups, Parameters(torch.ones(1, 1)))):
+        assert torch.equal(grid.round(weights, parameters), grid._round(weights, parameters))
+    codes = torch.arange(8)
+    for dtype in (torch.int64, torch.int32):
+        assert torch.equal(packing.pack(codes.to(dtype), 4), packing.pack(codes.to(torch.uint8), 4))
+        assert torch.equal(packing.unpack(codes.to(dtype), 4), packing.unpack(codes.to(torch.uint8), 4))
 
 
 @pytest.mark.parametrize("batch", [1, 4, 40])

@@ -140,10 +140,19 @@ def decode(codes: Tensor, norms: Tensor, bits: int, width: int, rotated: bool, t
         width: `bits` for packed codes, 8 for one in a byte.
         rotated: whether groups are rotated, which decodes HLWQ; their size is then one of GROUP_SIZES.
         target: where to.
+
+    Raises:
+        ValueError: the tensors do not fit each other.
     """
     _set_codebook(bits)
     rows, columns = target.shape
-    groups = norms.shape[1]
+    groups = norms.shape[-1]
+    fitting = codes.shape == (rows, columns * width // 8) and norms.shape == (rows, groups)
+    if codes.dtype != torch.uint8 or not fitting or not columns or columns % 8 or not groups or columns % groups:
+        raise ValueError(
+            f"Codes {tuple(codes.shape)}, {codes.dtype}, with norms {tuple(norms.shape)} do not fit a matrix "
+            f"{(rows, columns)}."
+        )
     group_size = columns // groups
     codes = codes.contiguous()
     # Not by torch, whose own threads would go on waiting busily for a while on the cores that are needed now.
