@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.util import find_spec
 from math import sqrt
@@ -220,6 +223,32 @@ def test_an_error_in_a_thread_is_raised(cpu: ModuleType) -> None:
             cpu.in_threads(fail_in_the_second_half, 2, 2 * cpu.THREAD_WEIGHTS)
     finally:
         torch.set_num_threads(before)
+
+
+def test_an_interrupted_call_keeps_what_its_threads_still_use(cpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupted, alive, threads = threading.Event(), [], torch.get_num_threads()
+
+    def work(part: slice) -> None:
+        if part.start == 0:
+            raise KeyboardInterrupt
+        interrupted.wait()
+        alive.append(used() is not None)
+
+    tensor = torch.zeros(1)
+    used = weakref.ref(tensor)
+    pool = ThreadPoolExecutor(1)
+    monkeypatch.setattr(cpu, "_pool", lambda process: pool)
+    torch.set_num_threads(2)
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            cpu.in_threads(work, 2, 2 * cpu.THREAD_WEIGHTS, tensor)
+        del tensor
+        interrupted.set()
+        pool.shutdown()
+        assert alive == [True]
+        assert used() is None
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_gradients_of_inputs_flow() -> None:
