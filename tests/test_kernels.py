@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import mmap
 import os
 import subprocess
 import sys
@@ -208,6 +210,40 @@ def test_a_matrix_large_enough_for_threads(cpu: ModuleType) -> None:
         assert not errors
     finally:
         torch.set_num_threads(before)
+
+
+def before_a_wall(tensor: Tensor) -> Tensor:
+    """A copy that ends where memory does: what lies behind it cannot be read or written."""
+    size = tensor.numel() * tensor.element_size()
+    usable = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, usable + mmap.PAGESIZE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    protect = ctypes.CDLL(None, use_errno=True).mprotect
+    protect.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    assert protect(start + usable, mmap.PAGESIZE, 0) == 0
+    copy = torch.frombuffer(memory, dtype=torch.uint8, offset=usable - size, count=size)
+    return copy.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="mprotect is POSIX")
+@pytest.mark.parametrize("shape", [*SHAPES, (4, 64, 64)])
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_nothing_behind_the_end_of_a_tensor_is_touched(
+    bits: int, shape: tuple[int, int, int], at_level: ModuleType
+) -> None:
+    _, size, columns = shape
+    codes, packed, norms = (before_a_wall(each) for each in packed_matrix(bits, *shape))
+    inputs, target = before_a_wall(random(3, columns)), before_a_wall(torch.empty(codes.shape))
+    for some in (inputs, inputs[2:], before_a_wall(inputs[:1].bfloat16())):
+        kernels.matmul(some, packed, norms, bits)
+    for source, width in ((packed, bits), (codes, 8)):
+        at_level.decode(source, norms, bits, width, True, target)
+    groups, scales = target.view(-1, size), before_a_wall(norms.float().view(-1, 1))
+    at_level.rotate_blocks(inputs, size)
+    at_level.fit_norms(groups, bits, True)
+    at_level.nearest_codes(groups, scales, bits)
+    assert torch.equal(at_level.pack(codes, bits), packed)
+    assert torch.equal(at_level.unpack(packed, bits), codes)
 
 
 def test_an_error_in_a_thread_is_raised(cpu: ModuleType) -> None:
