@@ -572,6 +572,26 @@ def test_a_norm_that_is_no_number_gives_none(at_level: ModuleType, batch: int) -
     assert not outputs[:, 2:].isnan().any()
 
 
+@pytest.mark.parametrize("batch", [1, 4])
+def test_norms_may_be_any_float16(at_level: ModuleType, batch: int) -> None:
+    norms = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.float16).view(-1, 1)
+    packed = torch.full((len(norms), 16), 0xFF, dtype=torch.uint8)  # the largest level, everywhere
+    inputs = torch.zeros(batch, 32)
+    inputs[:, 0] = 1  # its rotation is the same everywhere
+    expected = codebook(4).centroids[-1] * norms.float().T.expand(batch, -1)
+    outputs = kernels.matmul(inputs, packed, norms, 4)
+    torch.testing.assert_close(outputs, expected, rtol=1e-6, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_bfloat16_products_are_those_in_float32_rounded_once(bits: int, at_level: ModuleType) -> None:
+    for shape in SHAPES:
+        _, packed, norms = packed_matrix(bits, *shape)
+        inputs = random(1, shape[2]).bfloat16()
+        exact = kernels.matmul(inputs.float(), packed, norms, bits)
+        assert torch.equal(kernels.matmul(inputs, packed, norms, bits), exact.bfloat16())
+
+
 def test_gradients_flow_through_compiled_models() -> None:
     _, packed, norms = packed_matrix(4, *SHAPES[3])
     gradients = []
