@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import mmap
 import os
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.util import find_spec
 from math import sqrt
@@ -207,6 +212,40 @@ def test_a_matrix_large_enough_for_threads(cpu: ModuleType) -> None:
         torch.set_num_threads(before)
 
 
+def before_a_wall(tensor: Tensor) -> Tensor:
+    """A copy that ends where memory does: what lies behind it cannot be read or written."""
+    size = tensor.numel() * tensor.element_size()
+    usable = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, usable + mmap.PAGESIZE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    protect = ctypes.CDLL(None, use_errno=True).mprotect
+    protect.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    assert protect(start + usable, mmap.PAGESIZE, 0) == 0
+    copy = torch.frombuffer(memory, dtype=torch.uint8, offset=usable - size, count=size)
+    return copy.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="mprotect is POSIX")
+@pytest.mark.parametrize("shape", [*SHAPES, (4, 64, 64)])
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_nothing_behind_the_end_of_a_tensor_is_touched(
+    bits: int, shape: tuple[int, int, int], at_level: ModuleType
+) -> None:
+    _, size, columns = shape
+    codes, packed, norms = (before_a_wall(each) for each in packed_matrix(bits, *shape))
+    inputs, target = before_a_wall(random(3, columns)), before_a_wall(torch.empty(codes.shape))
+    for some in (inputs, inputs[2:], before_a_wall(inputs[:1].bfloat16())):
+        kernels.matmul(some, packed, norms, bits)
+    for source, width in ((packed, bits), (codes, 8)):
+        at_level.decode(source, norms, bits, width, True, target)
+    groups, scales = target.view(-1, size), before_a_wall(norms.float().view(-1, 1))
+    at_level.rotate_blocks(inputs, size)
+    at_level.fit_norms(groups, bits, True)
+    at_level.nearest_codes(groups, scales, bits)
+    assert torch.equal(at_level.pack(codes, bits), packed)
+    assert torch.equal(at_level.unpack(packed, bits), codes)
+
+
 def test_an_error_in_a_thread_is_raised(cpu: ModuleType) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -220,6 +259,32 @@ def test_an_error_in_a_thread_is_raised(cpu: ModuleType) -> None:
             cpu.in_threads(fail_in_the_second_half, 2, 2 * cpu.THREAD_WEIGHTS)
     finally:
         torch.set_num_threads(before)
+
+
+def test_an_interrupted_call_keeps_what_its_threads_still_use(cpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupted, alive, threads = threading.Event(), [], torch.get_num_threads()
+
+    def work(part: slice) -> None:
+        if part.start == 0:
+            raise KeyboardInterrupt
+        interrupted.wait()
+        alive.append(used() is not None)
+
+    tensor = torch.zeros(1)
+    used = weakref.ref(tensor)
+    pool = ThreadPoolExecutor(1)
+    monkeypatch.setattr(cpu, "_pool", lambda process: pool)
+    torch.set_num_threads(2)
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            cpu.in_threads(work, 2, 2 * cpu.THREAD_WEIGHTS, tensor)
+        del tensor
+        interrupted.set()
+        pool.shutdown()
+        assert alive == [True]
+        assert used() is None
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_gradients_of_inputs_flow() -> None:
@@ -370,6 +435,44 @@ def test_tensors_that_do_not_fit_are_refused(cpu: ModuleType) -> None:
     ):
         with pytest.raises(ValueError, match=r"fit|are on"):
             kernels.matmul(*wrong)
+    for columns, groups in ((4, 1), (12, 3), (32, 0)):  # half an octet of codes; no groups
+        shapes = (5, columns // 2), (5, groups)
+        codes, scales = torch.zeros(shapes[0], dtype=torch.uint8), torch.ones(shapes[1], dtype=torch.float16)
+        for batch in (1, 2):
+            with pytest.raises(ValueError, match="fit"):
+                kernels.matmul(random(batch, columns), codes, scales, 4)
+
+
+@pytest.mark.parametrize(
+    ("row_bytes", "groups", "bits", "dtype"),
+    [
+        (0, 1, 4, torch.uint8),
+        (4, 16, 4, torch.uint8),
+        (32, 5, 4, torch.uint8),
+        (32, 0, 4, torch.uint8),
+        (3, 1, 5, torch.uint8),
+        (8, 1, 4, torch.int32),
+    ],
+)
+def test_codes_and_norms_that_do_not_fit_are_refused(
+    row_bytes: int, groups: int, bits: int, dtype: torch.dtype, cpu: ModuleType
+) -> None:
+    packed, norms = torch.zeros(3, row_bytes, dtype=dtype), torch.ones(3, groups, dtype=torch.float16)
+    with pytest.raises(ValueError, match="fit"):
+        kernels.embedding(torch.tensor([0, 2]), packed, norms, bits)
+
+
+def test_tensors_that_the_kernels_do_not_know_are_left_to_plain_code(cpu: ModuleType) -> None:
+    grid, groups = LloydGrid(4, 64), random(300, 64)
+    for weights in (groups.bfloat16(), groups.double(), random(3, 100)):
+        assert torch.equal(replace(grid, storage=()).fit(weights).scale, grid._norms(weights)[1])
+    half = Parameters(groups.norm(dim=-1, keepdim=True).half())
+    for weights, parameters in ((groups.bfloat16(), half), (groups, half), (groups, Parameters(torch.ones(1, 1)))):
+        assert torch.equal(grid.round(weights, parameters), grid._round(weights, parameters))
+    codes = torch.arange(8)
+    for dtype in (torch.int64, torch.int32):
+        assert torch.equal(packing.pack(codes.to(dtype), 4), packing.pack(codes.to(torch.uint8), 4))
+        assert torch.equal(packing.unpack(codes.to(dtype), 4), packing.unpack(codes.to(torch.uint8), 4))
 
 
 @pytest.mark.parametrize("batch", [1, 4, 40])
@@ -426,8 +529,9 @@ def test_a_level_that_is_not_there_is_refused(cpu: ModuleType, monkeypatch: pyte
             compiled.cpu_kernels(torch.empty(0))
     finally:
         compiled._cpu_module.cache_clear()
-    with pytest.raises(ValueError, match="mmx"):
-        cpu._native.use("mmx")
+    for level in ("mmx", 2):
+        with pytest.raises(ValueError, match=str(level)):
+            cpu._native.use(level)
 
 
 def test_a_triton_that_cannot_be_imported_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -466,6 +570,26 @@ def test_a_norm_that_is_no_number_gives_none(at_level: ModuleType, batch: int) -
     outputs = kernels.matmul(random(batch, 576).to(torch.bfloat16), packed, norms, 4)
     assert outputs[:, :2].isnan().all()
     assert not outputs[:, 2:].isnan().any()
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_norms_may_be_any_float16(at_level: ModuleType, batch: int) -> None:
+    norms = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.float16).view(-1, 1)
+    packed = torch.full((len(norms), 16), 0xFF, dtype=torch.uint8)  # the largest level, everywhere
+    inputs = torch.zeros(batch, 32)
+    inputs[:, 0] = 1  # its rotation is the same everywhere
+    expected = codebook(4).centroids[-1] * norms.float().T.expand(batch, -1)
+    outputs = kernels.matmul(inputs, packed, norms, 4)
+    torch.testing.assert_close(outputs, expected, rtol=1e-6, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_bfloat16_products_are_those_in_float32_rounded_once(bits: int, at_level: ModuleType) -> None:
+    for shape in SHAPES:
+        _, packed, norms = packed_matrix(bits, *shape)
+        inputs = random(1, shape[2]).bfloat16()
+        exact = kernels.matmul(inputs.float(), packed, norms, bits)
+        assert torch.equal(kernels.matmul(inputs, packed, norms, bits), exact.bfloat16())
 
 
 def test_gradients_flow_through_compiled_models() -> None:

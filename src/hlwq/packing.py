@@ -31,7 +31,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """
     _check(bits, codes.shape[-1], 8)
     kernels = cpu_kernels(codes)
-    if kernels:
+    if kernels and codes.dtype == torch.uint8:
         packed: Tensor = kernels.pack(codes, bits)
         return packed
     return _in_chunks(lambda rows: _pack(rows, bits), codes)
@@ -61,7 +61,7 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
     """
     _check(bits, packed.shape[-1], bits)
     kernels = cpu_kernels(packed)
-    if kernels:
+    if kernels and packed.dtype == torch.uint8:
         codes: Tensor = kernels.unpack(packed, bits)
         return codes
     return _in_chunks(lambda rows: _unpack(rows, bits), packed)

@@ -60,7 +60,7 @@ class LloydGrid:
         Raises:
             UnsupportedError: a norm overflows the storage dtype.
         """
-        kernels = self.kernels(weights)
+        kernels = self._kernels_for_groups(weights)
         norm, best = kernels.fit_norms(weights, self.bits, self.least_squares) if kernels else self._norms(weights)
         round_to_storage(norm, self.storage)  # an infinite norm would come back from the least squares as anything
         return Parameters(round_to_storage(best, self.storage))
@@ -91,9 +91,9 @@ class LloydGrid:
 
     def round(self, weights: Tensor, parameters: Parameters) -> Tensor:
         """The nearest codes, uint8 (…, group), for float32 weights (…, group)."""
-        kernels = self.kernels(weights)
-        if kernels and weights.shape[-1] == self.group_size:  # not a solver's single column
-            codes: Tensor = kernels.nearest_codes(weights, parameters.scale, self.bits)
+        kernels, norms = self._kernels_for_groups(weights), parameters.scale
+        if kernels and norms.dtype == torch.float32:
+            codes: Tensor = kernels.nearest_codes(weights, norms.expand(*weights.shape[:-1], 1), self.bits)
             return codes
         return self._round(weights, parameters)
 
@@ -112,3 +112,8 @@ class LloydGrid:
         """The compiled kernels, where they serve this grid: the same bits, ten times as fast."""
         kernels = cpu_kernels(values)
         return kernels if kernels and self.bits > 1 and self.group_size in kernels.GROUP_SIZES else None
+
+    def _kernels_for_groups(self, weights: Tensor) -> ModuleType | None:
+        """The same, where weights are float32 and whole groups, not a solver's single column."""
+        whole = weights.dtype == torch.float32 and weights.shape[-1] == self.group_size
+        return self.kernels(weights) if whole else None

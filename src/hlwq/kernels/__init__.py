@@ -48,7 +48,8 @@ def matmul(inputs: Tensor, packed: Tensor, norms: Tensor, bits: int) -> Tensor:
 def _matmul(inputs: Tensor, packed: Tensor, norms: Tensor, bits: int) -> Tensor:
     columns, device = inputs.shape[-1], inputs.device
     dtypes = packed.dtype == torch.uint8 and norms.dtype == torch.float16
-    if not dtypes or columns * bits != 8 * packed.shape[-1] or len(norms) != len(packed) or columns % norms.shape[1]:
+    sizes = columns * bits == 8 * packed.shape[-1] and columns % 8 == 0 and len(norms) == len(packed)
+    if not dtypes or not sizes or not (groups := norms.shape[1]) or columns % groups:
         raise ValueError(
             f"Inputs {tuple(inputs.shape)} do not fit codes of {bits} bits {tuple(packed.shape)}, {packed.dtype}, "
             f"with norms {tuple(norms.shape)}, {norms.dtype}."
@@ -88,6 +89,9 @@ def embedding(ids: Tensor, packed: Tensor, norms: Tensor, bits: int, dtype: torc
 
     Returns:
         (…, width).
+
+    Raises:
+        ValueError: codes and norms do not fit each other.
     """
     rows = ids.flatten()
     weights = reference.look_up(packed[rows], norms[rows], bits)

@@ -21,7 +21,7 @@ def has_openmp() -> bool:
     """Whether `multiply_row` can use torch's OpenMP threads."""
 
 def set_codebook(bits: int, centroids: int, boundaries: int, /) -> None:
-    """Copy a codebook: float32 (2^bits,) and (2^bits − 1,), as `hlwq.lloyd.Codebook` has them."""
+    """Copy a codebook: float32 (2^bits,) and (2^bits − 1,), as `hlwq.lloyd.Codebook` has them. The first one stays."""
 
 def rotate_groups(source: int, target: int, groups: int, size: int, /) -> None:
     """Rotate float32 (groups, size). Source and target may be the same."""

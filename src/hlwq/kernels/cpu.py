@@ -38,17 +38,21 @@ CACHED_WEIGHTS = 1 << 15
 """Float32 that fit the cache of a core beside other things, and that torch copies without threads of its own."""
 
 
-def in_threads(work: Callable[[slice], object], rows: int, weights: int) -> None:
-    """Call `work` on ranges of rows that together are all, in as many threads as torch has at most."""
+def in_threads(work: Callable[[slice], object], rows: int, weights: int, *held: object) -> None:
+    """Call `work` on ranges of rows that together are all, in as many threads as torch has at most.
+
+    What it reads and writes at addresses is `held`: an exception here, such as that of Ctrl-C, does not wait for the
+    other threads.
+    """
     parts = max(1, min(torch.get_num_threads(), rows, weights // THREAD_WEIGHTS))
     slices = [slice(rows * part // parts, rows * (part + 1) // parts) for part in range(parts)]
     inference = torch.is_inference_mode_enabled()
 
-    def elsewhere(part: slice) -> None:
+    def elsewhere(part: slice, held: object) -> None:
         with torch.inference_mode(inference):  # each thread has a mode of its own
             work(part)
 
-    others = [_pool(os.getpid()).submit(elsewhere, each) for each in slices[1:]]
+    others = [_pool(os.getpid()).submit(elsewhere, each, held) for each in slices[1:]]
     work(slices[0])
     for each in others:
         each.result()
@@ -106,7 +110,8 @@ def multiply_row(inputs: Tensor, packed: Tensor, norms: Tensor, bits: int) -> Te
         # Where there are several, all threads are called: OpenMP ends those that a smaller team leaves over.
         _native.multiply_row(*at, 0, rows, *matrix, busy, threads)
     elif weights >= IDLE_THREAD_WEIGHTS:
-        in_threads(lambda part: _native.multiply_row(*at, part.start, part.stop, *matrix, 1, 1), rows, weights)
+        held = source, packed, norms, outputs
+        in_threads(lambda part: _native.multiply_row(*at, part.start, part.stop, *matrix, 1, 1), rows, weights, *held)
     else:
         _native.multiply_row(*at, 0, rows, *matrix, 1, 1)
     return outputs
@@ -126,7 +131,7 @@ def matmul(inputs: Tensor, packed: Tensor, norms: Tensor, bits: int) -> Tensor:
     def work(part: slice) -> None:
         _native.multiply_rows(*at, part.start, part.stop, rows, columns, group_size, bits)
 
-    in_threads(work, rows, rows * columns)
+    in_threads(work, rows, rows * columns, rotated, packed, norms, outputs)
     return outputs
 
 
@@ -140,10 +145,19 @@ def decode(codes: Tensor, norms: Tensor, bits: int, width: int, rotated: bool, t
         width: `bits` for packed codes, 8 for one in a byte.
         rotated: whether groups are rotated, which decodes HLWQ; their size is then one of GROUP_SIZES.
         target: where to.
+
+    Raises:
+        ValueError: the tensors do not fit each other.
     """
     _set_codebook(bits)
     rows, columns = target.shape
-    groups = norms.shape[1]
+    groups = norms.shape[-1]
+    fitting = codes.shape == (rows, columns * width // 8) and norms.shape == (rows, groups)
+    if codes.dtype != torch.uint8 or not fitting or not columns or columns % 8 or not groups or columns % groups:
+        raise ValueError(
+            f"Codes {tuple(codes.shape)}, {codes.dtype}, with norms {tuple(norms.shape)} do not fit a matrix "
+            f"{(rows, columns)}."
+        )
     group_size = columns // groups
     codes = codes.contiguous()
     # Not by torch, whose own threads would go on waiting busily for a while on the cores that are needed now.
@@ -165,7 +179,7 @@ def decode(codes: Tensor, norms: Tensor, bits: int, width: int, rotated: bool, t
             decode_rows(first, last, weights)
             target[first:last] = weights[: last - first]
 
-    in_threads(work, rows, target.numel())
+    in_threads(work, rows, target.numel(), codes, scales)
 
 
 def rotate_blocks(values: Tensor, block_size: int) -> Tensor:
@@ -178,7 +192,7 @@ def rotate_blocks(values: Tensor, block_size: int) -> Tensor:
         start = 4 * block_size * part.start
         _native.rotate_groups(at + start, to + start, part.stop - part.start, block_size)
 
-    in_threads(work, source.numel() // block_size, source.numel())
+    in_threads(work, source.numel() // block_size, source.numel(), source, target)
     return target
 
 
@@ -197,7 +211,7 @@ def fit_norms(weights: Tensor, bits: int, least_squares: bool) -> tuple[Tensor, 
         if least_squares:
             _native.refine_groups(*some, best_at + 4 * part.start, groups, size, bits)
 
-    in_threads(work, norms.numel(), source.numel())
+    in_threads(work, norms.numel(), source.numel(), source, norms, best)
     return norms, best
 
 
@@ -213,7 +227,7 @@ def nearest_codes(weights: Tensor, norms: Tensor, bits: int) -> Tensor:
         some = at + 4 * size * start, scales_at + 4 * start, codes_at + size * start
         _native.round_groups(*some, part.stop - start, size, bits)
 
-    in_threads(work, source.numel() // size, source.numel())
+    in_threads(work, source.numel() // size, source.numel(), source, scales, codes)
     return codes
 
 
@@ -246,4 +260,4 @@ def _repack(
     def work(part: slice) -> None:
         kernel(at + from_bytes * part.start, to + to_bytes * part.start, part.stop - part.start, bits)
 
-    in_threads(work, octets, 8 * octets)
+    in_threads(work, octets, 8 * octets, source, target)

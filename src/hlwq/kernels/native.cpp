@@ -53,6 +53,7 @@ struct Codebook {
     // The same for AVX2, where more than 4 bits are folded so, in tables of 16. A lookup in a table gives 0 for an
     // index below it, and is made in all; therefore each but the first holds what differs from the one before.
     alignas(64) uint8_t differences[4][8][16];
+    bool filled;
 };
 
 Codebook codebooks[7];
@@ -82,6 +83,7 @@ void fill(Codebook& book, int bits, const float* centroids, const float* boundar
             book.differences[byte][index / 16][index % 16] = folded[index] ^ (index < 16 ? 0 : folded[index - 16]);
         }
     }
+    book.filled = true;
 }
 
 // √size and 1/√size, as float32.
@@ -242,12 +244,13 @@ const Level levels[] = {
 const Level* current_level = levels;
 
 const Kernels& kernels_for([[maybe_unused]] ptrdiff_t group_size) {
+    const Kernels* kernels = current_level->kernels;  // once, for `use` may change it meanwhile
 #if defined(__x86_64__)
-    if (current_level->kernels == &avx512::kernels && group_size % 64) {
+    if (kernels == &avx512::kernels && group_size % 64) {
         return avx2::kernels;
     }
 #endif
-    return *current_level->kernels;
+    return *kernels;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -407,7 +410,7 @@ bool in_range(const char* name, ptrdiff_t value, ptrdiff_t least, ptrdiff_t most
 
 PyObject* use(PyObject*, PyObject* name) {
     for (const Level& each : levels) {
-        if (PyUnicode_CompareWithASCIIString(name, each.name) == 0 && each.available()) {
+        if (PyUnicode_Check(name) && PyUnicode_CompareWithASCIIString(name, each.name) == 0 && each.available()) {
             current_level = &each;
             Py_RETURN_NONE;
         }
@@ -439,7 +442,10 @@ PyObject* set_codebook(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
     if (!read_all(arguments, count, bits, centroids, boundaries) || !in_range("bits", bits, 2, 8)) {
         return nullptr;
     }
-    fill(codebooks[bits - 2], bits, centroids, boundaries);
+    Codebook& book = codebooks[bits - 2];
+    if (!book.filled) {  // else another thread may be reading it
+        fill(book, bits, centroids, boundaries);
+    }
     Py_RETURN_NONE;
 }
 
