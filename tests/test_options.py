@@ -127,7 +127,7 @@ def test_help_comes_from_the_field() -> None:
 
 
 def test_a_type_that_no_flag_can_give_is_an_error() -> None:
-    for annotation in (dict[str, int], int | str, Path):
+    for annotation in (dict[str, int], int | float, Path):
         with pytest.raises(TypeError, match="no single form"):
             parameter("name", annotation, Option("Help."))
 
@@ -151,7 +151,7 @@ def command_of(*names: str) -> Any:
         ("`exclude='down_proj$'` and `include=\"a b\"`", "quantize", "--exclude 'down_proj$' and --include 'a b'"),
         ("`samples=8`, `damping=0.5`", "quantize", "--samples 8, --damping 0.5"),
         ("embedding (`include_embeddings` quantizes it)", "quantize", "embedding (--include-embeddings quantizes it)"),
-        ("`shard_bytes` is 0", "quantize", "--max-shard-size is 0"),
+        ("`max_shard_size` is 0", "quantize", "--max-shard-size is 0"),
         ("`source` is `out`", "quantize", "SOURCE is OUT"),
         ("`source='x'`", "quantize", "`source='x'`"),
         ("`desc_act=False`", "quantize", "`desc_act=False`"),
@@ -213,7 +213,7 @@ def test_commands_reach_the_library_as_they_were_given(monkeypatch: pytest.Monke
             selection=Selection(exclude=("a", "b")),
             changes=changes,
             calibration=Calibration(samples=8),
-            shard_bytes=500 * 10**6,
+            max_shard_size="500MB",
         )
     ]
 

@@ -124,7 +124,7 @@ OPTIONS: list[dict[str, object]] = [
     {"include_embeddings": True, "format": "mlx"},
     {"format": "mlx"},
     {"format": "dense"},
-    {"shard_bytes": 100_000},
+    {"max_shard_size": 100_000},
     {"format": "dense", "basis": "hadamard"},
     {"format": "dense", "basis": "hadamard", "block_size": 32},
 ]

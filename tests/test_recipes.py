@@ -247,9 +247,12 @@ def test_a_request_says_what_was_asked_for(tmp_path: Path) -> None:
         ({"format": 5}, "`format` is 5; it must be a string or None."),
         ({"format": ""}, "There is no format ."),
         ({"device": 5}, "`device` is 5; it must be a string."),
-        ({"shard_bytes": "5GB"}, "`shard_bytes` is '5GB'; it must be a positive integer."),
-        ({"shard_bytes": 0}, "`shard_bytes` is 0; it must be a positive integer."),
-        ({"calibration": "wiki.txt"}, "`calibration` is 'wiki.txt'; it must be a Calibration."),
+        ({"max_shard_size": "5 things"}, "`max_shard_size` 5 things is not a size. Write it like 5GB or 500MB."),
+        ({"max_shard_size": 0}, "`max_shard_size` is 0; it must be positive."),
+        ({"max_shard_size": 0.5}, "`max_shard_size` is 0.5; it must be an integer or a string."),
+        ({"calibration": "wiki.txt"}, "`sources` wiki.txt does not exist."),
+        ({"calibration": 5}, "`sources` is .*5.*; it must be several of a string."),
+        ({"samples": 8}, "Calibration data changes nothing: recipe rtn rounds to nearest."),
     ],
     ids=str,
 )
@@ -315,3 +318,14 @@ def test_a_block_that_does_not_divide_is_told(tmp_path: Path) -> None:
         "4 bits, group 64, rotated in blocks of 64",
         "4 bits, group 64, rotated in blocks of 128",
     }
+
+
+def test_calibration_data_are_named_as_on_the_command_line(tmp_path: Path) -> None:
+    text = tmp_path / "wiki.txt"
+    text.write_text("a b c")
+    expected = Calibration((str(text),), samples=8, seed=1)
+    assert Request.of("model", "gptq", calibration=text, samples=8, seed=1).calibration == expected
+    assert Request.of("model", "gptq", calibration=[str(text)], samples=8, seed=1).calibration == expected
+    assert Request.of("model", "gptq", calibration=Calibration((str(text),)), samples=8, seed=1).calibration == expected
+    assert Request.of("model", "gptq").calibration is None
+    assert Request.of("model", "rtn", max_shard_size="500MB").shard_bytes == 500 * 10**6

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from hlwq.calibration import Calibration
-from hlwq.containers import DEFAULT_SHARD_BYTES
 from hlwq.errors import RequestError
 from hlwq.options import check_types, option, several
 from hlwq.recipes import Recipe, changed, recipe_named, stage_options
@@ -48,7 +48,7 @@ class Request:
         revision: branch, tag or commit of a hub id.
         calibration: which data a calibrated recipe uses; None for the usual ones.
         device: where to compute: `cpu`, `cuda`, `mps`.
-        shard_bytes: the most that one safetensors file holds.
+        max_shard_size: the most that one safetensors file holds: bytes, or as in `5GB`.
     """
 
     source: str | Path
@@ -59,36 +59,50 @@ class Request:
     revision: str | None = option("Branch, tag or commit of a hub id.", default=None)
     calibration: Calibration | None = None
     device: str = option("Where to compute: cpu (default), cuda, mps.", default="cpu")
-    shard_bytes: int = DEFAULT_SHARD_BYTES
+    max_shard_size: int | str = option("The most that one safetensors file holds (default 5GB).", default="5GB")
 
     def __post_init__(self) -> None:
         check_types(self)
-        if type(self.shard_bytes) is not int or self.shard_bytes < 1:
-            raise RequestError(f"`shard_bytes` is {self.shard_bytes!r}; it must be a positive integer.")
         if not isinstance(self.calibration, Calibration | None):
             raise RequestError(f"`calibration` is {self.calibration!r}; it must be a Calibration.")
+        if self.shard_bytes < 1:
+            raise RequestError(f"`max_shard_size` is {self.max_shard_size}; it must be positive.")
+
+    @property
+    def shard_bytes(self) -> int:
+        """`max_shard_size` in bytes. Raises RequestError if it is no size."""
+        if isinstance(self.max_shard_size, int):
+            return self.max_shard_size
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG])B", self.max_shard_size.strip(), re.IGNORECASE)
+        if not match:
+            raise RequestError(f"`max_shard_size` {self.max_shard_size} is not a size. Write it like 5GB or 500MB.")
+        return int(float(match[1]) * {"K": 10**3, "M": 10**6, "G": 10**9}[match[2].upper()])
 
     @classmethod
     def of(cls, source: str | Path, recipe: str | Recipe = "rtn", **options: Any) -> Request:
-        """A request from keyword arguments: fields of `Request` and of `Selection`, and changes of the recipe.
+        """A request from keyword arguments: fields of `Request`, `Selection`, `Calibration`, and changes of the recipe.
 
-        None stands for an argument that is not given.
+        None stands for an argument that is not given. Texts to calibrate on may be given as they are: a path, a hub
+        data set, or several.
 
         Raises:
             TypeError: an argument is none of these.
             RequestError: an argument is out of range.
         """
-        own = {each.name for each in fields(cls)} - {"selection", "changes"}
-        selecting = {each.name for each in fields(Selection)}
+        kinds = {kind: {each.name for each in fields(kind)} for kind in (cls, Selection, Calibration)}
         changing = {*stage_options(), "basis", "calibrate"}
-        if unknown := options.keys() - own - selecting - changing:
-            known = ", ".join(sorted((own | selecting | changing) - {"source"}))
-            raise TypeError(f"unknown argument {min(unknown)!r}; arguments are {known}")
+        known = set().union(changing, *kinds.values()) - {"source", "selection", "changes"}
+        if unknown := options.keys() - known:
+            raise TypeError(f"unknown argument {min(unknown)!r}; arguments are {', '.join(sorted(known))}")
         given = {name: value for name, value in options.items() if value is not None}
-        selection = Selection(**{name: value for name, value in given.items() if name in selecting})
+        own, selecting, sampling = ({n: v for n, v in given.items() if n in names} for names in kinds.values())
+        data = own.pop("calibration", None)
+        if not isinstance(data, Calibration | None):
+            data, sampling = None, {"sources": data, **sampling}
+        if sampling:
+            data = replace(data or Calibration(), **sampling)
         changes = {name: value for name, value in given.items() if name in changing}
-        rest = {name: value for name, value in given.items() if name in own}
-        return cls(source, recipe, selection=selection, changes=changes, **rest)
+        return cls(source, recipe, selection=Selection(**selecting), changes=changes, calibration=data, **own)
 
     def changed_recipe(self) -> Recipe:
         """The recipe with its changes.

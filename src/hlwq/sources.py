@@ -52,9 +52,9 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
         message = f"{source} is neither a directory nor a hub id (such as Qwen/Qwen3.5-9B)."
         raise RequestError(message, argument="source") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().splitlines()[0].rstrip(".")
         raise ResourceError(
-            f"{source} is no directory here, and the hub did not give it: {reason} "
+            f"{source} is no directory here, and the hub did not give it: {reason}. "
             "Check the name, the network, and `hf auth login` for a gated model."
         ) from None
 

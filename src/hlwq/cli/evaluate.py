@@ -48,7 +48,7 @@ def perplexity(
     device: Device = None,
 ) -> Output:
     """Measure perplexity on a text."""
-    from hlwq.evaluate.perplexity import perplexity
+    from hlwq.evaluate.perplexity import default_stride, perplexity
 
     if protocol == "chunked" and stride is not None:
         raise RequestError("`stride` changes nothing with `protocol='chunked'`: chunks do not overlap.")
@@ -190,11 +190,6 @@ def speed(
     if result.device_memory is not None:
         lines.append(f"peak memory of the device {decimal(result.device_memory)}")
     return Output(result, lines)
-
-
-def default_stride(context: int) -> int:
-    """The stride of windows of so many tokens: 512, or half the context if that is less."""
-    return min(512, max(1, context // 2))
 
 
 def _subject(model: str | None, endpoint: str | None, device: str | None) -> tuple[str | Endpoint, str]:

@@ -136,6 +136,8 @@ def _value_type(annotation: Any) -> Any:
     """The type of a flag's value: what a field's type has that can be written on a command line."""
     members = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
     plain = [each for each in members if each in (bool, int, float, str) or get_origin(each) in (Literal, tuple)]
+    if str in plain:  # in which all else can be written
+        return str
     if len(plain) != 1:
         raise TypeError(f"an option of type {annotation} has no single form on the command line")
     several: Any = list

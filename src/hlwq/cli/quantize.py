@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +12,6 @@ from hlwq.bases import BASES
 from hlwq.calibration import Calibration
 from hlwq.cli.options import flag, flags_of, one_of, parameter, with_flags
 from hlwq.cli.printing import Cells, Output, inspection_lines, plan_output, progress, result_output
-from hlwq.errors import RequestError
 from hlwq.grids import UniformGrid
 from hlwq.options import Option
 from hlwq.recipes import PARTS
@@ -22,13 +20,12 @@ from hlwq.request import Request, Selection
 STAGE_PARTS = [kind for table in PARTS.values() for kind in table.values()]
 BASIS = Option(f"Coordinates to round in: {' or '.join(BASES)}.")
 CALIBRATE = Option("Calibrate a recipe that rounds to nearest: GPTQ's loop with GPTAQ.")
-CALIBRATION_FLAGS = flags_of(Calibration)
 QUANTIZE_FLAGS = {
     **flags_of(Request, *STAGE_PARTS),
     "basis": parameter("basis", one_of(BASES), BASIS),
     **flags_of(Selection),
     "calibrate": parameter("calibrate", bool, CALIBRATE),
-    **CALIBRATION_FLAGS,
+    **flags_of(Calibration),
 }
 CONVERT_FLAGS = {**flags_of(UniformGrid), **{name: QUANTIZE_FLAGS[name] for name in ("exclude", "device")}}
 
@@ -41,19 +38,16 @@ def quantize(
     source: Annotated[str, typer.Argument(help="A model directory, a hub id, or a .gguf file.")],
     out: Out,
     *,
-    shard_bytes: Annotated[str, flag("The most that one safetensors file holds.", "--max-shard-size")] = "5GB",
     dry_run: Annotated[bool, flag("Print the plan and its cost; write nothing.", "--dry-run")] = False,
     **options: Any,
 ) -> Output:
     """Quantize a model into a new directory."""
     from hlwq.quantize import plan_for, run_request
 
-    data = {name: options.pop(name) for name in CALIBRATION_FLAGS if name in options}
-    calibration = Calibration(**data) if data else None
-    request = Request.of(source, calibration=calibration, shard_bytes=_bytes_of(shard_bytes), **options)
+    request = Request.of(source, **options)
     if dry_run:
         _, plan = plan_for(request)
-        return plan_output(plan, calibration)
+        return plan_output(plan, request.calibration)
     with progress("quantizing") as report:
         result = run_request(request, out, report)
     return result_output(result)
@@ -102,10 +96,3 @@ def check(directory: Directory) -> Output:
     failing = {each.engine for each in demands if not each.passed}
     status = 1 if failing == {each.engine for each in demands} else 0
     return Output(demands, [Cells(["engine", "demand", "", "what to do"], rows)], status)
-
-
-def _bytes_of(size: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG])B", size.strip(), re.IGNORECASE)
-    if not match:
-        raise RequestError(f"--max-shard-size {size} is not a size. Write it like 5GB or 500MB.")
-    return int(float(match[1]) * {"K": 10**3, "M": 10**6, "G": 10**9}[match[2].upper()])

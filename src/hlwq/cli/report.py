@@ -8,9 +8,10 @@ from typing import Annotated, Literal
 import typer
 from rich.filesize import decimal
 
-from hlwq.cli.evaluate import Limit, Protocol, Text, default_stride
+from hlwq.cli.evaluate import Limit, Protocol, Text
 from hlwq.cli.options import Device, flag
 from hlwq.cli.printing import Cells, Output, interval, progress
+from hlwq.evaluate.perplexity import default_stride
 
 
 def compare(

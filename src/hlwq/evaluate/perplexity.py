@@ -55,7 +55,7 @@ def perplexity(
     tokenizer_of: str | Path | None = None,
     protocol: Protocol = "windowed",
     context: int = 2048,
-    stride: int = 512,
+    stride: int | None = None,
     limit: int | None = None,
     device: str = "cpu",
     progress: Callable[[int, int, str], None] | None = None,
@@ -74,7 +74,8 @@ def perplexity(
         tokenizer_of: the directory or hub id whose tokenizer a server's model has; for servers alone.
         protocol: `windowed` or `chunked`.
         context: tokens in a window or chunk.
-        stride: tokens between the starts of two windows, for `windowed`.
+        stride: tokens between the starts of two windows, for `windowed`; by default 512, or half the context if that is
+            less.
         limit: most windows or chunks to measure, from the start.
         device: where the model runs.
         progress: told how many chunks are done.
@@ -116,6 +117,11 @@ def read_text(file: str | Path) -> str:
         raise CheckpointError(f"`text={str(file)!r}` is not a UTF-8 text file.", argument="text", path=file) from None
 
 
+def default_stride(context: int) -> int:
+    """The stride of windows of so many tokens: 512, or half the context if that is less."""
+    return min(512, max(1, context // 2))
+
+
 def windows_of(tokens: Sequence[int], context: int, stride: int, limit: int | None = None) -> list[list[int]]:
     """Windows of `context` tokens that start every `stride` tokens; a shorter rest at the end is left out.
 
@@ -139,7 +145,7 @@ def perplexity_of_tokens(
     *,
     protocol: Protocol = "windowed",
     context: int = 2048,
-    stride: int = 512,
+    stride: int | None = None,
     limit: int | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Perplexity:
@@ -148,15 +154,15 @@ def perplexity_of_tokens(
     Raises:
         RequestError: an argument is out of range, or there are fewer tokens than one window holds.
     """
+    if protocol not in ("windowed", "chunked"):
+        raise RequestError(f"`protocol={protocol!r}` is unknown. Protocols are: windowed, chunked.")
+    if context < 2:
+        raise RequestError(f"`context` is {context}; it must be at least 2.")
+    stride = default_stride(context) if stride is None else stride
+    scored = stride
     if protocol == "chunked":
         stride, scored = context, context - 1
-    elif protocol == "windowed":
-        scored = stride
-    else:
-        raise RequestError(
-            f"`protocol={protocol!r}` is unknown. Protocols are: windowed, chunked.", argument="protocol"
-        )
-    if protocol == "windowed" and not 0 < stride < context:
+    elif not 0 < stride < context:
         raise RequestError(f"`stride={stride}` must be at least 1 and below `context={context}`.", argument="stride")
     windows = windows_of(tokens.tolist(), context, stride, limit)
     score = _server_loss if isinstance(model, Endpoint) else _loss

@@ -43,8 +43,8 @@ def hold(module: str, shape: tuple[int, int], grid: Grid, basis: Basis, dtype: s
         )
     if not rotates_groups(basis, grid.group_size):
         raise UnsupportedError(
-            f"format {NAME} stores groups that are Hadamard-rotated each by itself. Use `basis='hadamard'` without "
-            "`block_size`, or format dense."
+            f"format {NAME} stores groups that are Hadamard-rotated each by itself. Leave `basis` and `block_size` "
+            "out, or use format dense."
         )
     if grid.group_size < 8:
         raise UnsupportedError(f"format {NAME} has groups of at least 8, not {grid.group_size}. Set `group_size`.")

@@ -120,8 +120,9 @@ def push(directory: Path, repository: str, *, private: bool = False, api: HfApi 
         stale = ["*.safetensors"]
         hub.upload_folder(repo_id=repository, folder_path=directory, commit_message=message, delete_patterns=stale)
     except Exception as error:  # of the network, of the hub, of the token
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ResourceError(f"The hub did not take {repository}: {reason} Log in with `hf auth login`.") from None
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        message = f"The hub did not take {repository}: {reason}. Check the network, and `hf auth login`."
+        raise ResourceError(message) from None
     return str(url)
 
 
