@@ -83,12 +83,13 @@ FITTING: dict[str, Grid] = {
     "integer zero, both": UniformGrid(4, 32, symmetric=False, storage=BOTH),
     "any bias, bfloat16": replace(AFFINE, storage=(torch.bfloat16,)),
 }
+LLOYD_IS_WORSE = pytest.mark.xfail(strict=True, reason="what LloydGrid fits alone is none of its candidates")
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize(
     "grid",
-    [pytest.param(grid, id=name) for name, grid in FITTING.items()],
+    [pytest.param(grid, id=name, marks=LLOYD_IS_WORSE if name == "lloyd" else ()) for name, grid in FITTING.items()],
 )
 def test_a_weighted_fit_is_never_worse_than_the_grids_own(grid: Grid, bits: int) -> None:
     grid, generator = replace(grid, bits=bits), torch.Generator().manual_seed(bits)

@@ -88,7 +88,7 @@ class Grid(Protocol):
         """
 
     def candidates(self, weights: Tensor) -> Iterator[Parameters]:
-        """Parameters that `fit_weighted` chooses among; the grid's own `fit` is one of them."""
+        """Parameters that `fit_weighted` chooses among; of uniform grids, their own `fit` is one."""
 
     def refit(self, weights: Tensor, codes: Tensor, importance: Tensor, parameters: Parameters) -> Parameters:
         """The parameters of least weighted squared error for codes already chosen."""

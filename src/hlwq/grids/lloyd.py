@@ -75,8 +75,10 @@ class LloydGrid:
         return norm, sum_by_halves(weights * levels) / sum_by_halves(levels * levels)
 
     def candidates(self, weights: Tensor) -> Iterator[Parameters]:
-        """Norms that `fit_weighted` chooses among: what `fit` gives, the group's own, and others near it."""
-        yield self.fit(weights)
+        """Norms that `fit_weighted` chooses among: the group's own, and others near it.
+
+        What `fit` gives is not among them: it lowers the weighted error, but on SmolLM2 at 4 bits not the loss.
+        """
         norm = torch.linalg.vector_norm(weights, dim=-1, keepdim=True)
         for fraction in (1.0, 0.9, 1.1):
             yield Parameters(round_to_storage(norm * fraction, self.storage))
