@@ -52,8 +52,9 @@ def quantize(
         out: the directory to make; absent or empty. It appears when it is complete and checked.
         recipe: a name of `RECIPES`, or a `Recipe` of your own.
         progress: told how far the work is.
-        options: the fields of `Request` and of `Selection` (`format`, `calibration`, `device`, `exclude`, …), and
-            changes of the recipe (`bits`, `group_size`, `calibrate`, `basis`, `damping`, …).
+        options: the fields of `Request`, `Selection` and `Calibration` (`format`, `device`, `exclude`, `samples`, …;
+            `calibration` is a `Calibration`, or the texts as they are), and changes of the recipe (`bits`,
+            `group_size`, `calibrate`, `basis`, `damping`, …).
 
     Raises:
         TypeError: an option is unknown.
