@@ -64,12 +64,19 @@ def recorded(part: Any) -> dict[str, Any]:
     return {"name": part.name, **kept}
 
 
+_HINTS: dict[type[Any], dict[str, Any]] = {}
+"""The types of the fields of each class that was checked: to find them out takes longer than small matrices do."""
+
+
 def check_types(part: Any) -> None:
     """Raise RequestError, which names the option, unless the options of a dataclass have the types of its fields.
 
     A bool is no integer here, and an integer is a float.
     """
-    for name, hint in get_type_hints(type(part)).items():
+    kind = type(part)
+    if kind not in _HINTS:
+        _HINTS[kind] = get_type_hints(kind)
+    for name, hint in _HINTS[kind].items():
         if name in options_of(part) and not _has_type(getattr(part, name), hint):
             raise RequestError(f"`{name}` is {getattr(part, name)!r}; it must be {_in_words(hint)}.")
 
