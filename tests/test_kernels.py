@@ -4,8 +4,10 @@ import contextlib
 import ctypes
 import mmap
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 import threading
 import weakref
 from collections.abc import Iterator
@@ -45,7 +47,10 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> None:
 def cpu() -> ModuleType:
     kernels = compiled.cpu_kernels(torch.empty(0))
     if kernels is None:
-        pytest.skip("hlwq was installed without its compiled kernels")
+        compiler = (sysconfig.get_config_var("CXX") or "c++").split()[0]
+        if os.environ.get("HLWQ_KERNELS") != "off" and shutil.which(compiler):
+            pytest.fail(f"{compiler} is here, but hlwq has no compiled kernels: see `pip install -v -e .`")
+        pytest.skip("there is no C++ compiler, or HLWQ_KERNELS=off: hlwq has no compiled kernels")
     return kernels
 
 

@@ -260,7 +260,9 @@ def run_command(line: str, run: Run) -> None:
             if run.engine and word.endswith("/bin/python"):
                 words.append(engine_python(run.engine))
             elif "*" in word:
-                words += sorted(map(str, Path().glob(word))) or pytest.skip(f"there is no {word}")
+                words += sorted(map(str, Path().glob(word))) or pytest.skip(
+                    f"there is no {word}: `make test` installs it"
+                )
             else:
                 replacement = {**WORDS, **run.words}.get(word)
                 words += [word] if replacement is None else replacement.split()

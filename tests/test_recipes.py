@@ -280,6 +280,7 @@ def test_calibration_data_have_types(options: dict[str, Any], message: str) -> N
 
 
 def test_what_is_no_recipe_is_refused() -> None:
+    # Two of these a type checker would refuse: they are refused, or understood, without one too.
     with pytest.raises(RequestError, match="Recipe mine names no format"):
         Recipe("mine", "", (Stage(UniformGrid(4, 64)),), ())
     with pytest.raises(RequestError, match="`grid` is 'uniform'; it must be an object such as UniformGrid, LloydGrid"):

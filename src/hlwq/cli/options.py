@@ -127,6 +127,7 @@ def spelled(message: str, *commands: Any) -> str:
 
 def _declared(run: Command, parameters: Sequence[Parameter]) -> Command:
     """A function that declares these parameters to typer."""
+    # What `inspect.signature` looks for, though the type of functions does not have it.
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {each.name: each.annotation for each in parameters}
     return run
