@@ -12,6 +12,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from hlwq.errors import CheckpointError, RequestError, ResourceError
 
 
@@ -56,6 +58,33 @@ def refuse_unless_empty(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         message = f"{out} is not empty. Choose another output directory or delete this one."
         raise RequestError(message, argument="out", path=out)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep other processes from making `path`, by a lock file beside it that the system frees when this one dies.
+
+    Args:
+        path: what is made. The lock's file is called `PATH.lock`, and is removed at the end.
+
+    Raises:
+        ResourceError: another process makes it now, or the lock's file cannot be written.
+    """
+    file = path.with_name(path.name + ".lock")
+    lock = FileLock(file, blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        message = f"{path} is being made by another process. Wait for it, or choose another directory."
+        raise ResourceError(message, path=path) from None
+    except OSError as error:
+        raise ResourceError(f"{file} cannot be written: {error.strerror}.", path=file) from None
+    try:
+        yield
+    finally:
+        # Removed while it is held: a process that opened it before sees that it is gone, and makes a new one.
+        file.unlink(missing_ok=True)
+        lock.release()
 
 
 def check_disk(directory: Path, needed: int) -> None:
