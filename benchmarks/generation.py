@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="cpu", help="device of the speeds; memory is the CPU's")
     parser.add_argument("--memory-only", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory_only:
@@ -59,6 +60,7 @@ def main() -> None:
 def measure(kind: str, directory: Path, options: argparse.Namespace) -> dict[str, float]:
     memory = run([str(Path(__file__)), str(directory), "--memory-only"])
     command = ["-m", "hlwq.cli", "eval", "speed", str(directory), "--json", "--runs", "3"]
+    command += ["--device", options.device]
     command += ["--prompt-tokens", str(options.prompt_tokens), "--new-tokens", str(options.new_tokens)]
     speed = run([*command, *(["--packed"] if kind == "packed" else [])])
     return {
