@@ -7,13 +7,15 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 
 from hlwq import HlwqError
 from hlwq.evaluate.sandbox import run_program
 from hlwq.sources import locate
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported: its kernels run without a GPU
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported: its kernels run without a GPU
 
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")

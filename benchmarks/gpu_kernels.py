@@ -1,6 +1,6 @@
 """Products with packed HLWQ matrices on a CUDA device, against torch's product with the same matrix in bfloat16.
 
-    python benchmarks/cuda.py
+    python benchmarks/gpu_kernels.py
 
 Few rows of inputs, as in generation. Candidates alternate, the median over the rounds counts, and each run of a
 candidate multiplies by several matrices in turn, more than the device's cache holds.
