@@ -308,4 +308,4 @@ def test_an_interrupted_command_says_that_it_goes_on(model: Path, tmp_path: Path
         patch.setattr(sys.modules["hlwq.quantize"], "run_request", interrupt)
         ended = hlwq("quantize", model, tmp_path / "out", "--recipe", "rtn")
     assert ended.returncode == 130
-    assert "go on where they stopped" in ended.stderr
+    assert "goes on where it stopped" in ended.stderr

@@ -12,9 +12,9 @@ from hlwq.formats import READABLE_FORMATS
 TORCHAO_RECIPE = "hlwq-torchao"
 """The recipe whose dense files torchao is meant to round as it loads them."""
 TORCHAO_COMMAND = (
-    'python -c "import hlwq; from transformers import pipeline; '
-    "options = {{'quantization_config': hlwq.torchao.transformers_config('{path}')}}; "
-    "print(pipeline('text-generation', '{path}', model_kwargs=options)('Hello'))\""
+    "python -c 'import sys, hlwq; from transformers import pipeline; "
+    'options = {{"quantization_config": hlwq.torchao.transformers_config(sys.argv[1])}}; '
+    'print(pipeline("text-generation", sys.argv[1], model_kwargs=options)("Hello")[0]["generated_text"])\' {path}'
 )
 
 
@@ -30,7 +30,8 @@ def commands(
         called: its name in the commands, such as its hub id; by default its path.
     """
     text_only = " --language-model-only" if "vision_config" in read_json(directory / "config.json") else ""
-    path = shlex.quote(called or str(directory))
+    name = called or str(directory)
+    path = shlex.quote(f"./{name}" if name.startswith("-") else name)  # which is no option
     manifest = directory / "hlwq.json"
     recipe = read_json(manifest)["recipe"] if manifest.is_file() else None
     if recipe == TORCHAO_RECIPE and format_name == "dense":

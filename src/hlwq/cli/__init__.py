@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import sys
 import warnings
+from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
@@ -13,6 +16,8 @@ from hlwq.cli import evaluate, listing, printing, quantize, report
 from hlwq.cli.options import spelled, with_json
 from hlwq.errors import HlwqError, HlwqWarning
 from hlwq.version import __version__
+
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 
 
 class Command(TyperCommand):
@@ -27,7 +32,8 @@ class Command(TyperCommand):
             self._show("[red]error:[/red]", error)
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
-            text = "interrupted; `quantize`, `convert` and `eval humaneval` go on where they stopped"
+            resumes = self.name in ("quantize", "convert", "humaneval")
+            text = "interrupted; the same command goes on where it stopped" if resumes else "interrupted"
             printing.messages.print(text, highlight=False)
             raise typer.Exit(130) from None
         output.show(ctx.params["as_json"], self._spelled)
@@ -83,4 +89,14 @@ def _global_options(
 
 def main() -> None:
     """Run the command line."""
-    app()
+    printing.prepare_streams()
+    try:
+        app()
+    except OSError as error:
+        if error.filename is not None or error.errno not in UNWRITABLE:
+            raise
+        # Standard output is a full disk, say; standard error may be one too.
+        with suppress(OSError):
+            printing.messages.print(f"error: the output cannot be written: {error.strerror}", highlight=False)
+        sys.stdout = None  # what it still holds cannot be written when Python ends
+        sys.exit(1)

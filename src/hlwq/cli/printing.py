@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
     from hlwq.work import Progress as Report
 
 # Where the width is unknown (a pipe, a log), tables get room for tensor names instead of 80 columns.
-WIDTH = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160
+WIDTH = None if (sys.stdout and sys.stdout.isatty()) or "COLUMNS" in os.environ else 160
+READABLE_WIDTH = 12
+"""Letters that a column needs at least, if its cells are longer."""
 LOG_SECONDS = 30
 """Time between two lines of progress in a log."""
 console = Console(width=WIDTH)
@@ -69,20 +72,45 @@ class Output:
     def show(self, as_json: bool, spelled: Callable[[str], str]) -> None:
         """Print it, with every text spelled anew."""
         if as_json:
-            print(json.dumps(_plain(self.value, spelled), indent=2, ensure_ascii=False))
+            ascii_only = not (sys.stdout.encoding or "utf-8").lower().startswith("utf")
+            print(json.dumps(_plain(self.value, spelled), indent=2, ensure_ascii=ascii_only), flush=True)
             return
         for line in self.lines:
             if isinstance(line, Cells):
-                table = Table()
-                for number, head in enumerate(line.heads):
-                    # Names of tensors are read whole, however long.
-                    table.add_column(head, justify="right" if number in line.right else "left", overflow="fold")
-                for row in line.rows:
-                    table.add_row(*(Text(spelled(cell)) if isinstance(cell, str) else cell for cell in row))
-                console.print(table)
+                _print_table(line, spelled)
             else:
                 text = Text(spelled(line)) if isinstance(line, str) else line
                 console.print(text, soft_wrap=True, highlight=False)
+
+
+def prepare_streams() -> None:
+    """Make standard output and errors usable, also if the shell closed them or they cannot print some characters."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115, PTH123 - for as long as we run
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _print_table(cells: Cells, spelled: Callable[[str], str]) -> None:
+    """Print a table, or where the terminal is too narrow for its columns, a line for each cell."""
+    rows = [[Text(spelled(cell)) if isinstance(cell, str) else cell for cell in row] for row in cells.rows]
+    columns = zip(*[[len(head) for head in cells.heads], *([len(cell) for cell in row] for row in rows)], strict=True)
+    if sum(3 + min(max(column), READABLE_WIDTH) for column in columns) >= console.width:
+        for row in rows:
+            for head, cell in zip(cells.heads, row, strict=True):
+                if cell.plain:
+                    console.print(Text.assemble((f"{head}: " if head else "", "bold"), cell))
+            console.print()
+        return
+    table = Table()
+    for number, head in enumerate(cells.heads):
+        # Names of tensors are read whole, however long.
+        table.add_column(head, justify="right" if number in cells.right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
 
 
 @contextmanager
@@ -203,14 +231,16 @@ def result_output(result: QuantizeResult) -> Output:
             refusal = f"{each.engine} would not load it; it wants: {each.requirement}."
             lines.append(f"warning: {refusal} `hlwq check` says more.")
     per_weight = summary["bits_per_quantized_weight"]
-    lines.append(
+    made = (
         f"{result.out}: format {result.plan.format.name}, {result.nbytes:,} bytes"
         + (f", {per_weight:.3f} bits per quantized weight" if per_weight else "")
         + f", {result.seconds:.1f} s"
         + (f", peak memory {result.peak_memory / 1e9:.2f} GB" if result.peak_memory else "")
     )
+    lines.append(Text(made))  # a path may look like an argument
     refusing = {each.engine for each in result.checks if not each.passed}
-    lines += [f"  {engine}: {line}" for engine, line in commands(result.out, result.plan.format.name, without=refusing)]
+    engines = commands(result.out, result.plan.format.name, without=refusing)
+    lines += [Text(f"  {engine}: {command}") for engine, command in engines]  # pasted, so not spelled anew
     return Output(value, lines)
 
 

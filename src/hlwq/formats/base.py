@@ -20,9 +20,10 @@ ENGINE_SECTIONS = ("quantization_config", "quantization")
 """The keys of `config.json` that say how weights are stored."""
 
 PIPELINE_COMMAND = (
-    """python -c "from transformers import pipeline; print(pipeline('text-generation', '{path}')('Hello'))\""""
+    "python -c 'import sys; from transformers import pipeline; "
+    'print(pipeline("text-generation", sys.argv[1])("Hello")[0]["generated_text"])\' {path}'
 )
-"""Runs a directory that plain transformers loads."""
+"""Runs a directory that plain transformers loads. The path is an argument, so that it is quoted for the shell alone."""
 
 
 @dataclass(frozen=True)
