@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from hlwq.cli import evaluate, listing, printing, quantize, report
 from hlwq.cli.options import spelled, with_json
@@ -31,11 +31,6 @@ class Command(TyperCommand):
         except HlwqError as error:
             self._show("[red]error:[/red]", error)
             raise typer.Exit(1) from None
-        except KeyboardInterrupt:
-            resumes = self.name in ("quantize", "convert", "humaneval")
-            text = "interrupted; the same command goes on where it stopped" if resumes else "interrupted"
-            printing.messages.print(text, highlight=False)
-            raise typer.Exit(130) from None
         output.show(ctx.params["as_json"], self._spelled)
         raise typer.Exit(output.status)
 
@@ -53,14 +48,29 @@ class Command(TyperCommand):
         return spelled(text, self, again.commands["quantize"]) if "Quantize again" in text else spelled(text, self)
 
 
+class Group(TyperGroup):
+    """Commands that an interrupt ends in one line."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was named. Ctrl-C ends it with exit status 130, also while it reads its arguments."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            resumes = ctx.invoked_subcommand in ("quantize", "convert", "humaneval")
+            text = "interrupted; the same command goes on where it stopped" if resumes else "interrupted"
+            printing.messages.print(text, highlight=False)
+            raise typer.Exit(130) from None
+
+
 app = typer.Typer(
     name="hlwq",
+    cls=Group,
     help="Turn a Hugging Face LLM into the best small checkpoint that vLLM, mlx-lm and transformers load as it is.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-evaluation = typer.Typer(help="Measure a model.", no_args_is_help=True)
+evaluation = typer.Typer(cls=Group, help="Measure a model.", no_args_is_help=True)
 app.add_typer(evaluation, name="eval")
 for command in (
     *(quantize.quantize, quantize.convert, quantize.inspect, quantize.check),
