@@ -51,7 +51,7 @@ def write_all(out: Path, tensors: dict[str, Tensor], order: list[str] | None = N
 
 
 def bytes_of(directory: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in directory.iterdir()}
+    return {str(file.relative_to(directory)): file.read_bytes() for file in directory.rglob("*") if file.is_file()}
 
 
 def assert_same_tensors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -212,8 +212,8 @@ def test_arguments_are_compared_as_json_keeps_them(tmp_path: Path) -> None:
 def test_what_a_run_left_before_it_began_is_replaced(tmp_path: Path) -> None:
     tensors = float_tensors()
     write_all(tmp_path / "whole", tensors)
-    (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial" / "model.safetensors").write_bytes(b"half a header")
+    (tmp_path / "out.partial" / "model").mkdir(parents=True)
+    (tmp_path / "out.partial" / "model" / "model.safetensors").write_bytes(b"half a header")
     (tmp_path / "out.partial" / "arguments.json.tmp").write_text("{")
     write_all(tmp_path / "out", tensors)
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -115,7 +114,7 @@ class DecodedCheckpoint:
         parts = self._modules[name][1].tensors if name in self._modules else (self._kept[name],)
         return sum(self._reader.tensors[part].nbytes for part in parts)
 
-    def stamps(self) -> list[list[Any]]:
+    def stamps(self) -> dict[str, str]:
         """See `Reader.stamps`."""
         return self._reader.stamps()
 

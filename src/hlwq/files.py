@@ -10,11 +10,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
+from tempfile import TemporaryFile
+from textwrap import shorten
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from hlwq.errors import CheckpointError, RequestError, ResourceError
+
+LONGEST_NAME = 255
+"""Bytes in the name of a file."""
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -53,11 +58,37 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def refuse_unless_empty(out: Path) -> None:
-    """Raise RequestError if `out` exists and is anything but an empty directory."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        message = f"{out} is not empty. Choose another output directory or delete this one."
+def resolve_output(out: Path) -> Path:
+    """Where a directory called `out` will lie: `~` and symbolic links followed, also one that leads nowhere yet.
+
+    Raises:
+        RequestError: nothing can be put there: it is a mount point or the current directory, which cannot be replaced,
+            or the directory above cannot be written.
+    """
+    try:
+        path = Path(os.path.realpath(out.expanduser()))
+    except (OSError, RuntimeError, ValueError) as error:  # no such user, or a name that no file can have
+        raise RequestError(f"{out} cannot be made: {error}.", argument="out", path=out) from None
+    if os.path.ismount(path):
+        message = f"{out} is a mount point, which cannot be replaced. Name a directory inside it."
         raise RequestError(message, argument="out", path=out)
+    if path == Path.cwd():
+        message = f"{out} is the current directory, which cannot be replaced. Name a directory inside it."
+        raise RequestError(message, argument="out", path=out)
+    above = next(each for each in path.parents if os.path.lexists(each))
+    if not above.is_dir():
+        raise RequestError(f"{out} cannot be made: {above} is not a directory.", argument="out", path=out)
+    try:
+        if path.is_symlink():
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        with TemporaryFile(dir=above):
+            pass
+    except OSError as error:
+        message = f"{out} cannot be made: {above} cannot be written: {error.strerror}."
+        raise RequestError(message, argument="out", path=out) from None
+    if len(os.fsencode(path.name)) > LONGEST_NAME - len(".partial.lock"):
+        raise RequestError(f"{out} cannot be made: its name is too long.", argument="out", path=out)
+    return path
 
 
 @contextmanager
@@ -107,20 +138,25 @@ def hash_file(file: Path) -> str:
     return digest.hexdigest()
 
 
-def first_difference(before: Any, now: Any, where: str = "") -> str:
-    """The first place where two JSON values differ, in words; empty if they are equal."""
+def differences(before: Any, now: Any, where: str = "") -> list[str]:
+    """The places where two JSON values differ, in words."""
     if before == now:
-        return ""
+        return []
     if isinstance(before, dict) and isinstance(now, dict):
-        for key in sorted(before.keys() | now.keys()):
-            if difference := first_difference(before.get(key), now.get(key), f"{where}.{key}" if where else key):
-                return difference
+        keys = sorted(before.keys() | now.keys())
+        return [
+            found
+            for key in keys
+            for found in differences(before.get(key), now.get(key), f"{where}.{key}" if where else key)
+        ]
     if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
-        for index, (old, new) in enumerate(zip(before, now, strict=True)):
-            if difference := first_difference(old, new, f"{where}[{index}]"):
-                return difference
-    old, new = ("not set" if each is None else json.dumps(each, ensure_ascii=False) for each in (before, now))
-    return f"{where} was {old}, now it is {new}"
+        pairs = enumerate(zip(before, now, strict=True))
+        return [found for index, (old, new) in pairs for found in differences(old, new, f"{where}[{index}]")]
+    old, new = (
+        "not set" if each is None else shorten(json.dumps(each, ensure_ascii=False), 80, placeholder="…")
+        for each in (before, now)
+    )
+    return [f"{where} was {old}, now it is {new}"]
 
 
 @contextmanager

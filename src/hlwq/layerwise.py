@@ -27,7 +27,7 @@ class CalibratedLayers:
         self._work, self._tokens, self._calibration = work, tokens, calibration
         # What is written is read back: the next layer is given what engines will compute with, and a run that was
         # interrupted goes on from the same weights.
-        self._written = DecodedCheckpoint(work.writer.partial)
+        self._written = DecodedCheckpoint(work.writer.directory)
         self._runner: LayerRunner | None = None
 
     def quantize(self, index: int, tensors: Sequence[PlannedTensor]) -> dict[str, dict[str, float]]:
@@ -48,7 +48,7 @@ class CalibratedLayers:
         steps = [[matrix.name for matrix in step if matrix.name in planned] for step in layout.layers[index].steps]
         work.report(work.done, work.total, f"layer {index}")
         try:
-            runner.quantize(work.source.read, [step for step in steps if step], solve)
+            runner.quantize(work.read, [step for step in steps if step], solve)
         except torch.OutOfMemoryError:
             raise ResourceError(f"layer {index}: the device has too little memory. Lower `batch_size`.") from None
         return errors

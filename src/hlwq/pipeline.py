@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from importlib.metadata import version
@@ -15,12 +16,13 @@ import torch
 
 from hlwq.calibration import Calibration, Samples, default_batch_size, load_samples
 from hlwq.check import check_directory, has_tokenizer, refuse_unless_usable
-from hlwq.containers import DEFAULT_SHARD_BYTES, Source, Writer
+from hlwq.containers import DEFAULT_SHARD_BYTES, Source, Writer, partial_of
 from hlwq.devices import available_memory, peak_memory, torch_device
 from hlwq.errors import CheckpointError, HlwqWarning, RequestError
+from hlwq.files import locked
 from hlwq.formats import Demand
 from hlwq.layerwise import CalibratedLayers
-from hlwq.plan import Plan, layer_unit
+from hlwq.plan import Plan, PlannedTensor, layer_unit
 from hlwq.transformers_models import load_tokenizer, quiet_transformers
 from hlwq.version import __version__
 from hlwq.work import Progress, Work
@@ -80,15 +82,30 @@ def run_plan(
         UnsupportedError: a group overflows its format, or no engine could load the result.
         ResourceError: the disk is full, or a package or memory is lacking.
     """
+    # From before anything of an earlier run is discarded until the directory is in its place.
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with locked(partial_of(out)):
+        return _run(source, plan, out, origin, calibration, torch_device(device), shard_bytes, progress or _silent)
+
+
+def _run(
+    source: Source,
+    plan: Plan,
+    out: Path,
+    origin: dict[str, Any],
+    calibration: Calibration | None,
+    device: torch.device,
+    shard_bytes: int,
+    report: Progress,
+) -> QuantizeResult:
     started = time.monotonic()
     if not has_tokenizer(source.path):
         message = f"{source.path} has no tokenizer, which engines need. Copy the original's beside the weights."
         raise CheckpointError(message, path=source.path)
-    report = progress or _silent
     for warning in plan.warnings:
         warnings.warn(warning, HlwqWarning, stacklevel=2)
     check_dropped(source, plan)
-    target, samples = torch_device(device), None
+    samples = None
     if plan.recipe.calibrated:
         calibration = calibration or Calibration()
         report(0, 1, "reading calibration data")
@@ -96,26 +113,34 @@ def run_plan(
         batch_size = calibration.batch_size or default_batch_size(plan.layout, calibration.sequence_length)
         calibration = replace(calibration, batch_size=min(batch_size, len(samples.tokens)))
     _warn_of_memory(plan, calibration)
-    made_by = _made_by(plan, origin, target, samples, calibration)
+    made_by = _made_by(plan, origin, device, samples, calibration)
     arguments = {
         **made_by,
         "shard_bytes": shard_bytes,
         "config": source.config,
         "tensors": _digest(plan),
         "files": source.stamps(),
+        "machine": _machine(calibrated=plan.recipe.calibrated),
     }
     json_files = plan.format.json_files(source.config, plan.contents())
     writer = Writer(out, plan.outputs(), arguments, shard_bytes, json_files)
-    work = Work(source, plan, writer, target, report)
+    if lost := writer.verify(report):
+        warnings.warn(
+            f"{writer.partial}: {', '.join(lost[:3])}{' and more' if len(lost) > 3 else ''} had been written, and is "
+            "damaged. It is done again.",
+            HlwqWarning,
+            stacklevel=2,
+        )
+    work = Work(source, plan, writer, device, report)
     layers = CalibratedLayers(work, samples.tokens, calibration) if samples and calibration else None
     errors = _run_units(work, layers)
-    report(work.total, work.total, "checking")
     if layers:
         layers.remove_spilled()
     schemes = plan.contents().quantized
     modules = {module: {**asdict(schemes[module]), **errors[module]} for module in schemes}
-    writer.finish(source.side_files(), {"hlwq.json": {**made_by, "modules": modules}})
-    checks = check_directory(writer.partial)
+    manifest = {**made_by, "modules": modules, "sha256": writer.digests()}
+    writer.finish(source.side_files(), {"hlwq.json": manifest})
+    checks = check_directory(writer.directory, lambda done, total, name: report(work.total, work.total, "checking"))
     refuse_unless_usable(checks)
     writer.publish()
     output = "relative_output_error"
@@ -138,19 +163,35 @@ def _run_units(work: Work, layers: CalibratedLayers | None) -> dict[str, dict[st
     errors: dict[str, dict[str, float]] = {}
     for unit in plan.units():
         tensors = [tensor for tensor in plan.tensors if tensor.unit == unit and tensor.action != "drop"]
-        record: dict[str, dict[str, float]] | None = writer.committed(unit)
+        record = writer.committed(unit)
         if record is None:
-            record = layers.quantize(indices[unit], tensors) if layers and unit in indices else {}
+            found = layers.quantize(indices[unit], tensors) if layers and unit in indices else {}
             for tensor in tensors:
                 if tensor.action == "copy":
                     work.copy(tensor)
-                elif tensor.module not in record:
-                    record[tensor.module] = work.quantize(tensor)
+                elif tensor.module not in found:
+                    found[tensor.module] = work.quantize(tensor)
+            record = {"errors": found, "source": work.checksums(tensors)}
             writer.commit(unit, [spec.name for tensor in tensors for spec in tensor.outputs], record)
         else:
+            work.report(work.done, work.total, f"{unit}: done by an earlier run")
+            _check_unchanged(work, tensors, record["source"])
             work.done += sum(tensor.spec.parameters for tensor in tensors)
-        errors |= record
+        errors |= record["errors"]
     return errors
+
+
+def _check_unchanged(work: Work, tensors: Sequence[PlannedTensor], before: dict[str, int]) -> None:
+    """Raise CheckpointError if the source is another than when an earlier run read these tensors of it."""
+    now = work.checksums(tensors)
+    for name, found in before.items():
+        if now[name] != found:
+            raise CheckpointError(
+                f"{work.source.path}: tensor {name} has changed since the run began that left {work.writer.partial}. "
+                f"Put the source back as it was, or delete {work.writer.partial} to start afresh.",
+                path=work.source.path,
+                tensor=name,
+            )
 
 
 def check_dropped(source: Source, plan: Plan) -> None:
@@ -220,6 +261,12 @@ def _made_by(
         "device": device.type,
         "versions": versions,
     }
+
+
+def _machine(*, calibrated: bool) -> dict[str, Any]:
+    """What a run's last bits may depend on: the processor's instructions, and how many threads share a sum."""
+    machine: dict[str, Any] = {"capability": torch.backends.cpu.get_cpu_capability()}
+    return {**machine, "threads": torch.get_num_threads()} if calibrated else machine
 
 
 def _digest(plan: Plan) -> str:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hlwq.containers import Reader
+from hlwq.containers import Reader, partial_of, refuse_unless_empty
 from hlwq.decoded import DecodedCheckpoint, open_dense
 from hlwq.errors import HlwqWarning, RequestError
 from hlwq.families import describe
-from hlwq.files import read_json, refuse_unless_empty
+from hlwq.files import locked, read_json, resolve_output
 from hlwq.formats import format_named
 from hlwq.options import options_of, several
 from hlwq.pipeline import QuantizeResult, run_plan
@@ -65,7 +66,7 @@ def quantize(
 
 def run_request(request: Request, out: Path, progress: Progress | None = None) -> QuantizeResult:
     """Do what a request asks for; see `quantize`."""
-    refuse_unless_empty(out)
+    place = _free(out)
     reader, plan = plan_for(request)
     # Where a file lies on this machine says nothing to others, and is nobody's business; a hub snapshot's directory is
     # named after its commit.
@@ -78,16 +79,17 @@ def run_request(request: Request, out: Path, progress: Progress | None = None) -
         "include": list(selection.include),
         "exclude": list(selection.exclude),
     }
-    return run_plan(
+    result = run_plan(
         reader,
         plan,
-        out,
+        place,
         origin=origin,
         calibration=request.calibration,
         device=request.device,
         shard_bytes=request.shard_bytes,
         progress=progress,
     )
+    return replace(result, out=out.expanduser())
 
 
 def convert(
@@ -118,8 +120,8 @@ def convert(
         TypeError: an option is unknown.
         HlwqError: the directory cannot be read, or the format cannot be made from it.
     """
-    refuse_unless_empty(Path(out))
-    path = Path(directory)
+    place = _free(Path(out))
+    path = Path(directory).expanduser()
     if not path.is_dir():
         raise RequestError(f"{directory} is not a directory.", argument="directory", path=path)
     format_named(format)
@@ -143,7 +145,17 @@ def convert(
         "card": stated_by_card(path),
         "made_by": read_json(manifest) if manifest.is_file() else None,
     }
-    return run_plan(decoded, plan, Path(out), origin=origin, device=device, progress=progress)
+    result = run_plan(decoded, plan, place, origin=origin, device=device, progress=progress)
+    return replace(result, out=Path(out).expanduser())
+
+
+def _free(out: Path) -> Path:
+    """The place of an output, which nothing occupies and no other run is making, so far. Raises HlwqError else."""
+    place = resolve_output(out)
+    if place.exists():
+        with locked(partial_of(place)):
+            refuse_unless_empty(place)
+    return place
 
 
 def _check_conversion(

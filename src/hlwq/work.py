@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from zlib import crc32
 
 import torch
 from torch import Tensor
 
-from hlwq.containers import DTYPES, Source, Writer
+from hlwq.containers import DTYPES, Source, Writer, what_is_not_finite
 from hlwq.errors import CheckpointError, HlwqError
 from hlwq.matrix import CHUNK_WEIGHTS, QuantizedMatrix
 from hlwq.plan import Plan, PlannedTensor
@@ -27,12 +28,24 @@ class Work:
     def __init__(self, source: Source, plan: Plan, writer: Writer, device: torch.device, report: Progress) -> None:
         self.source, self.plan, self.writer, self.device, self.report = source, plan, writer, device, report
         self.done = 0
+        self._checksums: dict[str, int] = {}
         self.total = sum(tensor.spec.parameters for tensor in plan.tensors if tensor.action != "drop")
+
+    def read(self, name: str) -> Tensor:
+        """A tensor of the source, whose checksum is kept for `checksums`."""
+        values = self.source.read(name)
+        self._checksums[name] = checksum(values)
+        return values
+
+    def checksums(self, tensors: Sequence[PlannedTensor]) -> dict[str, int]:
+        """The CRC-32 of the bytes of source tensors, as they were read for this work."""
+        names = [tensor.spec.name for tensor in tensors]
+        return {name: self._checksums.get(name) or checksum(self.source.read(name)) for name in names}
 
     def copy(self, tensor: PlannedTensor) -> None:
         """Write a tensor as it is, under the name and in the dtype that the plan gives it."""
         self.report(self.done, self.total, tensor.spec.name)
-        values = self.source.read(tensor.spec.name)
+        values = self.read(tensor.spec.name)
         check_finite(values, tensor.spec.name)
         (output,) = tensor.outputs
         self.writer.write(output.name, values.to(DTYPES[output.dtype]))
@@ -42,7 +55,7 @@ class Work:
         """Quantize a tensor without calibration; returns its errors."""
         self.report(self.done, self.total, tensor.module)
         stored_dtype = DTYPES[self.plan.dtype] if self.plan.format.stores_decoded else torch.float32
-        weights = self.source.read(tensor.spec.name)
+        weights = self.read(tensor.spec.name)
         check_finite(weights, tensor.spec.name)
         try:
             matrix, error = quantize_matrix(weights, tensor.stages, self.device, stored_dtype)
@@ -56,6 +69,11 @@ class Work:
         for name, part in self.plan.format.encode(tensor.module, matrix, self.plan.dtype).items():
             self.writer.write(name, part)
         self.done += tensor.spec.parameters
+
+
+def checksum(values: Tensor) -> int:
+    """The CRC-32 of a tensor's bytes, which tells a source that changed: an accident, and quick to compute."""
+    return crc32(values.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def quantize_matrix(
@@ -95,11 +113,8 @@ def sum_of_squares(values: Tensor) -> float:
 
 def check_finite(values: Tensor, name: str) -> None:
     """Raise CheckpointError, which names the tensor, if a value is NaN or infinite."""
-    for chunk in values.reshape(-1).split(CHUNK_WEIGHTS):
-        if chunk.is_floating_point() and not torch.isfinite(chunk).all():
-            kind = "NaN" if torch.isnan(chunk).any() else "infinite"
-            raise CheckpointError(
-                f"tensor {name}: it holds a value that is {kind}. The checkpoint is damaged: download or export it "
-                "again.",
-                tensor=name,
-            )
+    if kind := what_is_not_finite(values):
+        raise CheckpointError(
+            f"tensor {name}: it holds a value that is {kind}. The checkpoint is damaged: download or export it again.",
+            tensor=name,
+        )

@@ -87,7 +87,8 @@ def check(directory: Directory) -> Output:
     """Check what each engine demands of a directory. Exit status 1 if no engine would load it."""
     from hlwq.check import check_directory
 
-    demands = check_directory(directory)
+    with progress("checking") as report:
+        demands = check_directory(directory, report)
     verdicts = {True: Text("pass", "green"), False: Text("fail", "red")}
     rows: list[list[str | Text]] = [
         [each.engine, each.requirement, verdicts[each.passed], f"{each.detail} {each.remedy}".strip()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +26,8 @@ DTYPES: dict[str, torch.dtype] = {
     "F8_E5M2": torch.float8_e5m2,
 }
 """The dtype names of the safetensors format."""
+CHUNK = 1 << 24
+"""Values that are looked at together, to bound what is in memory beside them."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,24 @@ class Source(Protocol):
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU."""
 
-    def stamps(self) -> list[list[Any]]:
+    def stamps(self) -> dict[str, str]:
         """What tells its weight files from others, short of hashing them, which would take as long as the work."""
 
     def side_files(self) -> dict[str, Path]:
         """The files that go along unchanged, by their paths inside the directory."""
+
+
+def digest_of(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's bytes, in hexadecimal."""
+    return sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+
+
+def what_is_not_finite(tensor: Tensor) -> str:
+    """`NaN` or `infinite` if a tensor holds such a value, else empty. Only floating numbers can."""
+    if not tensor.is_floating_point():
+        return ""
+    for chunk in tensor.reshape(-1).split(CHUNK):
+        values = chunk if chunk.dtype.itemsize > 1 else chunk.float()  # torch tests no 8-bit numbers
+        if not torch.isfinite(values).all():
+            return "NaN" if torch.isnan(values).any() else "infinite"
+    return ""
