@@ -129,7 +129,8 @@ def test_the_recipe_says_how_to_run_it(torchao: Any, tmp_path: Path) -> None:
     ((engine, command),) = commands(out, "dense")
     assert engine == "torchao"
     python, *arguments = shlex.split(command)
-    assert python == "python" and str(out) in arguments
+    assert python == "python"
+    assert str(out) in arguments
     made = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=True)
     assert made.stdout.strip()
 
