@@ -10,9 +10,9 @@ from hlwq.containers import Reader, digest_of, what_is_not_finite
 from hlwq.decoded import DecodedCheckpoint
 from hlwq.errors import CheckpointError, UnsupportedError
 from hlwq.families import ModelLayout, describe
-from hlwq.files import read_json
+from hlwq.files import expanded
 from hlwq.formats import Demand, demand
-from hlwq.formats.reading import entry
+from hlwq.manifest import read_manifest
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 ALL_ENGINES = "all engines"
@@ -32,7 +32,7 @@ def check_directory(path: str | Path, progress: Callable[[int, int, str], None] 
         CheckpointError: the directory is damaged.
         UnsupportedError: its format or architecture is not known.
     """
-    directory = Path(path)
+    directory = expanded(path)
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a directory.", path=directory)
     reader = Reader(directory)
@@ -69,9 +69,7 @@ def _tokenizer(path: Path) -> Demand:
 
 def _intact(reader: Reader, progress: Callable[[int, int, str], None]) -> list[Demand]:
     """Whether every value is a finite number, and what the directory's maker wrote, where it left checksums."""
-    manifest = reader.path / "hlwq.json"
-    file = str(manifest)
-    recorded = entry(read_json(manifest), "sha256", dict, file, {}) if manifest.is_file() else {}
+    recorded = (read_manifest(reader.path) or {"sha256": {}})["sha256"]
     total, done = sum(spec.nbytes for spec in reader.tensors.values()), 0
     odd, damaged = [], [name for name in recorded if name not in reader.tensors]
     for name, spec in reader.tensors.items():

@@ -58,6 +58,14 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def expanded(path: str | Path) -> Path:
+    """A path that a user gave, with `~` and `~name` followed; where there is no such user, as it is."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def resolve_output(out: Path) -> Path:
     """Where a directory called `out` will lie: `~` and symbolic links followed, also one that leads nowhere yet.
 
@@ -66,8 +74,8 @@ def resolve_output(out: Path) -> Path:
             or the directory above cannot be written.
     """
     try:
-        path = Path(os.path.realpath(out.expanduser()))
-    except (OSError, RuntimeError, ValueError) as error:  # no such user, or a name that no file can have
+        path = Path(os.path.realpath(expanded(out)))
+    except (OSError, ValueError) as error:  # a name that no file can have
         raise RequestError(f"{out} cannot be made: {error}.", argument="out", path=out) from None
     if os.path.ismount(path):
         message = f"{out} is a mount point, which cannot be replaced. Name a directory inside it."

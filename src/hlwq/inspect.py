@@ -8,7 +8,8 @@ from pathlib import Path
 
 from hlwq.decoded import DecodedCheckpoint
 from hlwq.errors import RequestError
-from hlwq.files import read_json
+from hlwq.files import expanded
+from hlwq.manifest import read_manifest
 from hlwq.matrix import CHUNK_WEIGHTS
 from hlwq.sources import locate
 
@@ -79,15 +80,15 @@ def inspect(
         RequestError: there is no such directory, or the two are not of the same model.
         HlwqError: a directory cannot be read.
     """
-    path = Path(directory)
+    path = expanded(directory)
     if not path.is_dir():
         raise RequestError(f"{directory} is not a directory.", argument="directory", path=path)
     checkpoint = DecodedCheckpoint(path)
     source = DecodedCheckpoint(locate(against)) if against is not None else None
-    manifest = read_json(path / "hlwq.json") if (path / "hlwq.json").is_file() else {}
+    manifest = read_manifest(path) or {"origin": {}, "modules": {}, "recipe": None}
     # After a conversion the recorded errors are against its input, not against the original.
-    converted = "made_by" in manifest.get("origin", {})
-    recorded = {} if converted else manifest.get("modules", {})
+    converted = "made_by" in manifest["origin"]
+    recorded = {} if converted else manifest["modules"]
     reports = []
     for done, (name, spec) in enumerate(checkpoint.tensors.items()):
         if progress:
@@ -111,7 +112,7 @@ def inspect(
     return Inspection(
         path=path,
         format=checkpoint.format.name,
-        recipe=manifest.get("recipe"),
+        recipe=manifest["recipe"],
         tensors=tuple(reports),
         nbytes=total,
         bits_per_quantized_weight=8 * sum(nbytes for _, nbytes in coded) / weights if weights else None,

@@ -22,6 +22,7 @@ from hlwq.errors import CheckpointError, HlwqWarning, RequestError
 from hlwq.files import locked
 from hlwq.formats import Demand
 from hlwq.layerwise import CalibratedLayers
+from hlwq.manifest import MANIFEST
 from hlwq.plan import Plan, PlannedTensor, layer_unit
 from hlwq.transformers_models import load_tokenizer, quiet_transformers
 from hlwq.version import __version__
@@ -139,7 +140,7 @@ def _run(
     schemes = plan.contents().quantized
     modules = {module: {**asdict(schemes[module]), **errors[module]} for module in schemes}
     manifest = {**made_by, "modules": modules, "sha256": writer.digests()}
-    writer.finish(source.side_files(), {"hlwq.json": manifest})
+    writer.finish(source.side_files(), {MANIFEST: manifest})
     checks = check_directory(writer.directory, lambda done, total, name: report(work.total, work.total, "checking"))
     refuse_unless_usable(checks)
     writer.publish()

@@ -12,8 +12,9 @@ from hlwq.containers import Reader, partial_of, refuse_unless_empty
 from hlwq.decoded import DecodedCheckpoint, open_dense
 from hlwq.errors import HlwqWarning, RequestError
 from hlwq.families import describe
-from hlwq.files import locked, read_json, resolve_output
+from hlwq.files import expanded, locked, resolve_output
 from hlwq.formats import format_named
+from hlwq.manifest import read_manifest
 from hlwq.options import options_of, several
 from hlwq.pipeline import QuantizeResult, run_plan
 from hlwq.plan import Plan, make_plan, plan_decoding, usual_modules
@@ -70,7 +71,7 @@ def run_request(request: Request, out: Path, progress: Progress | None = None) -
     reader, plan = plan_for(request)
     # Where a file lies on this machine says nothing to others, and is nobody's business; a hub snapshot's directory is
     # named after its commit.
-    local, selection = Path(request.source).expanduser(), request.selection
+    local, selection = expanded(request.source), request.selection
     origin = {
         "source": local.resolve().name if local.exists() else str(request.source),
         "revision": None if local.exists() else reader.path.name,
@@ -89,7 +90,7 @@ def run_request(request: Request, out: Path, progress: Progress | None = None) -
         shard_bytes=request.shard_bytes,
         progress=progress,
     )
-    return replace(result, out=out.expanduser())
+    return replace(result, out=expanded(out))
 
 
 def convert(
@@ -121,7 +122,7 @@ def convert(
         HlwqError: the directory cannot be read, or the format cannot be made from it.
     """
     place = _free(Path(out))
-    path = Path(directory).expanduser()
+    path = expanded(directory)
     if not path.is_dir():
         raise RequestError(f"{directory} is not a directory.", argument="directory", path=path)
     format_named(format)
@@ -139,14 +140,13 @@ def convert(
             HlwqWarning,
             stacklevel=2,
         )
-    manifest = path / "hlwq.json"
     origin = {
         "source": path.resolve().name,
         "card": stated_by_card(path),
-        "made_by": read_json(manifest) if manifest.is_file() else None,
+        "made_by": read_manifest(path),
     }
     result = run_plan(decoded, plan, place, origin=origin, device=device, progress=progress)
-    return replace(result, out=Path(out).expanduser())
+    return replace(result, out=expanded(out))
 
 
 def _free(out: Path) -> Path:

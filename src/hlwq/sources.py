@@ -14,7 +14,7 @@ from yaml import YAMLError
 
 from hlwq.errors import CheckpointError, RequestError, ResourceError
 from hlwq.families import check_supported
-from hlwq.files import hash_file, read_json
+from hlwq.files import expanded, hash_file, read_json
 
 INHERITED = ("license", "license_name", "license_link", "language", "base_model")
 
@@ -31,7 +31,7 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
         CheckpointError: a GGUF file cannot be converted.
         ResourceError: the hub does not give it, or a package is missing.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.exists() and revision is not None:
         raise RequestError(f"`revision` {revision} changes nothing: {source} is on this disk, not on the hub.")
     if path.is_dir():

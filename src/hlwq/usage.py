@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hlwq.files import read_json
 from hlwq.formats import READABLE_FORMATS
+from hlwq.manifest import read_manifest
 
 TORCHAO_RECIPE = "hlwq-torchao"
 """The recipe whose dense files torchao is meant to round as it loads them."""
@@ -32,8 +33,7 @@ def commands(
     text_only = " --language-model-only" if "vision_config" in read_json(directory / "config.json") else ""
     name = called or str(directory)
     path = shlex.quote(f"./{name}" if name.startswith("-") else name)  # which is no option
-    manifest = directory / "hlwq.json"
-    recipe = read_json(manifest)["recipe"] if manifest.is_file() else None
+    recipe = (read_manifest(directory) or {"recipe": None})["recipe"]
     if recipe == TORCHAO_RECIPE and format_name == "dense":
         templates = [("torchao", TORCHAO_COMMAND)]
     else:

@@ -17,7 +17,14 @@ FLOATS = ("F16", "BF16", "F32")
 """The dtypes in which tools write the parameters of groups."""
 
 
-_JSON_TYPES: dict[type, str] = {int: "an integer", bool: "true or false", dict: "an object", list: "a list"}
+_JSON_TYPES: dict[type, str] = {
+    int: "an integer",
+    float: "a number with a fraction",
+    bool: "true or false",
+    str: "a string",
+    dict: "an object",
+    list: "a list",
+}
 
 
 def modules_with(reader: Reader, part: str) -> list[str]:
@@ -74,7 +81,7 @@ def entry(values: dict[str, Any], key: str, kind: type[T], where: str, default: 
     Args:
         values: the object.
         key: the entry's.
-        kind: int, bool, dict or list.
+        kind: int, float, bool, str, dict or list.
         where: what an error calls the object: a file, and the way to the object in it.
         default: what a missing entry, or null, stands for. Without one it must be there.
 

@@ -21,6 +21,7 @@ from hlwq.decoded import open_dense
 from hlwq.devices import torch_device
 from hlwq.errors import HlwqError, HlwqWarning, RequestError, ResourceError, UnsupportedError
 from hlwq.families import ModelLayout, describe
+from hlwq.files import expanded
 from hlwq.formats.patterns import module_patterns, outside_the_decoder
 from hlwq.grids import LloydGrid, fit_group_size
 from hlwq.plan import usual_modules
@@ -94,7 +95,7 @@ def transformers_config(directory: str | Path, *, group_size: int = 128, device:
     _require_torchao()
     from transformers import TorchAoConfig
 
-    reader = open_dense(Path(directory))
+    reader = open_dense(expanded(directory))
     layout = describe(reader.config, reader.tensors)
     widths = {name: reader.tensors[f"{name}.weight"].shape[1] for name in sorted(usual_modules(layout))}
     target = torch_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -14,8 +14,8 @@ from hlwq.bases import Identity
 from hlwq.check import check_directory
 from hlwq.errors import CheckpointError, RequestError, ResourceError
 from hlwq.evaluate.results import fingerprint, kept
-from hlwq.files import read_json
 from hlwq.inspect import inspect
+from hlwq.manifest import read_manifest
 from hlwq.options import recorded, references
 from hlwq.recipes import Stage
 from hlwq.usage import commands
@@ -50,7 +50,7 @@ def write_card(
     file = directory / "README.md"
     if file.exists() and not overwrite:
         raise RequestError(f"{file} exists. `overwrite=True` replaces it.", argument="overwrite", path=file)
-    manifest = read_json(directory / "hlwq.json")
+    manifest = read_manifest(directory) or {}
     contents = inspect(directory)
     origin = manifest["origin"]
     stated = dict(origin.get("card", {}))
