@@ -10,7 +10,7 @@ from torch import Tensor
 from hlwq.containers import Reader, TensorSpec
 from hlwq.errors import CheckpointError, UnsupportedError
 from hlwq.families import model_dtype
-from hlwq.formats import ENGINE_SECTIONS, FORMATS, Scheme, StoredModule, detect_format
+from hlwq.formats import ENGINE_SECTIONS, FORMATS, Scheme, StoredModule, detect_format, without_sections
 
 
 def open_dense(path: Path) -> Reader:
@@ -61,8 +61,7 @@ class DecodedCheckpoint:
         self.path = path
         self.format = detect_format(self._reader)
         self._restoration = self.format.restoration(self._reader)
-        own = {key: value for key, value in self._reader.config.items() if key not in ENGINE_SECTIONS}
-        self.config = self._restoration.config(own)
+        self.config = self._restoration.config(without_sections(self._reader.config))
         try:
             modules = self.format.stored_modules(self._reader)
         except KeyError as error:

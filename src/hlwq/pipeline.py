@@ -20,7 +20,7 @@ from hlwq.containers import DEFAULT_SHARD_BYTES, Source, Writer, partial_of
 from hlwq.devices import available_memory, peak_memory, torch_device
 from hlwq.errors import CheckpointError, HlwqWarning, RequestError
 from hlwq.files import locked
-from hlwq.formats import Demand
+from hlwq.formats import Demand, without_sections
 from hlwq.layerwise import CalibratedLayers
 from hlwq.manifest import MANIFEST
 from hlwq.plan import Plan, PlannedTensor, layer_unit
@@ -100,6 +100,7 @@ def _run(
     report: Progress,
 ) -> QuantizeResult:
     started = time.monotonic()
+    side_files = source.side_files()
     if not has_tokenizer(source.path):
         message = f"{source.path} has no tokenizer, which engines need. Copy the original's beside the weights."
         raise CheckpointError(message, path=source.path)
@@ -123,7 +124,7 @@ def _run(
         "files": source.stamps(),
         "machine": _machine(calibrated=plan.recipe.calibrated),
     }
-    json_files = plan.format.json_files(source.config, plan.contents())
+    json_files = plan.format.json_files(without_sections(source.config), plan.contents())
     writer = Writer(out, plan.outputs(), arguments, shard_bytes, json_files)
     if lost := writer.verify(report):
         warnings.warn(
@@ -140,7 +141,7 @@ def _run(
     schemes = plan.contents().quantized
     modules = {module: {**asdict(schemes[module]), **errors[module]} for module in schemes}
     manifest = {**made_by, "modules": modules, "sha256": writer.digests()}
-    writer.finish(source.side_files(), {MANIFEST: manifest})
+    writer.finish(side_files, {MANIFEST: manifest})
     checks = check_directory(writer.directory, lambda done, total, name: report(work.total, work.total, "checking"))
     refuse_unless_usable(checks)
     writer.publish()

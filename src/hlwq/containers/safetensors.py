@@ -21,27 +21,8 @@ from torch import Tensor
 from hlwq.containers.tensors import DTYPES, TensorSpec
 from hlwq.errors import CheckpointError, HlwqWarning, RequestError, UnsupportedError
 from hlwq.files import check_disk, differences, disk_errors, read_json, sync, write_json
+from hlwq.side_files import side_files
 
-SIDE_FILES_LEFT_OUT = (
-    ".bin.index.json",
-    ".safetensors",
-    ".safetensors.index.json",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".gguf",
-    ".msgpack",
-    ".h5",
-    ".onnx",
-)
-SIDE_FILES_WRITTEN_ANEW = {
-    "config.json",
-    "quantize_config.json",
-    "polar_config.json",
-    "hlwq.json",
-    "README.md",
-    ".gitattributes",
-}
 DEFAULT_SHARD_BYTES = 5 * 10**9
 """The hub's own habit."""
 MODEL, ARGUMENTS, JOURNAL = "model", "arguments.json", "journal.jsonl"
@@ -151,18 +132,8 @@ class Reader:
         return {file.name: _stamp(file) for file in sorted(set(self._files.values()))}
 
     def side_files(self) -> dict[str, Path]:
-        """What stands beside the weights and goes along unchanged, by its path inside the directory.
-
-        Tokenizer, templates, processors, licence and so on: everything but weights, and what is written anew.
-        """
-        candidates = [*self.path.iterdir(), *(self.path / "additional_chat_templates").glob("*.jinja")]
-        return {
-            file.relative_to(self.path).as_posix(): file
-            for file in sorted(candidates)
-            if file.is_file()
-            and not file.name.endswith(SIDE_FILES_LEFT_OUT)
-            and file.name not in SIDE_FILES_WRITTEN_ANEW
-        }
+        """What stands beside the weights and goes along unchanged; see `side_files.side_files`."""
+        return side_files(self.path)
 
 
 def _stamp(file: Path) -> str:

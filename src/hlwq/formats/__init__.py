@@ -15,6 +15,7 @@ from hlwq.formats.base import (
     Scheme,
     StoredModule,
     demand,
+    without_sections,
 )
 from hlwq.formats.reading import section_of
 
@@ -32,6 +33,7 @@ __all__ = [
     "demand",
     "detect_format",
     "format_named",
+    "without_sections",
 ]
 
 FORMATS: dict[str, Format] = {each.FORMAT.name: each.FORMAT for each in (gptq, compressed_tensors, mlx, hlwq, dense)}

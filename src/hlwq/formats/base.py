@@ -16,8 +16,8 @@ from hlwq.families import ModelLayout, Restoration
 from hlwq.grids import Grid
 from hlwq.matrix import QuantizedMatrix
 
-ENGINE_SECTIONS = ("quantization_config", "quantization")
-"""The keys of `config.json` that say how weights are stored."""
+ENGINE_SECTIONS = ("quantization_config", "quantization", "compression_config")
+"""The keys of `config.json`, and of the sections in it, that say how weights are stored."""
 
 PIPELINE_COMMAND = (
     "python -c 'import sys; from transformers import pipeline; "
@@ -171,6 +171,18 @@ class Format(ReadableFormat):
     holds_embeddings: bool = False
     holds_scattered_groups: bool = False
     stores_decoded: bool = False
+
+
+def without_sections(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration that says nothing of how weights are stored, nor of code that stands beside them.
+
+    Neither goes into an output: engines would read the weights by another tool's section, if only an empty one.
+    """
+
+    def without(section: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in section.items() if key not in (*ENGINE_SECTIONS, "auto_map")}
+
+    return {key: without(value) if isinstance(value, dict) else value for key, value in without(config).items()}
 
 
 def check_bits(format_name: str, bits: int, allowed: tuple[int, ...]) -> None:
