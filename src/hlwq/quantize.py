@@ -18,10 +18,12 @@ from hlwq.manifest import read_manifest
 from hlwq.options import options_of, several
 from hlwq.pipeline import QuantizeResult, run_plan
 from hlwq.plan import Plan, make_plan, plan_decoding, usual_modules
+from hlwq.provenance import origin_of
 from hlwq.recipes import Recipe, changed, recipe_named
 from hlwq.request import Request, Selection
+from hlwq.side_files import left_behind, side_files
 from hlwq.solvers import SOLVERS
-from hlwq.sources import locate, stated_by_card
+from hlwq.sources import locate
 from hlwq.transformers_models import require_transformers
 from hlwq.work import Progress
 
@@ -36,7 +38,8 @@ def plan_for(request: Request) -> tuple[Reader, Plan]:
     if recipe.calibrated:
         require_transformers()
     reader = open_dense(locate(request.source, request.revision))
-    return reader, make_plan(reader, recipe, request.format, request.selection)
+    plan = make_plan(reader, recipe, request.format, request.selection)
+    return reader, _with_side_files(plan, reader.path)
 
 
 def quantize(
@@ -69,13 +72,9 @@ def run_request(request: Request, out: Path, progress: Progress | None = None) -
     """Do what a request asks for; see `quantize`."""
     place = _free(out)
     reader, plan = plan_for(request)
-    # Where a file lies on this machine says nothing to others, and is nobody's business; a hub snapshot's directory is
-    # named after its commit.
-    local, selection = expanded(request.source), request.selection
+    selection = request.selection
     origin = {
-        "source": local.resolve().name if local.exists() else str(request.source),
-        "revision": None if local.exists() else reader.path.name,
-        "card": stated_by_card(reader.path),
+        **origin_of(request.source, reader.path),
         "include_embeddings": selection.include_embeddings,
         "include": list(selection.include),
         "exclude": list(selection.exclude),
@@ -140,13 +139,19 @@ def convert(
             HlwqWarning,
             stacklevel=2,
         )
-    origin = {
-        "source": path.resolve().name,
-        "card": stated_by_card(path),
-        "made_by": read_manifest(path),
-    }
-    result = run_plan(decoded, plan, place, origin=origin, device=device, progress=progress)
+    origin = {**origin_of(path, path), "made_by": read_manifest(path)}
+    result = run_plan(decoded, _with_side_files(plan, path), place, origin=origin, device=device, progress=progress)
     return replace(result, out=expanded(out))
+
+
+def _with_side_files(plan: Plan, directory: Path) -> Plan:
+    """A plan that says which files will not be copied. Raises CheckpointError if one that should be cannot be."""
+    side_files(directory)
+    if not (left := left_behind(directory)):
+        return plan
+    names = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
+    remark = f"not copied: {names}. Only tokenizers, templates, processors, generation settings and licences are."
+    return replace(plan, remarks=(*plan.remarks, remark))
 
 
 def _free(out: Path) -> Path:

@@ -15,7 +15,8 @@ from hlwq.errors import CheckpointError
 
 ENGINE_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("tokenizer.model", "tokenizer.model.v[0-9]", "tokenizer.model.v[0-9]m[0-9]", "spiece.model", "sentencepiece*.model", "tekken.json"),
+    *("tokenizer.model", "tokenizer.model.v[0-9]", "tokenizer.model.v[0-9]m[0-9]", "tekken.json"),
+    *("spiece.model", "sentencepiece*.model"),
     *("vocab.json", "vocab.txt", "merges.txt", "*.tiktoken"),
     *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
     *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
@@ -29,7 +30,7 @@ PATTERNS = (*ENGINE_FILES, *TERMS)
 TEXTS = ("", ".txt", ".md", ".rst")
 """Suffixes of terms."""
 LARGEST = 256 << 20
-"""Bytes; the largest vocabularies take a fifth of this."""
+"""Bytes; the largest tokenizers have some 35 MB."""
 TEMPLATES = "additional_chat_templates"
 
 _ORDINARY_NAME = re.compile(r"\w[\w.+-]*", re.ASCII)
@@ -43,7 +44,9 @@ def is_side_file(name: str) -> bool:
         return False
     if any(fnmatchcase(name, pattern) for pattern in ENGINE_FILES):
         return True
-    return len(path.parts) == 1 and path.suffix.lower() in TEXTS and any(fnmatchcase(name, pattern) for pattern in TERMS)
+    return (
+        len(path.parts) == 1 and path.suffix.lower() in TEXTS and any(fnmatchcase(name, pattern) for pattern in TERMS)
+    )
 
 
 def side_files(directory: Path) -> dict[str, Path]:

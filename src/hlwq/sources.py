@@ -5,18 +5,21 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, snapshot_download
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from yaml import YAMLError
 
 from hlwq.errors import CheckpointError, RequestError, ResourceError
 from hlwq.families import check_supported
 from hlwq.files import expanded, hash_file, read_json
+from hlwq.side_files import PATTERNS
 
-INHERITED = ("license", "license_name", "license_link", "language", "base_model")
+READ = (
+    *("config.json", "model.safetensors.index.json", "adapter_config.json", "README.md"),
+    *("hlwq.json", "polar_config.json", "hlwq_config.json"),
+)
+"""Files that are read, beside weights and side files."""
 
 
 def locate(source: str | Path, revision: str | None = None) -> Path:
@@ -42,7 +45,7 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
         raise RequestError(f"{source} is neither a model directory nor a .gguf file.", argument="source", path=path)
     try:
         # Only what is copied or read: never code, never pickles, never a second copy of the weights.
-        small = ["README.md", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*"]
+        small = [*READ, *PATTERNS]
         config = Path(snapshot_download(str(source), revision=revision, allow_patterns=small)) / "config.json"
         check_supported(read_json(config))  # before the weights are downloaded
         ignored = ["consolidated*", "original/*", "adapter*"]
@@ -57,21 +60,6 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
             f"{source} is no directory here, and the hub did not give it: {reason}. "
             "Check the name, the network, and `hf auth login` for a gated model."
         ) from None
-
-
-def stated_by_card(directory: Path) -> dict[str, Any]:
-    """What a model's card says that holds for its quantizations too: license, base model, languages.
-
-    Nothing where there is no card, or none that can be understood: a license that is not stated must not be guessed.
-    """
-    file = directory / "README.md"
-    if not file.is_file():
-        return {}
-    try:
-        data = ModelCard.load(file, ignore_metadata_errors=True).data.to_dict()
-    except (ValueError, YAMLError, UnicodeDecodeError):
-        return {}
-    return {key: data[key] for key in INHERITED if data.get(key)}
 
 
 def _from_gguf(file: Path) -> Path:
