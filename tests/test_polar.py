@@ -137,6 +137,69 @@ def test_every_layout_decodes_to_the_weights_that_its_codes_stand_for(
     assert sum(map(ours.stored_bytes, ours.tensors)) == sum(spec.nbytes for spec in Reader(ours.path).tensors.values())
 
 
+CONFIG, RENAMED = polar.CONFIG_FILES
+
+
+@pytest.mark.parametrize("names", [[RENAMED], [CONFIG, RENAMED]])
+def test_its_configuration_is_read_under_both_names(names: list[str], model: Path, tmp_path: Path) -> None:
+    expected = lay_out(model, tmp_path / "polar", "bytes", 3, V4)  # nothing else says that codes have 3 bits
+    text = (tmp_path / "polar" / CONFIG).read_text()
+    (tmp_path / "polar" / CONFIG).unlink()
+    for name in names:
+        (tmp_path / "polar" / name).write_text(text)
+    ours = DecodedCheckpoint(tmp_path / "polar")
+    for name, weights in expected.items():
+        scheme = ours.scheme_of(name)
+        assert scheme is not None
+        assert scheme.bits == 3
+        np.testing.assert_allclose(ours.read(name).numpy(), weights, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"format": "polar_engine_v5"}, "differ. Delete the one"),
+        ({"layers": {}}, "differ. Delete the one"),
+        ({"block_size": 64}, "differ. Delete the one"),
+        ({"format": "polar_engine_v6"}, "differ. Delete the one"),
+    ],
+)
+def test_two_configurations_that_differ_are_refused(
+    change: dict[str, Any], said: str, model: Path, tmp_path: Path
+) -> None:
+    lay_out(model, tmp_path / "polar", "nibbles", 4, V4)
+    config = json.loads((tmp_path / "polar" / CONFIG).read_text())
+    (tmp_path / "polar" / RENAMED).write_text(json.dumps(config | change))
+    with pytest.raises(HlwqError, match=said) as refused:
+        DecodedCheckpoint(tmp_path / "polar")
+    assert CONFIG in str(refused.value)
+    assert RENAMED in str(refused.value)
+
+
+@pytest.mark.parametrize("change", [{"format": "polar_engine_v6"}, {"layers": []}, {"block_size": 48}])
+def test_errors_name_the_configuration_that_is_there(change: dict[str, Any], model: Path, tmp_path: Path) -> None:
+    lay_out(model, tmp_path / "polar", "nibbles", 4, V4)
+    config = json.loads((tmp_path / "polar" / CONFIG).read_text())
+    if "block_size" in change:
+        config["layers"][UP] |= change
+    (tmp_path / "polar" / RENAMED).write_text(json.dumps(config | change))
+    (tmp_path / "polar" / CONFIG).unlink()
+    with pytest.raises(HlwqError) as refused:
+        DecodedCheckpoint(tmp_path / "polar")
+    assert CONFIG not in str(refused.value)
+
+
+def test_a_pickle_beside_them_is_neither_read_nor_copied(model: Path, tmp_path: Path) -> None:
+    lay_out(model, tmp_path / "polar", "nibbles", 4, V4)
+    (tmp_path / "polar" / CONFIG).rename(tmp_path / "polar" / RENAMED)
+    pickles = ["hlwq_state.pt", "codes.pkl", "polar_state.bin", "hlwq_config.pkl", "weights.pth"]
+    for name in pickles:
+        (tmp_path / "polar" / name).write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
+    hlwq.convert(tmp_path / "polar", tmp_path / "out", "dense")
+    written = {file.name for file in (tmp_path / "out").iterdir()}
+    assert written == {"config.json", "hlwq.json", "model.safetensors", "tokenizer.json"}
+
+
 def test_centroids_are_the_unfinished_ones_of_their_author() -> None:
     for bits in (2, 5, 6):
         for cut in (4.0, np.inf):

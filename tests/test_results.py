@@ -79,6 +79,7 @@ def test_every_byte_of_the_weights_counts_whatever_the_times_say(
         "model.safetensors.index.json",
         "quantize_config.json",
         "polar_config.json",
+        "hlwq_config.json",
         "tokenizer.json",
         "tokenizer.model",
         "spiece.model",

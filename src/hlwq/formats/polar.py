@@ -5,8 +5,8 @@ Matrices are padded to whole blocks along `in`; a block decodes to norm/√block
 
 - `polar_engine_v4` and `v5`: `M.codes`, `M.norms` and `M.ct_scaled`, the centroids over √block (or `M.ct`, the
   centroids themselves). The codes are (out, …): a byte each; or, up to 4 bits, nibbles, a block's first half being the
-  low ones of its bytes; or, of 5 bits, a bit stream with the least significant bits first. `polar_config.json` lists
-  each module's bits, block and true width.
+  low ones of its bytes; or, of 5 bits, a bit stream with the least significant bits first. `polar_config.json`, later
+  called `hlwq_config.json`, lists each module's bits, block and true width.
 - Bit-packed: `M__packed`, `M__norms` and `M__meta`, with `__` for the dots of M, with or without its `.weight`. The
   codes are one bit stream with the most significant bits first. The centroids are not stored. Their author's programs
   know two kinds of `meta`: (out, blocks, block, codes), with centroids of a normal distribution cut at ±4, as his
@@ -38,7 +38,8 @@ NAME = "polar"
 CODES = (".codes", "__codes", "__packed")
 """What the names of codes end in."""
 INTEGERS = ("I64", "I32", "I16", "I8", "U8", "U32")
-CONFIG_FILE = "polar_config.json"
+CONFIG_FILES = ("polar_config.json", "hlwq_config.json")
+"""The names of one file, which was renamed in published repositories."""
 VERSIONS = ("polar_engine_v4", "polar_engine_v5")
 
 
@@ -92,12 +93,12 @@ def stored_modules(reader: Reader) -> dict[str, StoredModule]:
         CheckpointError: the tensors of a module are missing or disagree.
         UnsupportedError: an unknown version wrote the directory.
     """
-    config = _polar_config(reader)
+    config, file = _polar_config(reader)
     modules = {}
     for name in reader.tensors:
         module = _module_of(name)
         if module is not None:
-            stored = _describe_module(reader, config, module, name)
+            stored = _describe_module(reader, config, file, module, name)
             parts = tuple(filter(None, (stored.codes, stored.norms, stored.levels, stored.meta)))
             modules[module] = StoredModule(Scheme(stored.bits, stored.block), stored.shape, parts)
     return modules
@@ -110,7 +111,7 @@ def dequantize(reader: Reader, module: str, scheme: Scheme) -> Tensor:
         CheckpointError: a code has no centroid.
     """
     name = next(name for name in reader.tensors if _module_of(name) == module)
-    stored = _describe_module(reader, _polar_config(reader), module, name)
+    stored = _describe_module(reader, *_polar_config(reader), module, name)
     codes, levels = _codes(reader, stored), _levels(reader, stored)
     if int(codes.max()) >= len(levels):
         raise _damaged(reader, module, f"has the code {int(codes.max())}, but {len(levels)} centroids")
@@ -133,18 +134,34 @@ def _module_of(name: str) -> str | None:
     return None
 
 
-def _polar_config(reader: Reader) -> dict[str, Any]:
-    """`polar_config.json`, or nothing where there is none."""
-    file = reader.path / CONFIG_FILE
-    config = read_json(file) if file.is_file() else {}
+def _polar_config(reader: Reader) -> tuple[dict[str, Any], str]:
+    """What `polar_config.json` or `hlwq_config.json` holds, or nothing where there is neither, and the file's path.
+
+    Raises:
+        CheckpointError: both are there, and differ.
+        UnsupportedError: an unknown version wrote it.
+    """
+    files = [reader.path / name for name in CONFIG_FILES]
+    found = [(read_json(file), str(file)) for file in files if file.is_file()]
+    if len(found) == 2 and found[0][0] != found[1][0]:
+        message = f"{found[1][1]} and {CONFIG_FILES[0]} differ. Delete the one that is not of these weights."
+        raise CheckpointError(message, path=found[1][1])
+    config, file = found[0] if found else ({}, str(files[0]))
     version = config.get("format", VERSIONS[0])
     if version not in VERSIONS:
         raise UnsupportedError(f"{file}: format {version} is unknown; {' and '.join(VERSIONS)} can be read.")
-    return config
+    return config, file
 
 
-def _describe_module(reader: Reader, config: dict[str, Any], module: str, codes: str) -> _Module:
+def _describe_module(reader: Reader, config: dict[str, Any], file: str, module: str, codes: str) -> _Module:
     """Bring together what the headers, `polar_config.json` and `meta` say of a module.
+
+    Args:
+        reader: the directory.
+        config: what `polar_config.json` holds.
+        file: the path of that file.
+        module: the name of the matrix.
+        codes: the name of the tensor with its codes.
 
     Raises:
         CheckpointError: they disagree, or a tensor is missing.
@@ -165,7 +182,6 @@ def _describe_module(reader: Reader, config: dict[str, Any], module: str, codes:
         if reader.tensors[name].dtype not in dtypes:
             raise _damaged(reader, module, f"has its tensor {name} in {reader.tensors[name].dtype}")
     rows, blocks = reading.matrix_shape(reader, norms)
-    file = str(reader.path / CONFIG_FILE)
     layers = reading.entry(config, "layers", dict, file, default={})
     stated = {**config, **reading.entry({module: {}, **layers}, module, dict, f"{file}: layers")}
     file = f"{file}: layers.{module}"
