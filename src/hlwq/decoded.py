@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hlwq.containers import Reader, TensorSpec
 from hlwq.errors import CheckpointError, UnsupportedError
-from hlwq.families import model_dtype
+from hlwq.families import FLOATS, model_dtype
 from hlwq.formats import ENGINE_SECTIONS, FORMATS, Scheme, StoredModule, detect_format, without_sections
 
 
@@ -22,9 +22,12 @@ def open_dense(path: Path) -> Reader:
     """
     reader = Reader(path)
     for section in (reader.config, reader.config.get("text_config") or {}):
-        quantization = next((section[key] for key in ENGINE_SECTIONS if section.get(key)), None)
-        if quantization:
-            method = quantization.get("quant_method", "mlx") if isinstance(quantization, dict) else "in an unknown way"
+        key = next((key for key in ENGINE_SECTIONS if section.get(key) is not None), None)
+        if key is not None:
+            if all(spec.dtype in FLOATS for spec in reader.tensors.values()):
+                raise _left_over(path / "config.json", key)
+            section = section[key]
+            method = section.get("quant_method", "mlx") if isinstance(section, dict) else "in an unknown way"
             raise _quantized_already(path / "config.json", method)
     if detect_format(reader) is not FORMATS["dense"]:
         raise _quantized_already(path, "PolarQuant")
@@ -37,6 +40,14 @@ def _quantized_already(where: Path, method: str) -> UnsupportedError:
         "or decode it with `hlwq convert`.",
         argument="source",
         path=where,
+    )
+
+
+def _left_over(file: Path, key: str) -> CheckpointError:
+    return CheckpointError(
+        f"{file}: the section {key} says that the weights are quantized, but no tensor is stored so. Remove that "
+        "section.",
+        path=file,
     )
 
 
@@ -67,9 +78,9 @@ class DecodedCheckpoint:
         except KeyError as error:
             message = f"{path / 'config.json'}: its quantization section lacks {error}."
             raise CheckpointError(message, path=path) from None
-        if not modules and any(self._reader.config.get(key) for key in ENGINE_SECTIONS):
-            message = f"{path}: config.json says {self.format.name}, but no tensor is stored so."
-            raise CheckpointError(message, path=path)
+        key = next((key for key in ENGINE_SECTIONS if self._reader.config.get(key) is not None), None)
+        if not modules and key is not None:
+            raise _left_over(path / "config.json", key)
         self.tensors: dict[str, TensorSpec] = {}
         self._modules: dict[str, tuple[str, StoredModule]] = {}
         self._kept: dict[str, str] = {}
@@ -79,6 +90,13 @@ class DecodedCheckpoint:
         for spec in specs:
             module = module_of.get(spec.name)
             name = self._restoration.name(f"{module}.weight" if module else spec.name)
+            if name in self.tensors and (module is None or name in self._kept):
+                raise CheckpointError(
+                    f"{path}: tensor {name} is stored twice, as codes and as it is, and engines differ in which they "
+                    "take. Make the checkpoint again.",
+                    path=path,
+                    tensor=name,
+                )
             if module is None:
                 self._kept[name] = spec.name
                 self.tensors[name] = replace(spec, name=name, shape=self._restoration.shape(spec))

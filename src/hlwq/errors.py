@@ -11,6 +11,12 @@ from pathlib import Path
 from typing import Self
 
 
+def reason(error: BaseException) -> str:
+    """What an error of another library says, in one line without its full stop; its kind where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return next((line.rstrip(".") for line in lines if line), type(error).__name__)
+
+
 class HlwqError(Exception):
     """A request that cannot be met: the message says what is wrong, where, and what to do.
 
@@ -26,6 +32,8 @@ class HlwqError(Exception):
     def __init__(
         self, message: str, *, argument: str | None = None, path: Path | str | None = None, tensor: str | None = None
     ) -> None:
+        # In one line, whatever names and values of others it holds.
+        message = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in message)
         super().__init__(message)
         named = re.search(r"`([a-z_]+)(=[^`]*)?`", message)
         self.argument = argument or (named[1] if named else None)

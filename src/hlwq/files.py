@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
@@ -16,8 +17,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from hlwq.errors import CheckpointError, RequestError, ResourceError
+from hlwq.errors import CheckpointError, RequestError, ResourceError, reason
 
+MOST_JSON_BYTES, MOST_JSON_NESTING = 1 << 27, 50
+"""The index of the largest models has some ten megabytes."""
+LFS_BEGINNING = b"version https://git-lfs.github.com/spec/"
 LONGEST_NAME = 255
 """Bytes in the name of a file."""
 
@@ -26,17 +30,61 @@ def read_json(file: Path) -> dict[str, Any]:
     """Parse a JSON file that holds an object.
 
     Raises:
-        CheckpointError: it is missing, or not such a file.
+        CheckpointError: it is missing, or not such a file, or larger or deeper nested than any that is meant so.
     """
+    if not os.path.lexists(file):
+        raise CheckpointError(f"{file} is missing. Is {file.parent} a model directory?", path=file)
+    check_file(file)
+    if (size := file.stat().st_size) > MOST_JSON_BYTES:
+        raise CheckpointError(f"{file} has {size:,} bytes, which no such file needs. Download it again.", path=file)
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{file} is missing. Is {file.parent} a model directory?", path=file) from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{file} is not valid JSON ({error}). Download it again.", path=file) from None
+        value = json.loads(file.read_bytes().decode("utf-8"))
+        _check_plain(value)
+    except (ValueError, RecursionError) as error:  # of the encoding, of JSON, of a number without end
+        raise CheckpointError(f"{file} is not valid JSON ({reason(error)}). Download it again.", path=file) from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{file} does not hold a JSON object. Download it again.", path=file)
     return value
+
+
+def check_file(file: Path) -> None:
+    """Raise CheckpointError unless a file can be read: there, a regular file, and not a placeholder of Git LFS.
+
+    Reading anything else, such as a pipe, may never end.
+    """
+    try:
+        regular = stat.S_ISREG(file.stat().st_mode)
+        pointer = regular and lfs_pointer(file)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}.", path=file) from None
+    if not regular:
+        raise CheckpointError(f"{file} is not a regular file.", path=file)
+    if pointer:
+        message = f"{file} is a placeholder of Git LFS, not the file. Run `git lfs pull` in {file.parent}."
+        raise CheckpointError(message, path=file)
+
+
+def lfs_pointer(file: Path) -> bool:
+    """Whether a regular file is what Git LFS puts in the place of one that was not downloaded."""
+    with file.open("rb") as stream:
+        return stream.read(len(LFS_BEGINNING)) == LFS_BEGINNING
+
+
+def _check_plain(value: Any) -> None:
+    """Raise ValueError unless a JSON value can be handled by all that may come after: copied, compared, written."""
+    level, nesting = [value], 0
+    while level:
+        if nesting > MOST_JSON_NESTING:
+            raise ValueError(f"it is nested more than {MOST_JSON_NESTING} deep")
+        inner: list[Any] = []
+        for each in level:
+            if isinstance(each, dict):
+                inner += [*each, *each.values()]
+            elif isinstance(each, list):
+                inner += each
+            elif isinstance(each, str) and not each.isascii():
+                each.encode()  # no half of a surrogate pair, which could not be written again
+        level, nesting = inner, nesting + 1
 
 
 def write_json(file: Path, value: dict[str, Any]) -> None:
@@ -47,6 +95,19 @@ def write_json(file: Path, value: dict[str, Any]) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     partial.replace(file)
+
+
+def cache_folder() -> Path:
+    """The folder of what hlwq keeps between runs, in the cache of Hugging Face's libraries. It may not exist.
+
+    Raises:
+        ResourceError: this user has no home directory, and `HF_HOME` names no other place.
+    """
+    try:
+        place = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
+    except RuntimeError:
+        raise ResourceError("There is no home directory for the cache. Set HF_HOME to a folder.") from None
+    return place / "hlwq"
 
 
 def sync(path: Path) -> None:
@@ -74,8 +135,8 @@ def resolve_output(out: Path) -> Path:
             or the directory above cannot be written.
     """
     try:
-        path = Path(os.path.realpath(expanded(out)))
-    except (OSError, ValueError) as error:  # a name that no file can have
+        path = Path(os.path.realpath(out.expanduser()))
+    except (OSError, RuntimeError, ValueError) as error:  # no such user, or a name that no file can have
         raise RequestError(f"{out} cannot be made: {error}.", argument="out", path=out) from None
     if os.path.ismount(path):
         message = f"{out} is a mount point, which cannot be replaced. Name a directory inside it."

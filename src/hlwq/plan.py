@@ -17,7 +17,8 @@ from hlwq.recipes import Recipe, Stage
 from hlwq.request import Selection
 from hlwq.solvers import Nearest
 
-REST = "outside the layers"
+REST, UNKNOWN = "outside the layers", "unknown to this family"
+SHOWN_NAMES = 3
 
 
 class Headers(Protocol):
@@ -189,7 +190,18 @@ def make_plan(
     if layout.tied and "lm_head.weight" in source.tensors:
         remarks["lm_head.weight is dropped: config.json ties it to the embedding"] = None
     plan = Plan(layout, recipe, output_format, dtype, tuple(planned), tuple(remarks))
-    return replace(plan, warnings=tuple(output_format.cautions(plan.contents())))
+    return replace(plan, warnings=(*_unknown(plan), *output_format.cautions(plan.contents())))
+
+
+def _unknown(plan: Plan) -> Iterator[str]:
+    """What to say of tensors that are no part of the model as its family is known."""
+    names = [tensor.spec.name for tensor in plan.tensors if tensor.reason == UNKNOWN]
+    if names:
+        shown = ", ".join(names[:SHOWN_NAMES]) + (", …" if len(names) > SHOWN_NAMES else "")
+        yield (
+            f"{len(names)} tensors are no part of a {plan.layout.family.name} model and are copied as they are; an "
+            f"engine may refuse them: {shown}"
+        )
 
 
 def plan_decoding(source: Headers) -> Plan:
@@ -364,4 +376,4 @@ def _why_kept(name: str, layout: ModelLayout, matrices: dict[str, Matrix], requi
         return matrices[module].keep or "excluded"
     if name in required:
         return "not a matrix of a linear layer"
-    return "unknown to this family"
+    return UNKNOWN

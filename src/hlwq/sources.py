@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import os
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from hlwq.errors import CheckpointError, RequestError, ResourceError
+from hlwq.containers import read_gguf_header, refuse_adapter
+from hlwq.errors import CheckpointError, RequestError, ResourceError, UnsupportedError, reason
 from hlwq.families import check_supported
-from hlwq.files import expanded, hash_file, read_json
+from hlwq.files import cache_folder, check_file, disk_errors, expanded, hash_file, locked, read_json
 from hlwq.side_files import PATTERNS
+from hlwq.transformers_models import quiet_transformers
 
 READ = (
     *("config.json", "model.safetensors.index.json", "adapter_config.json", "README.md"),
     *("hlwq.json", "polar_config.json", "hlwq_config.json"),
 )
 """Files that are read, beside weights and side files."""
+HUB_ADDRESS = re.compile(r"https?://(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)")
 
 
 def locate(source: str | Path, revision: str | None = None) -> Path:
@@ -39,15 +43,21 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
         raise RequestError(f"`revision` {revision} changes nothing: {source} is on this disk, not on the hub.")
     if path.is_dir():
         return path
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         return _from_gguf(path)
     if path.exists():
-        raise RequestError(f"{source} is neither a model directory nor a .gguf file.", argument="source", path=path)
+        message = f"{source} is neither a model directory nor a .gguf file."
+        if path.suffix in (".safetensors", ".json"):
+            message = f"{source} is a file of a model. Name its directory: {path.parent}."
+        raise RequestError(message, argument="source", path=path)
+    if address := HUB_ADDRESS.match(str(source)):
+        raise RequestError(f"{source} is an address. Name the model by its id: {address[1]}.", argument="source")
     try:
         # Only what is copied or read: never code, never pickles, never a second copy of the weights.
         small = [*READ, *PATTERNS]
-        config = Path(snapshot_download(str(source), revision=revision, allow_patterns=small)) / "config.json"
-        check_supported(read_json(config))  # before the weights are downloaded
+        directory = Path(snapshot_download(str(source), revision=revision, allow_patterns=small))
+        refuse_adapter(directory)
+        check_supported(read_json(directory / "config.json"))  # before the weights are downloaded
         ignored = ["consolidated*", "original/*", "adapter*"]
         allowed = [*small, "*.safetensors"]
         return Path(snapshot_download(str(source), revision=revision, allow_patterns=allowed, ignore_patterns=ignored))
@@ -55,39 +65,71 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
         message = f"{source} is neither a directory nor a hub id (such as Qwen/Qwen3.5-9B)."
         raise RequestError(message, argument="source") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
         raise ResourceError(
-            f"{source} is no directory here, and the hub did not give it: {reason}. "
+            f"{source} is no directory here, and the hub did not give it: {reason(error)}. "
             "Check the name, the network, and `hf auth login` for a gated model."
         ) from None
 
 
 def _from_gguf(file: Path) -> Path:
     """Dequantize a GGUF file into the cache, once. Transformers holds the whole model in memory for that."""
-    if not file.is_file():
-        raise RequestError(f"{file} does not exist.", argument="source", path=file)
-    cache = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface")) / "hlwq" / hash_file(file)[:16]
-    if cache.is_dir():
-        return cache
+    check_file(file)
     try:
         import gguf  # noqa: F401 - transformers needs it
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     except ImportError as error:
         raise ResourceError(f"Reading {file.name} needs {error.name}. Run: pip install 'hlwq[eval]'") from None
+    _check_model(file, read_gguf_header(file))
+    cache = cache_folder() / f"gguf-{hash_file(file)[:32]}"
+    if cache.is_dir():
+        return cache
     partial = cache.with_name(cache.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            file.parent,
-            gguf_file=file.name,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=torch.bfloat16,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    except (ValueError, OSError, KeyError, RuntimeError) as error:
-        message = f"{file}: transformers cannot dequantize it ({str(error).splitlines()[0]})."
-        raise CheckpointError(message, path=file) from None
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    partial.rename(cache)
+        cache.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        message = f"{cache.parent} cannot be made, where {file.name} would be dequantized: {error.strerror}."
+        raise ResourceError(f"{message} `HF_HOME` names another cache.", path=cache.parent) from None
+    with locked(cache), disk_errors(cache.parent):
+        if cache.is_dir():  # which another process has just made
+            return cache
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            with quiet_transformers():
+                loaded: Any = AutoModelForCausalLM.from_pretrained(
+                    file.parent,
+                    gguf_file=file.name,
+                    quantization_config=GgufConfig(dequantize=True),
+                    dtype=torch.bfloat16,
+                    trust_remote_code=False,
+                    output_loading_info=True,
+                )
+                model, info = loaded
+                tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+        except Exception as error:  # transformers and gguf raise what they like
+            message = f"{file}: transformers cannot dequantize it ({reason(error)})."
+            raise CheckpointError(message, path=file) from None
+        _check_loaded(file, info)
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        partial.rename(cache)
     return cache
+
+
+def _check_model(file: Path, metadata: dict[str, Any]) -> None:
+    """Raise UnsupportedError if a GGUF file holds something else than a language model."""
+    if metadata.get("general.architecture") == "clip" or metadata.get("general.type", "model") not in ("model", ""):
+        what = metadata.get("general.type", "mmproj")
+        message = f"{file} holds no language model, but a part for one ({what}). Name the model's own file."
+        raise UnsupportedError(message, path=file)
+
+
+def _check_loaded(file: Path, info: dict[str, Any]) -> None:
+    """Raise CheckpointError if transformers has filled a tensor of the model with random numbers."""
+    for what in ("missing", "mismatched"):
+        if names := sorted(map(str, info.get(f"{what}_keys") or ())):
+            raise CheckpointError(
+                f"{file}: {len(names)} tensors are {what}, such as {names[0]}. The file does not hold the whole model, "
+                "or transformers does not know its kind: start from the model's safetensors.",
+                path=file,
+                tensor=names[0],
+            )

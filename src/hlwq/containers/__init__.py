@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from hlwq.containers.safetensors import DEFAULT_SHARD_BYTES, Reader, Writer, partial_of, refuse_unless_empty
+from hlwq.containers.gguf import read_gguf_header
+from hlwq.containers.reader import Reader, refuse_adapter
 from hlwq.containers.tensors import DTYPES, Source, TensorSpec, digest_of, what_is_not_finite
+from hlwq.containers.writer import DEFAULT_SHARD_BYTES, Writer, partial_of, refuse_unless_empty
 
 __all__ = [
     "DEFAULT_SHARD_BYTES",
@@ -14,6 +16,8 @@ __all__ = [
     "Writer",
     "digest_of",
     "partial_of",
+    "read_gguf_header",
+    "refuse_adapter",
     "refuse_unless_empty",
     "what_is_not_finite",
 ]

@@ -21,9 +21,10 @@ from hlwq.errors import HlwqError, RequestError
 from hlwq.evaluate.generation import Endpoint
 from hlwq.evaluate.model import load_for_evaluation
 from hlwq.evaluate.perplexity import Perplexity, perplexity_of_losses, read_text, windows_of
-from hlwq.evaluate.results import cache_folder, fingerprint
+from hlwq.evaluate.results import fingerprint
 from hlwq.evaluate.statistics import Estimate, mean_estimate, share_estimate
 from hlwq.families import describe
+from hlwq.files import cache_folder
 from hlwq.sources import locate
 from hlwq.transformers_models import load_tokenizer, quiet_transformers
 

@@ -24,7 +24,7 @@ import torch
 from hlwq.devices import compute_dtype
 from hlwq.errors import CheckpointError, HlwqWarning, ResourceError
 from hlwq.evaluate.generation import PACKED, TRANSFORMERS, Endpoint
-from hlwq.files import hash_file, read_json, write_json
+from hlwq.files import cache_folder, hash_file, read_json, write_json
 from hlwq.version import __version__
 
 Progress = Callable[[int, int, str], None]
@@ -198,11 +198,6 @@ def results_folder(directory: Path) -> Path:
     if (directory / "hlwq.json").is_file() and os.access(directory, os.W_OK):
         return directory / "results"
     return cache_folder() / "results" / fingerprint(directory)[:24]
-
-
-def cache_folder() -> Path:
-    """The folder of what hlwq keeps between runs; it may be missing, or not writable."""
-    return Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface")) / "hlwq"
 
 
 def fingerprint(directory: Path, progress: Progress | None = None) -> str:

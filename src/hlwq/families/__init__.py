@@ -32,6 +32,14 @@ __all__ = [
 
 FLOATS = ("BF16", "F16", "F32")
 """The dtypes that models are stored and run in."""
+WRAPPERS = {
+    "_orig_mod.": "torch.compile",
+    "module.": "DataParallel, DeepSpeed or FSDP",
+    "base_model.model.": "peft",
+    "_fsdp_wrapped_module.": "FSDP",
+    "model._orig_mod.": "torch.compile",
+}
+"""Beginnings of names in checkpoints that were saved from around a model."""
 FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_5)
 
 
@@ -137,6 +145,21 @@ def model_dtype(config: dict[str, Any], tensors: Iterable[TensorSpec] = ()) -> s
     return matrices.most_common(1)[0][0] if matrices else "BF16"
 
 
+def _why_missing(name: str, names: Collection[str]) -> str:
+    """What to do about a tensor that is not among these names."""
+    for prefix, maker in WRAPPERS.items():
+        if any(each.startswith(prefix) for each in names):
+            return (
+                f"The tensors' names begin with {prefix}, which {maker} puts there: save the model itself, not its "
+                "wrapper, or take that from the names."
+            )
+    if "lm_head.weight" in names:
+        return "An output head is there, and the embedding is not: save the checkpoint again with save_pretrained."
+    if not any(".layers." in each for each in names):
+        return "No tensor is of a decoder layer: these are not the weights of a language model that hlwq knows."
+    return "Download the checkpoint again."
+
+
 def describe(config: dict[str, Any], names: Collection[str]) -> ModelLayout:
     """Lay out the decoder of a checkpoint.
 
@@ -153,7 +176,7 @@ def describe(config: dict[str, Any], names: Collection[str]) -> ModelLayout:
     prefix = next((prefix for prefix in family.prefixes if f"{prefix}embed_tokens.weight" in names), None)
     if prefix is None:
         name = f"{family.prefixes[0]}embed_tokens.weight"
-        raise CheckpointError(f"tensor {name} is missing. Download the checkpoint again.", tensor=name)
+        raise CheckpointError(f"tensor {name} is missing. {_why_missing(name, names)}", tensor=name)
     tied = config.get("tie_word_embeddings", text_config.get("tie_word_embeddings"))
     if tied is None:
         tied = "lm_head.weight" not in names

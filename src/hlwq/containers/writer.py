@@ -1,155 +1,28 @@
-"""Safetensors checkpoints: read lazily, written tensor by tensor, durably and all or nothing."""
+"""Safetensors checkpoints, written tensor by tensor, durably and all or nothing."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import struct
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hlwq.containers.tensors import DTYPES, TensorSpec
-from hlwq.errors import CheckpointError, HlwqWarning, RequestError, UnsupportedError
+from hlwq.errors import HlwqWarning, RequestError
 from hlwq.files import check_disk, differences, disk_errors, read_json, sync, write_json
-from hlwq.side_files import side_files
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 """The hub's own habit."""
 MODEL, ARGUMENTS, JOURNAL = "model", "arguments.json", "journal.jsonl"
 """Inside `OUT.partial`: the checkpoint, what determines its bytes, and which units are done."""
-
-
-class Reader:
-    """A checkpoint directory, opened without reading any weights.
-
-    Attributes:
-        path: the directory.
-        config: the parsed `config.json`.
-        tensors: what the shards hold, by name, in the order of their files.
-    """
-
-    def __init__(self, path: Path) -> None:
-        """Read the configuration and the shards' headers.
-
-        Raises:
-            CheckpointError: no `config.json`, no safetensors, a missing, truncated or inconsistent shard.
-            UnsupportedError: it is pickled, or a tensor has an unknown dtype.
-        """
-        self.path = path
-        self.config = read_json(path / "config.json")
-        self.tensors: dict[str, TensorSpec] = {}
-        self._files: dict[str, Path] = {}
-        for file in self._shards():
-            with _opened(file) as handle:
-                for name in handle.keys():  # noqa: SIM118 - not a mapping
-                    view = handle.get_slice(name)
-                    if view.get_dtype() not in DTYPES:
-                        message = f"{file}: tensor {name} has dtype {view.get_dtype()}, which is not supported."
-                        raise UnsupportedError(message, path=file, tensor=name)
-                    self.tensors[name] = TensorSpec(name, view.get_dtype(), tuple(view.get_shape()))
-                    self._files[name] = file
-        self._check_index()
-
-    def _shards(self) -> list[Path]:
-        shards = sorted(self.path.glob("*.safetensors"))
-        if not shards:
-            pickled = sorted([*self.path.glob("*.bin"), *self.path.glob("*.pt"), *self.path.glob("*.pth")])
-            if pickled:
-                raise UnsupportedError(
-                    f"{pickled[0]} is a pickled checkpoint, and unpickling can run code. Convert it to "
-                    "safetensors first: load it with transformers where you trust it and call save_pretrained.",
-                    path=pickled[0],
-                )
-            message = f"{self.path} holds no *.safetensors file. Download the checkpoint again."
-            raise CheckpointError(message, path=self.path)
-        index = self._index_file()
-        if index is not None:
-            # An index names its shards; other safetensors files beside them (adapters, say) are not read.
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise CheckpointError(f"{index} has no weight_map. Download it again.", path=index)
-            names = sorted(set(weight_map.values()))
-            for name in names:
-                if not (self.path / name).is_file():
-                    message = f"{self.path / name} is missing, though {index.name} names it. Download it again."
-                    raise CheckpointError(message, path=self.path / name)
-            return [self.path / name for name in names]
-        if self.path / "model.safetensors" in shards:
-            return [self.path / "model.safetensors"]  # not an adapter or a consolidated copy beside it
-        for shard in shards:
-            if count := re.search(r"-of-(\d+)\.safetensors$", shard.name):
-                siblings = [each for each in shards if each.name.endswith(count[0])]
-                if len(siblings) != int(count[1]):
-                    message = f"{self.path} holds {len(siblings)} shards *{count[0]}. Download it again."
-                    raise CheckpointError(message, path=self.path)
-        return shards
-
-    def _index_file(self) -> Path | None:
-        index = self.path / "model.safetensors.index.json"
-        return index if index.is_file() else None
-
-    def _check_index(self) -> None:
-        index = self._index_file()
-        if index is None:
-            return
-        for name, file in read_json(index)["weight_map"].items():
-            if name not in self.tensors:
-                message = (
-                    f"{self.path / file}: tensor {name} is missing, though {index.name} names it. Download it again."
-                )
-                raise CheckpointError(message, path=self.path / file, tensor=name)
-
-    def read(self, name: str, part: int | None = None) -> Tensor:
-        """Load one tensor, in its own dtype and shape, on the CPU.
-
-        Args:
-            name: the tensor's.
-            part: the index along the first axis, to load one of a stack of tensors.
-
-        Raises:
-            CheckpointError: the checkpoint has no such tensor.
-        """
-        if name not in self.tensors:
-            message = f"{self.path}: tensor {name} is missing. Download the checkpoint again."
-            raise CheckpointError(message, path=self.path, tensor=name)
-        # Opened anew each time, so that no mapping of a shard outlives the tensors taken from it.
-        with _opened(self._files[name]) as handle:
-            tensor: Tensor = handle.get_tensor(name) if part is None else handle.get_slice(name)[part]
-        return tensor
-
-    def stamps(self) -> dict[str, str]:
-        """Each weight file's size, and a hash of its header."""
-        return {file.name: _stamp(file) for file in sorted(set(self._files.values()))}
-
-    def side_files(self) -> dict[str, Path]:
-        """What stands beside the weights and goes along unchanged; see `side_files.side_files`."""
-        return side_files(self.path)
-
-
-def _stamp(file: Path) -> str:
-    with file.open("rb") as stream:
-        header = stream.read(8)
-        header += stream.read(struct.unpack("<Q", header)[0])
-    return f"{file.stat().st_size} bytes, header {sha256(header).hexdigest()[:16]}"
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator[Any]:
-    try:
-        with safe_open(file, framework="pt") as handle:
-            yield handle
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} is damaged or truncated ({error}). Download it again.", path=file) from error
 
 
 class Writer:
@@ -421,7 +294,7 @@ class Writer:
             sync(self.out.parent)
             self.published = True
         for record in (ARGUMENTS, JOURNAL):  # in this order: without arguments, there is no run to go on with
-            (self.partial / record).unlink()
+            (self.partial / record).unlink(missing_ok=True)
         self.partial.rmdir()
         sync(self.out.parent)
 
