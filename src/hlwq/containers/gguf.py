@@ -101,9 +101,7 @@ class _Cursor:
                 raise ValueError(f"tensor {name} has {axes} axes")
             sizes = [self.number("Q") for _ in range(axes)]
             kind, offset = self.number("I"), self.number("Q")
-            if kind not in GGMLQuantizationType:
-                raise ValueError(f"tensor {name} has type {kind}, which is not known")
-            block, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+            block, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]  # a ValueError if there is no such type
             if 0 in sizes or sizes[0] % block:
                 raise ValueError(f"tensor {name} has {sizes[0]} columns, which are no blocks of {block}")
             spans[name] = (offset, prod(sizes) // block * nbytes)

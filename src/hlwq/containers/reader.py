@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hlwq.containers.tensors import DTYPES, TensorSpec
 from hlwq.errors import CheckpointError, UnsupportedError, reason
-from hlwq.files import check_file, read_json
+from hlwq.files import LONGEST_NAME, check_file, read_json
 from hlwq.side_files import side_files
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -56,6 +56,8 @@ class Reader:
         for file, specs in _contents(path).items():
             self.tensors |= specs
             self._files |= dict.fromkeys(specs, file)
+        if not self.tensors:
+            raise CheckpointError(f"{path} holds no tensor. Download the checkpoint again.", path=path)
 
     def read(self, name: str, part: int | None = None) -> Tensor:
         """Load one tensor, in its own dtype and shape, on the CPU.
@@ -177,7 +179,7 @@ def _indexed(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map. Download it again.", path=index)
     for name, file in weight_map.items():
-        plain = isinstance(file, str) and file.isprintable() and Path(file).name == file
+        plain = isinstance(file, str) and file.isprintable() and Path(file).name == file and len(file) <= LONGEST_NAME
         if not plain or not file.endswith(".safetensors"):
             raise CheckpointError(
                 f"{index}: weight_map sends {name} to {json.dumps(file)[:100]}, which is not the name of a safetensors "
