@@ -88,8 +88,8 @@ def _text(directory: Path, repository: str | None, base_model: str | None, repor
     base = base_model or base_model_of(origin)
     if base is None:
         warnings.warn(
-            f"the card names no base model: {printable(origin['source'])} was not taken from the hub. Give its hub id "
-            "as `base_model`.",
+            f"the card names no base model: the source, {printable(origin['source'])}, was not taken from the hub. If "
+            "it is there, give its id as `base_model`.",
             HlwqWarning,
             stacklevel=3,
         )
