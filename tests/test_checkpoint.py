@@ -477,12 +477,3 @@ def test_files_that_the_index_does_not_name_are_not_read(tmp_path: Path) -> None
 def test_reading_a_tensor_that_is_not_there_names_it(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"tensor lost\.weight is missing"):
         Reader(make_checkpoint(tmp_path / "model", "llama")).read("lost.weight")
-
-
-def test_side_files_are_all_but_weights_and_what_is_written_anew(tmp_path: Path) -> None:
-    path = sharded_checkpoint(tmp_path / "model")
-    wanted = {"tokenizer.json", "chat_template.jinja", "LICENSE", "generation_config.json", "merges.txt"}
-    for name in (*wanted, "README.md", "quantize_config.json", "hlwq.json", "pytorch_model.bin", "model.gguf"):
-        (path / name).write_text("{}")
-    (path / "original").mkdir()
-    assert set(Reader(path).side_files()) == wanted

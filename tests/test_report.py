@@ -5,14 +5,12 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 from dataclasses import asdict
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import ModelCard
 
 import hlwq
 from hlwq import HlwqError
@@ -21,10 +19,11 @@ from hlwq.evaluate.humaneval import HumanEval
 from hlwq.evaluate.results import fingerprint, humaneval_setting, keep, measured, results_folder, speed_setting
 from hlwq.evaluate.speed import speed
 from hlwq.evaluate.statistics import Estimate, wilson
-from hlwq.report.card import files_to_push, push, write_card
+from hlwq.report.card import write_card
 from hlwq.report.charts import pareto_front
 from hlwq.report.compare import BASE, Protocols, Row, _run_humaneval, compare
 from hlwq.report.page import write_report
+from hlwq.report.push import files_to_push
 from hlwq.report.tables import markdown_table
 
 PROTOCOLS = Protocols(held_out_text(), protocol="chunked", context=128, limit=6, speed=False)
@@ -247,7 +246,7 @@ def test_a_card_takes_the_table_and_the_charts_of_a_report(
     assert (tmp_path / "report" / "table.md").read_text(encoding="utf-8") in card
     pictures = re.findall(r"!\[\w+\]\((charts/\w+\.png)\)", card)
     assert pictures == ["charts/layers.png", "charts/loss.png", "charts/size.png"]
-    assert set(pictures) <= {name for name, _ in files_to_push(checkpoints[1])}
+    assert set(pictures) <= set(files_to_push(checkpoints[1]).files)
     with pytest.raises(HlwqError, match="is not what `hlwq compare` wrote"):
         write_card(checkpoints[1], report=tmp_path, overwrite=True)
     write_report(rows[:2], PROTOCOLS, "bundled", tmp_path / "less")
@@ -255,66 +254,9 @@ def test_a_card_takes_the_table_and_the_charts_of_a_report(
         write_card(checkpoints[1], report=tmp_path / "less", overwrite=True)
 
 
-def test_license_and_base_model_are_those_of_the_source(tmp_path: Path) -> None:
-    source = tmp_path / "fine-tune"
-    shutil.copytree(bundled_model(), source)
-    stated = "license: other\nlicense_name: some\nlicense_link: LICENSE\nbase_model: Qwen/Qwen3.5-9B\ntags: [chat]"
-    (source / "README.md").write_text(f"---\n{stated}\n---\n# A model\n")
-    hlwq.quantize(source, tmp_path / "out", "rtn")
-    data = ModelCard.load(write_card(tmp_path / "out")).data.to_dict()
-    assert (data["license"], data["license_name"], data["license_link"]) == ("other", "some", "LICENSE")
-    assert (data["base_model"], data["base_model_relation"]) == ("Qwen/Qwen3.5-9B", "quantized")
-    assert "chat" not in data["tags"]
-    manifest = (tmp_path / "out" / "hlwq.json").read_text()
-    assert str(tmp_path) not in manifest
-    assert json.loads(manifest)["origin"]["source"] == "fine-tune"
-    (source / "README.md").write_text("---\nlicense: [unclosed\n---\n")
-    hlwq.quantize(source, tmp_path / "unstated", "rtn")
-    assert "license" not in ModelCard.load(write_card(tmp_path / "unstated")).data.to_dict()
-
-
 def test_a_card_of_something_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(HlwqError, match=r"has no hlwq\.json"):
         write_card(tmp_path)
-
-
-def test_everything_in_the_directory_would_be_pushed(rows: list[Row], checkpoints: list[Path]) -> None:
-    write_card(checkpoints[1], overwrite=True)
-    names = [name for name, _ in files_to_push(checkpoints[1])]
-    assert {"README.md", "config.json", "hlwq.json", "model.safetensors", "tokenizer.json"} <= set(names)
-    assert any(name.startswith("results/") for name in names)
-
-
-def test_a_hub_that_refuses_gets_one_clear_line(checkpoints: list[Path]) -> None:
-    """The real client over HTTP, against a server that allows nothing."""
-    asked: list[str] = []
-
-    class Refusing(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            asked.append(self.path)
-            self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            self.send_response(403)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        def log_message(self, *arguments: Any) -> None:
-            pass
-
-    with pytest.raises(HlwqError, match=r"does not call it me/q5"):
-        push(checkpoints[1], "me/q5")
-    write_card(checkpoints[1], "me/q5", overwrite=True)
-    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        api = HfApi(endpoint=f"http://127.0.0.1:{server.server_port}", token="hf_none")
-        with pytest.raises(HlwqError, match=r"The hub did not take me/q5: .*403"):
-            push(checkpoints[1], "me/q5", api=api)
-        server.shutdown()
-    assert asked == ["/api/repos/create"]
-
-
-def test_push_without_a_card_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(HlwqError, match="hlwq card"):
-        push(tmp_path, "me/nothing")
 
 
 @pytest.mark.parametrize(("measured_on", "flattered"), [("a" * 16, True), ("b" * 16, False)])

@@ -85,11 +85,31 @@ def stated_by_card(directory: Path) -> dict[str, Any]:
     Nothing where there is no card, or none that can be understood: a licence that is not stated must not be guessed.
     """
     try:
-        with own_file(directory / "README.md", directory).open("rb") as stream:
-            found = _FRONT_MATTER.match(stream.read(LONGEST).removeprefix(b"\xef\xbb\xbf"))
-        return inherited(read_front_matter(found[1].decode())) if found else {}
-    except (CheckpointError, OSError, ValueError, yaml.YAMLError):
+        return inherited(read_card(directory))
+    except CheckpointError:
         return {}
+
+
+def read_card(directory: Path) -> dict[str, Any]:
+    """The metadata at the head of a model card: scalars as they are written, lists, and mappings as tuples of pairs.
+
+    An entry that is there twice is left out. A card without metadata has no entries.
+
+    Raises:
+        CheckpointError: there is no card, or its metadata are damaged, longer than `LONGEST`, or not plain.
+    """
+    file = directory / "README.md"
+    try:
+        with own_file(file, directory).open("rb") as stream:
+            head = stream.read(LONGEST).removeprefix(b"\xef\xbb\xbf")
+        if not re.match(rb"\s*---[ \t]*\r?\n", head):
+            return {}
+        if not (found := _FRONT_MATTER.match(head)):
+            raise ValueError("they do not end")
+        return read_front_matter(found[1].decode())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{file}: its metadata cannot be read ({reason}).", path=file) from None
 
 
 def stated_by_gguf(file: Path) -> dict[str, Any]:

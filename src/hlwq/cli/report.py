@@ -65,13 +65,16 @@ def compare(
 def card(
     directory: Annotated[Path, typer.Argument(help="A checkpoint that `hlwq quantize` made.")],
     repository: Annotated[str | None, flag("The hub id it will have.")] = None,
+    base_model: Annotated[
+        str | None, flag("Hub id of the model that was quantized, where it was not taken from the hub.")
+    ] = None,
     report: Annotated[Path | None, flag("What `hlwq compare` wrote: its table and charts go into the card.")] = None,
     overwrite: Annotated[bool, flag("Replace a README.md that is there.", "--overwrite")] = False,
 ) -> Output:
     """Write a model card into a checkpoint, with what has been measured of it."""
     from hlwq.report.card import write_card
 
-    file = write_card(directory, repository, report=report, overwrite=overwrite)
+    file = write_card(directory, repository, base_model=base_model, report=report, overwrite=overwrite)
     return Output({"file": file}, [str(file)])
 
 
@@ -81,15 +84,19 @@ def push(
     private: Annotated[bool, flag("Make the repository private.", "--private")] = False,
     dry_run: Annotated[bool, flag("List what would be uploaded; upload nothing.", "--dry-run")] = False,
 ) -> Output:
-    """Upload a checkpoint to the hub."""
-    from hlwq.report.card import check_card, files_to_push, push
+    """Check a checkpoint and upload what belongs to it to the hub."""
+    from hlwq.report.push import prepare_push, send
 
-    check_card(directory, repository)
-    files = files_to_push(directory)
-    if not dry_run:
-        url = push(directory, repository, private=private)
-        return Output({"repository": repository, "url": url}, [url])
-    lines = [f"{nbytes:>15,}  {name}" for name, nbytes in files]
-    total = sum(nbytes for _, nbytes in files)
-    value = {"repository": repository, "files": dict(files), "bytes": total}
-    return Output(value, [*lines, f"{total:>15,}  in all, to {repository}"])
+    with progress("checking") as report:
+        upload = prepare_push(directory, repository, progress=report)
+    files = upload.sizes()
+    total = sum(files.values())
+    lines = [f"{nbytes:>15,}  {name}" for name, nbytes in files.items()]
+    lines.append(f"{total:>15,}  in all, to {repository}")
+    if upload.staying:
+        lines.append(f"not sent: {', '.join(upload.staying)}")
+    value = {"repository": repository, "files": files, "bytes": total, "not_sent": list(upload.staying)}
+    if dry_run:
+        return Output(value, lines)
+    url = send(upload, repository, private=private)
+    return Output({**value, "url": url}, [*lines, url])

@@ -3,36 +3,49 @@
 from __future__ import annotations
 
 import json
-import shutil
+import os
+import warnings
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 from rich.filesize import decimal
 
 from hlwq.bases import Identity
 from hlwq.check import check_directory
-from hlwq.errors import CheckpointError, RequestError, ResourceError
+from hlwq.errors import CheckpointError, HlwqWarning, RequestError, ResourceError
 from hlwq.evaluate.results import fingerprint, kept
-from hlwq.inspect import inspect
+from hlwq.inspect import Inspection, inspect
 from hlwq.manifest import read_manifest
 from hlwq.options import recorded, references
+from hlwq.provenance import base_model_of, inherited, is_hub_id
 from hlwq.recipes import Stage
+from hlwq.report.markdown import inline
+from hlwq.side_files import own_file, printable
 from hlwq.usage import commands
 from hlwq.version import __version__
 
 KINDS = ("perplexity", "divergence", "humaneval", "speed")
+CARD = "README.md"
 CHARTS = "charts"
+PICTURES = ("layers", "loss", "size", "speed")
+"""The charts of a report, by name."""
 
 
 def write_card(
-    directory: Path, repository: str | None = None, *, report: Path | None = None, overwrite: bool = False
+    directory: Path,
+    repository: str | None = None,
+    *,
+    base_model: str | None = None,
+    report: Path | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Write `README.md` into a checkpoint that `quantize` made, from its manifest and its `results/`.
 
     Args:
         directory: the checkpoint.
         repository: its future hub id; by default the directory's name.
+        base_model: hub id of the model that was quantized; by default the one that was taken from the hub.
         report: directory that `compare` wrote about this checkpoint and others; its table and charts go into the card.
         overwrite: replace an existing `README.md`.
 
@@ -40,31 +53,57 @@ def write_card(
         The file.
 
     Raises:
-        RequestError: the directory was not made by hlwq, has a card already, or is not in the report.
-        CheckpointError: the report is incomplete.
+        RequestError: the directory was not made by hlwq, has a card already, or is not in the report; or a hub id is
+            none.
+        CheckpointError: the report is incomplete, or a record of how the checkpoint was made or measured is damaged.
+        ResourceError: the card cannot be written.
     """
+    for name, value in (("repository", repository), ("base_model", base_model)):
+        if value is not None and not (is_hub_id(value) and "/" in value):
+            raise RequestError(f"`{name}` {printable(value)} is no hub id. Write it like Qwen/Qwen3.5-9B.")
     if not (directory / "hlwq.json").is_file():
         raise RequestError(
             f"{directory} has no hlwq.json: only what `hlwq quantize` made can be described.", path=directory
         )
-    file = directory / "README.md"
-    if file.exists() and not overwrite:
+    file = directory / CARD
+    if os.path.lexists(file) and not overwrite:
         raise RequestError(f"{file} exists. `overwrite=True` replaces it.", argument="overwrite", path=file)
+    try:
+        text = _text(directory, repository, base_model, report)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise CheckpointError(
+            f"{directory}: hlwq.json or a file in results/ is not what hlwq writes ({error!r}). Delete results/, or "
+            "make the checkpoint again.",
+            path=directory,
+        ) from None
+    _replace(file, text.encode())
+    return file
+
+
+def _text(directory: Path, repository: str | None, base_model: str | None, report: Path | None) -> str:
+    """The text of a card; see `write_card`."""
     manifest = read_manifest(directory) or {}
     contents = inspect(directory)
     origin = manifest["origin"]
-    stated = dict(origin.get("card", {}))
-    if origin.get("revision"):  # a name on the hub; a local one says nothing to readers
-        stated["base_model"] = origin["source"]
+    base = base_model or base_model_of(origin)
+    if base is None:
+        warnings.warn(
+            f"the card names no base model: the source, {printable(origin['source'])}, was not taken from the hub. If "
+            "it is there, give its id as `base_model`.",
+            HlwqWarning,
+            stacklevel=3,
+        )
     results = {kind: entry for kind in KINDS if (entry := _fit_to_show(directory, kind))}
-    title = repository or directory.resolve().name
+    title = printable(repository or directory.resolve().name)
     data = ModelCardData(
-        base_model_relation="quantized" if "base_model" in stated else None,
+        base_model=base,
+        base_model_relation="quantized" if base else None,
+        pipeline_tag="image-text-to-text" if _sees(contents) else "text-generation",
         library_name="mlx" if contents.format == "mlx" else "transformers",
-        tags=["hlwq", manifest["recipe"], contents.format],
+        tags=["hlwq", printable(manifest["recipe"]), contents.format],
         model_name=title.rsplit("/", 1)[-1],
         eval_results=_eval_results(results) or None,
-        **stated,
+        **inherited(origin["card"]),
     )
     bits = contents.bits_per_quantized_weight
     failing = {line.engine for line in check_directory(directory) if not line.passed}
@@ -72,12 +111,12 @@ def write_card(
         f"**{engine}**\n\n    {command}\n"
         for engine, command in commands(directory, contents.format, without=failing, called=title)
     ]
-    text = "\n".join(
+    return "\n".join(
         [
             f"---\n{data.to_yaml()}\n---\n",
-            f"# {title}\n",
-            f"{origin['source']}, quantized by [hlwq](https://github.com/hlwq/hlwq) {__version__} "
-            f"with recipe `{manifest['recipe']}` in format `{contents.format}`: {decimal(contents.nbytes)}, "
+            f"# {inline(title)}\n",
+            f"Made of {inline(origin['source'])} by [hlwq](https://github.com/hlwq/hlwq) {__version__} "
+            f"with recipe {inline(manifest['recipe'])} in format {contents.format}: {decimal(contents.nbytes)}, "
             + (f"{bits:.3f} bits per quantized weight, all overhead counted.\n" if bits else "weights decoded.\n"),
             "## How to run it\n",
             *runs,
@@ -90,54 +129,27 @@ def write_card(
             *(f"- {caveat}" for caveat in _caveats(manifest, results)),
             "\n## References\n",
             *(f"- {citation}" for citation in _citations(manifest)),
+            "",
         ]
     )
-    ModelCard(text + "\n").save(file)
-    return file
 
 
-def push(directory: Path, repository: str, *, private: bool = False, api: HfApi | None = None) -> str:
-    """Upload a checkpoint to the hub, and return its address.
+def _sees(contents: Inspection) -> bool:
+    """Whether engines give the model pictures, too; mlx-lm loads the decoder alone."""
+    tower = any(tensor.name.startswith("model.visual.") for tensor in contents.tensors)
+    return tower and contents.format != "mlx"
 
-    Args:
-        directory: the checkpoint.
-        repository: the hub id; made if need be.
-        private: make it for yourself alone.
-        api: client of another hub than the usual one.
 
-    Raises:
-        RequestError: there is no card, or it is of another repository.
-        ResourceError: the hub refuses.
-    """
-    check_card(directory, repository)
-    hub = api or HfApi()
+def _replace(file: Path, content: bytes) -> None:
+    """Write a file whole or not at all, and never through a link. Raises ResourceError if it cannot be written."""
+    partial = file.with_name(file.name + ".tmp")
     try:
-        url = hub.create_repo(repository, private=private, exist_ok=True)
-        if private and not hub.repo_info(repository).private:
-            raise ValueError("it is there already, and public. Make it private on its page first.")
-        message = f"Quantized by hlwq {__version__}"
-        # Shards of an earlier upload would be loaded along with these.
-        stale = ["*.safetensors"]
-        hub.upload_folder(repo_id=repository, folder_path=directory, commit_message=message, delete_patterns=stale)
-    except Exception as error:  # of the network, of the hub, of the token
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        message = f"The hub did not take {repository}: {reason}. Check the network, and `hf auth login`."
-        raise ResourceError(message) from None
-    return str(url)
-
-
-def check_card(directory: Path, repository: str) -> None:
-    """Raise RequestError unless a directory has a card under the name it will have on the hub."""
-    file = directory / "README.md"
-    again = f"hlwq card {directory} --repository {repository}"
-    if not file.is_file():
-        raise RequestError(f"{directory} has no model card. Write one: {again}", path=directory)
-    if f"\n# {repository}\n" not in file.read_text(encoding="utf-8"):
-        raise RequestError(
-            f"{file} does not call it {repository}, as its commands must. Write it anew: {again} --overwrite",
-            argument="repository",
-            path=file,
-        )
+        partial.unlink(missing_ok=True)
+        with partial.open("xb") as stream:
+            stream.write(content)
+        partial.replace(file)
+    except OSError as error:
+        raise ResourceError(f"{file} cannot be written: {error.strerror}.", path=file) from None
 
 
 def _fit_to_show(directory: Path, kind: str) -> dict[str, Any] | None:
@@ -149,32 +161,32 @@ def _fit_to_show(directory: Path, kind: str) -> dict[str, Any] | None:
     return None
 
 
-def files_to_push(directory: Path) -> list[tuple[str, int]]:
-    """Files that `push` would upload: paths inside the directory, and bytes."""
-    files = sorted(file for file in directory.rglob("*") if file.is_file())
-    return [(file.relative_to(directory).as_posix(), file.stat().st_size) for file in files]
-
-
 def _compared(directory: Path, report: Path) -> list[str]:
     """The table and the charts of a report; its pictures are copied beside the card."""
     rows, table = report / "rows.json", report / "table.md"
+    wrong = f"`report={str(report)!r}` is not what `hlwq compare` wrote"
     if not (rows.is_file() and table.is_file()):
-        raise CheckpointError(
-            f"`report={str(report)!r}` is not what `hlwq compare` wrote: it has no rows.json and table.md.",
-            argument="report",
-            path=report,
-        )
-    if fingerprint(directory) not in (row["checkpoint"] for row in json.loads(rows.read_text(encoding="utf-8"))):
+        message = f"{wrong}: it has no rows.json and table.md."
+        raise CheckpointError(message, argument="report", path=report)
+    try:
+        compared = {row["checkpoint"] for row in json.loads(own_file(rows, report).read_text(encoding="utf-8"))}
+        lines = ["## Compared with others\n", own_file(table, report).read_text(encoding="utf-8")]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise CheckpointError(f"{wrong} ({error!r}).", argument="report", path=report) from None
+    if fingerprint(directory) not in compared:
         raise RequestError(
             f"`report={str(report)!r}` does not compare {directory} as it is. Run `hlwq compare` with it.",
             argument="report",
             path=report,
         )
-    (directory / CHARTS).mkdir(exist_ok=True)
-    lines = ["## Compared with others\n", table.read_text(encoding="utf-8")]
-    for picture in sorted(report.glob("*.png")):
-        shutil.copyfile(picture, directory / CHARTS / picture.name)
-        lines.append(f"![{picture.stem}]({CHARTS}/{picture.name})\n")
+    charts = directory / CHARTS
+    if charts.is_symlink() or (charts.exists() and not charts.is_dir()):
+        raise RequestError(f"{charts} is not a directory of its own. Delete it.", path=charts)
+    charts.mkdir(exist_ok=True)
+    for name in PICTURES:
+        if (picture := report / f"{name}.png").exists():
+            _replace(charts / picture.name, own_file(picture, report).read_bytes())
+            lines.append(f"![{name}]({CHARTS}/{picture.name})\n")
     return lines
 
 
@@ -217,13 +229,13 @@ def _details(manifest: dict[str, Any]) -> list[str]:
             lines.append(f"- {stage.solver.title}; {options}")
     calibration = manifest.get("calibration")
     if calibration:
-        sources = ", ".join(Path(each["source"]).name for each in calibration["sources"])
+        sources = ", ".join(inline(Path(each["source"]).name) for each in calibration["sources"])
         lines.append(
             f"- calibrated on {calibration['samples']} samples of {calibration['sequence_length']} tokens from "
             f"{sources}, seed {calibration['seed']} (SHA-256 of the tokens {calibration['tokens_sha256'][:16]}…)"
         )
     versions = ", ".join(f"{name} {value}" for name, value in manifest["versions"].items())
-    return [*lines, f"- {versions}; everything is in `hlwq.json`"]
+    return [*lines, f"- {inline(versions)}; everything is in `hlwq.json`"]
 
 
 def _measurements(results: dict[str, dict[str, Any]]) -> str:
@@ -233,8 +245,8 @@ def _measurements(results: dict[str, dict[str, Any]]) -> str:
         if kind == "perplexity":
             error = f" ± {result['standard_error']:.3f}" if result["standard_error"] is not None else ""
             value = (
-                f"{result['perplexity']:.4f}{error} ({entry['setting']['text']}, {result['protocol']}, context "
-                f"{result['context']}, {len(result['chunk_losses'])} chunks, {result['tokens']:,} tokens)"
+                f"{result['perplexity']:.4f}{error} ({inline(entry['setting']['text'])}, {inline(result['protocol'])}, "
+                f"context {result['context']}, {len(result['chunk_losses'])} chunks, {result['tokens']:,} tokens)"
             )
         elif kind == "divergence":
             mean = result["mean"]
@@ -249,7 +261,7 @@ def _measurements(results: dict[str, dict[str, Any]]) -> str:
             one = result["pass_at"]["1"]
             value = (
                 f"pass@1 {one['mean']:.4f} [{one['low']:.4f}, {one['high']:.4f}] (n = {one['n']}; greedy, "
-                f"{entry['setting']['prompting']}, at most {result['max_tokens']} tokens)"
+                f"{inline(entry['setting']['prompting'])}, at most {result['max_tokens']} tokens)"
             )
         else:
             prefill, decode = result["prefill"], result["decode"]
@@ -259,7 +271,7 @@ def _measurements(results: dict[str, dict[str, Any]]) -> str:
             )
             if result["peak_memory"]:
                 value += f"; peak memory {decimal(result['peak_memory'])}"
-        lines.append(f"| {kind} | {value} | {entry['setting']['engine']} | {entry['hardware']} |")
+        lines.append(f"| {kind} | {value} | {inline(entry['setting']['engine'])} | {inline(entry['hardware'])} |")
     if not lines:
         return "Nothing yet.\n"
     head = "| | value, with its 95 % interval, standard error (±) or range | engine | on |\n|---|---|---|---|\n"
@@ -278,7 +290,7 @@ def _caveats(manifest: dict[str, Any], results: dict[str, dict[str, Any]]) -> li
     calibration = (manifest.get("calibration") or {}).get("sources", ())
     first = manifest.get("origin", {}).get("made_by")
     if first and manifest.get("stages"):
-        caveats.append(f"The weights were rounded twice: by recipe `{first['recipe']}`, then as described above.")
+        caveats.append(f"The weights were rounded twice: by recipe {inline(first['recipe'])}, then as described above.")
     own = {source["sha256"][:16] for source in calibration if "sha256" in source}
     seen = [kind for kind in KINDS if kind in results and results[kind]["setting"].get("text_sha256") in own]
     if seen:

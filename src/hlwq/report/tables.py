@@ -10,6 +10,7 @@ from rich.filesize import decimal
 from hlwq.evaluate.speed import Speed
 from hlwq.evaluate.statistics import Estimate
 from hlwq.report.compare import Row
+from hlwq.report.markdown import inline
 
 HEADINGS = (
     "checkpoint",
@@ -56,8 +57,8 @@ def cells(row: Row) -> tuple[str, ...]:
 def markdown_table(rows: Sequence[Row]) -> str:
     """A Markdown table; columns that are empty throughout are left out."""
     headings, body = _filled(rows)
-    lines = [headings, ["---"] * len(headings), *body]
-    return "\n".join("| " + " | ".join(entry.replace("|", "\\|") for entry in line) + " |" for line in lines) + "\n"
+    lines = [headings, ["---"] * len(headings), *([inline(entry) for entry in line] for line in body)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def html_table(rows: Sequence[Row]) -> str:

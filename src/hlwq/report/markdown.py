@@ -1,0 +1,14 @@
+"""Names and other words of strangers inside Markdown, where they mean nothing but themselves."""
+
+from __future__ import annotations
+
+import re
+
+from hlwq.side_files import printable
+
+_SPECIAL = re.compile(r"[\\`*\[\]<>|&~]|(?<!\w)_|_(?!\w)")
+
+
+def inline(text: object) -> str:
+    """A value as one line of text in which Markdown and HTML find nothing of theirs."""
+    return _SPECIAL.sub(r"\\\g<0>", printable(str(text)))
