@@ -28,11 +28,12 @@ import select
 import signal
 import sys
 import time
+from pathlib import Path
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # typing takes longer to import than most programs run
     from collections.abc import Callable
-    from typing import Any, NoReturn
+    from typing import Any
 
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWUSER = 0x20000, 0x4000000, 0x8000000, 0x10000000
 CLONE_NEWPID, CLONE_NEWNET = 0x20000000, 0x40000000
@@ -69,9 +70,9 @@ def main() -> None:
     os.dup2(null, 1)
     os.dup2(null, 2)
     try:
-        write_file("/proc/self/oom_score_adj", "1000")  # where memory is short, this ends and not what started it
+        Path("/proc/self/oom_score_adj").write_text("1000")  # where memory is short, this ends and not what started it
         request["user_ids"] = leave_namespaces()
-        build_root(request["root"], request["visible"], request["hidden"], request["disk_bytes"])
+        build_root(Path(request["root"]), request["visible"], request["hidden"], request["disk_bytes"])
         verdict = supervise(request)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
@@ -90,46 +91,47 @@ def leave_namespaces() -> tuple[int, int] | None:
     """
     flags = CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWNET
     user, group = os.getuid(), os.getgid()
-    ranges = [line.split() for line in read_file("/proc/self/uid_map").splitlines()]
+    ranges = [line.split() for line in Path("/proc/self/uid_map").read_text().splitlines()]
     count, first = max((int(count), int(inside)) for inside, _, count in ranges)
     if user == 0 and count > NOBODY:
         check(libc.unshare(flags), "unshare")
         user_ids = first + count // 2, first + count - 2  # those in use are low; the last one means none
     else:
         check(libc.unshare(flags | CLONE_NEWUSER), "unshare")
-        write_file("/proc/self/setgroups", "deny")
-        write_file("/proc/self/uid_map", f"0 {user} 1")
-        write_file("/proc/self/gid_map", f"0 {group} 1")
+        Path("/proc/self/setgroups").write_text("deny")
+        Path("/proc/self/uid_map").write_text(f"0 {user} 1")
+        Path("/proc/self/gid_map").write_text(f"0 {group} 1")
         user_ids = None
     check(libc.sethostname(b"jail", 4), "sethostname")
     return user_ids
 
 
-def build_root(root: str, visible: list[str], hidden: list[str], disk_bytes: int) -> None:
+def build_root(root: Path, visible: list[str], hidden: list[str], disk_bytes: int) -> None:
     """Make a root that holds the visible directories, read-only, and an empty /program in memory; nothing else."""
-    mount(None, "/", None, MS_REC | MS_PRIVATE)
+    mount(None, Path("/"), None, MS_REC | MS_PRIVATE)
     mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, "mode=755,size=1m")
     for name in visible:
-        os.makedirs(root + name)
-        mount(name, root + name, None, MS_BIND | MS_REC)
+        inside = root / name.lstrip("/")
+        inside.mkdir(parents=True)
+        mount(name, inside, None, MS_BIND | MS_REC)
     for name in hidden:
-        mount("tmpfs", root + name, "tmpfs", MS_NOSUID | MS_NODEV, "mode=755,size=4k")
-    for name in ("/lib", "/lib64"):  # links into /usr on most systems
-        if os.path.islink(name):
-            os.symlink(os.readlink(name), root + name)
-    for name in ("/dev", "/old", "/program"):
-        os.mkdir(root + name)
-    for name in ("/dev/null", "/dev/zero", "/dev/urandom"):
-        os.close(os.open(root + name, os.O_CREAT))
-        mount(name, root + name, None, MS_BIND)
+        mount("tmpfs", root / name.lstrip("/"), "tmpfs", MS_NOSUID | MS_NODEV, "mode=755,size=4k")
+    for name in ("lib", "lib64"):  # links into /usr on most systems
+        if Path("/", name).is_symlink():
+            (root / name).symlink_to(Path("/", name).readlink())
+    for name in ("dev", "old", "program"):
+        (root / name).mkdir()
+    for name in ("null", "zero", "urandom"):
+        (root / "dev" / name).touch()
+        mount(f"/dev/{name}", root / "dev" / name, None, MS_BIND)
     kept = MS_NOSUID | MS_NODEV | MS_NOEXEC  # a user namespace cannot take these away, nor remount without them
-    for line in read_file("/proc/self/mountinfo").splitlines():
-        point = line.split()[4].encode().decode("unicode_escape").encode("latin-1").decode()
-        if f"{point}/".startswith(f"{root}/"):
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        point = Path(line.split()[4].encode().decode("unicode_escape").encode("latin-1").decode())
+        if point.is_relative_to(root):
             mount(None, point, None, MS_BIND | MS_REMOUNT | MS_RDONLY | MS_NOSUID | os.statvfs(point).f_flag & kept)
     scratch = f"size={disk_bytes},nr_inodes=1000,mode=777"
-    mount("tmpfs", f"{root}/program", "tmpfs", MS_NOSUID | MS_NODEV, scratch)
-    check(libc.syscall(number_of("pivot_root"), root.encode(), f"{root}/old".encode()), "pivot_root")
+    mount("tmpfs", root / "program", "tmpfs", MS_NOSUID | MS_NODEV, scratch)
+    check(libc.syscall(number_of("pivot_root"), bytes(root), bytes(root / "old")), "pivot_root")
     os.chdir("/program")
     check(libc.umount2(b"/old", MNT_DETACH), "umount")
 
@@ -448,8 +450,13 @@ def decode(value: Any, depth: int = MOST_DEPTH) -> Any:
 
         return Fraction(content)
     values = decode(content, depth)
-    makers = {"tuple": tuple, "set": set, "frozenset": frozenset, "iterator": iter}
-    return makers[kind](values) if kind in makers else {"complex": complex, "range": range}[kind](*values)
+    if kind == "complex":
+        return complex(*values)
+    if kind == "range":
+        return range(*values)
+    if kind == "iterator":
+        return iter(values)
+    return {"tuple": tuple, "set": set, "frozenset": frozenset}[kind](values)
 
 
 class Opaque:
@@ -492,27 +499,15 @@ def keep_only(descriptors: tuple[int, ...]) -> None:
     os.closerange(start, 1024)  # this process had none that it did not open
 
 
-def read_file(name: str) -> str:
-    """Content of a small file."""
-    with open(name) as stream:
-        return stream.read()
-
-
-def write_file(name: str, content: str) -> None:
-    """Write a small file."""
-    with open(name, "w") as stream:
-        stream.write(content)
-
-
 def number_of(call: str) -> int:
     """Number of a system call on this machine."""
     return NUMBERS[os.uname().machine][call]
 
 
-def mount(source: str | None, target: str, kind: str | None, flags: int, data: str = "") -> None:
+def mount(source: str | None, target: Path, kind: str | None, flags: int, data: str = "") -> None:
     """mount(2), raising OSError with the target's name."""
     encoded = [None if each is None else each.encode() for each in (source, kind)]
-    check(libc.mount(encoded[0], target.encode(), encoded[1], ctypes.c_ulong(flags), data.encode()), f"mount {target}")
+    check(libc.mount(encoded[0], bytes(target), encoded[1], ctypes.c_ulong(flags), data.encode()), f"mount {target}")
 
 
 def check(result: int, what: str) -> None:

@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -107,18 +108,21 @@ def run_program(submission: Submission, limits: Limits | None = None) -> Outcome
     limits = limits or Limits()
     if sys.platform != "linux":
         raise ResourceError("Programs can be isolated on Linux only. Run it there, or in a Linux container.")
-    visible = _visible()
+    visible, hidden = _directories()
     request = {
         "program": submission.program,
         "entry_point": submission.entry_point,
         "visible": visible,
-        "hidden": [str(each) for name in visible for each in Path(name).glob("*/*-packages") if each.is_dir()],
+        "hidden": hidden,
         "filter": filter_for(platform.machine()).hex(),
         **asdict(limits),
     }
     with tempfile.TemporaryDirectory() as root:
-        messages = [json.dumps(each).encode() for each in ({**request, "root": os.path.realpath(root)}, submission.test)]
-        process = subprocess.Popen(
+        messages = [
+            json.dumps(each).encode() for each in ({**request, "root": os.path.realpath(root)}, submission.test)
+        ]
+        framed = b"".join(len(each).to_bytes(4, "big") + each for each in messages)
+        with subprocess.Popen(
             [sys.executable, "-I", "-S", str(JAIL)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -126,23 +130,23 @@ def run_program(submission: Submission, limits: Limits | None = None) -> Outcome
             env={},
             cwd=root,
             start_new_session=True,
-        )
-        try:
-            framed = b"".join(len(each).to_bytes(4, "big") + each for each in messages)
-            reply, _ = process.communicate(framed, timeout=limits.wall_seconds + GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            reply = b""
-        finally:  # after an interrupt, too; all else in the jail dies with it
-            process.kill()
-            process.communicate()
+        ) as process:
+            try:
+                reply, _ = process.communicate(framed, timeout=limits.wall_seconds + GRACE_SECONDS)
+            except subprocess.TimeoutExpired:
+                reply = b""
+            finally:  # after an interrupt, too; all else in the jail dies with it
+                process.kill()
     try:
         verdict = json.loads(reply)
     except ValueError:
-        raise ResourceError("The sandbox was lost before it could report on a program. Is there enough memory?") from None
+        raise ResourceError(
+            "The sandbox was lost before it could report on a program. Is there enough memory?"
+        ) from None
     if verdict["kind"] == "no isolation":
         raise ResourceError(
-            f"Programs cannot be isolated here ({verdict['reason']}): namespaces and seccomp are needed. Run it as root, "
-            "in a privileged container, or without isolation: `run=run_unsafely`.",
+            f"Programs cannot be isolated here ({verdict['reason']}): namespaces and seccomp are needed. Run it as "
+            "root, in a privileged container, or without isolation: `run=run_unsafely`.",
             argument="run",
         )
     return Outcome(**verdict)
@@ -179,9 +183,15 @@ def run_unsafely(submission: Submission, limits: Limits | None = None) -> Outcom
     return Outcome("failed", process.stderr.decode(errors="replace")[-200:])
 
 
-def _visible() -> list[str]:
-    """Directories of what a program can import: shared libraries, and those of Python's own."""
+@cache
+def _directories() -> tuple[list[str], list[str]]:
+    """Directories that a program sees, of shared libraries and Python's own; and those in them that it does not.
+
+    Installed packages are hidden because one of them holds HumanEval's solutions.
+    """
     prefixes = {Path(each).resolve() for each in (sys.base_prefix, sys.base_exec_prefix)}
     wanted = [*map(Path, LIBRARIES), *(prefix / name for prefix in prefixes for name in ("lib", "lib64"))]
     found = {each for each in wanted if each.is_dir() and not each.is_symlink()}
-    return sorted(str(each) for each in found if not found.intersection(each.parents))
+    visible = sorted(each for each in found if not found.intersection(each.parents))
+    hidden = sorted(each for name in visible for each in name.glob("*/*-packages") if each.is_dir())
+    return [str(each) for each in visible], [str(each) for each in hidden]
