@@ -125,8 +125,8 @@ def build_root(root: Path, visible: list[str], hidden: list[str], disk_bytes: in
         (root / "dev" / name).touch()
         mount(f"/dev/{name}", root / "dev" / name, None, MS_BIND)
     kept = MS_NOSUID | MS_NODEV | MS_NOEXEC  # a user namespace cannot take these away, nor remount without them
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        point = Path(line.split()[4].encode().decode("unicode_escape").encode("latin-1").decode())
+    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
+        point = Path(os.fsdecode(line.split()[4].decode("unicode_escape").encode("latin-1")))  # which escapes spaces
         if point.is_relative_to(root):
             mount(None, point, None, MS_BIND | MS_REMOUNT | MS_RDONLY | MS_NOSUID | os.statvfs(point).f_flag & kept)
     scratch = f"size={disk_bytes},nr_inodes=1000,mode=777"
