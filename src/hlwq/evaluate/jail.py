@@ -222,6 +222,7 @@ def start(role: Callable[[], None], *descriptors: int) -> int:
     if first:
         return int(first)
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # what it starts dies with it
+    os.setsid()  # a signal to a group reaches all of it, outside the namespace too
     child = os.fork()
     if child == 0:
         keep_only(descriptors)

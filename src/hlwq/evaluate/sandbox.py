@@ -31,7 +31,7 @@ from hlwq.errors import ResourceError
 from hlwq.evaluate.syscalls import filter_for
 
 JAIL = Path(__file__).with_name("jail.py")
-LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib")
+LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")
 GRACE_SECONDS = 60.0
 """Time beyond a program's own, to build its jail and take it down."""
 
@@ -185,13 +185,16 @@ def run_unsafely(submission: Submission, limits: Limits | None = None) -> Outcom
 
 @cache
 def _directories() -> tuple[list[str], list[str]]:
-    """Directories that a program sees, of shared libraries and Python's own; and those in them that it does not.
+    """Directories that a program sees, of Python's modules and shared libraries; and those in them that it does not.
 
     Installed packages are hidden because one of them holds HumanEval's solutions.
     """
-    prefixes = {Path(each).resolve() for each in (sys.base_prefix, sys.base_exec_prefix)}
-    wanted = [*map(Path, LIBRARIES), *(prefix / name for prefix in prefixes for name in ("lib", "lib64"))]
-    found = {each for each in wanted if each.is_dir() and not each.is_symlink()}
+    wanted = [Path(os.__file__).resolve().parent]
+    prefixes = {Path(each).resolve() for each in (sys.base_prefix, sys.base_exec_prefix)} - {Path("/usr")}
+    for folder in (*map(Path, LIBRARIES), *(prefix / name for prefix in prefixes for name in ("lib", "lib64"))):
+        if folder.is_dir() and not folder.is_symlink():
+            wanted += list(folder.glob("*-linux-gnu*")) or [folder]  # Debian has much else beside them
+    found = set(wanted)
     visible = sorted(each for each in found if not found.intersection(each.parents))
-    hidden = sorted(each for name in visible for each in name.glob("*/*-packages") if each.is_dir())
-    return [str(each) for each in visible], [str(each) for each in hidden]
+    hidden = sorted(each for name in visible for depth in ("", "*/") for each in name.glob(f"{depth}*-packages"))
+    return [str(each) for each in visible], [str(each) for each in hidden if each.is_dir()]
