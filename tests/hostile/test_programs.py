@@ -37,7 +37,7 @@ Run = Callable[..., dict[str, Any]]
 # Who runs them
 
 
-@pytest.fixture(scope="session", params=["this user", "nobody"])
+@pytest.fixture(scope="session", params=["this user", pytest.param("nobody", marks=pytest.mark.slow)])
 def runner(request: pytest.FixtureRequest) -> Iterator[subprocess.Popen[str]]:
     """A process that runs programs, with modules and folders of its own, by which its traces are known."""
     user, python = None, sys.executable

@@ -92,7 +92,7 @@ def leave_namespaces() -> tuple[int, int] | None:
     flags = CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWNET
     user, group = os.getuid(), os.getgid()
     ranges = [line.split() for line in Path("/proc/self/uid_map").read_text().splitlines()]
-    count, first = max((int(count), int(inside)) for inside, _, count in ranges)
+    count, first = max(((int(count), int(inside)) for inside, _, count in ranges), default=(0, 0))
     if user == 0 and count > NOBODY:
         check(libc.unshare(flags), "unshare")
         user_ids = first + count // 2, first + count - 2  # those in use are low; the last one means none
