@@ -11,7 +11,7 @@ import torch
 from hypothesis import settings
 
 from hlwq import HlwqError
-from hlwq.evaluate.sandbox import run_program
+from hlwq.evaluate.sandbox import Submission, run_program
 from hlwq.sources import locate
 
 if not torch.cuda.is_available():
@@ -36,6 +36,6 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def isolation() -> None:
     """Programs can be isolated here; where they cannot (no Linux, no namespaces), nothing must run without."""
     try:
-        run_program("pass")
+        run_program(Submission("pass"))
     except HlwqError as error:
         pytest.skip(str(error))

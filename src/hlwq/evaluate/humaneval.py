@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -12,7 +13,7 @@ from typing import Any, Literal
 
 from hlwq.errors import CheckpointError, RequestError, ResourceError
 from hlwq.evaluate.generation import Generate, Request
-from hlwq.evaluate.sandbox import Outcome, run_program
+from hlwq.evaluate.sandbox import Outcome, Submission, run_program
 from hlwq.evaluate.statistics import Estimate, pass_at_k, share_estimate, wilson
 
 Prompting = Literal["completion", "chat"]
@@ -76,7 +77,7 @@ def humaneval(
     record: Path | None = None,
     model: str = "",
     concurrency: int = 1,
-    run: Callable[[str], Outcome] = run_program,
+    run: Callable[[Submission], Outcome] = run_program,
     progress: Progress | None = None,
 ) -> HumanEval:
     """Let a model write programs and run their tests, each in a sandbox.
@@ -108,7 +109,7 @@ def humaneval(
         )
     if max(ks) > samples:
         raise RequestError(f"pass@{max(ks)} (`ks`) needs `samples={max(ks)}` or more.", argument="samples")
-    run("pass")  # hours of writing are in vain where programs cannot be isolated
+    run(Submission("pass"))  # hours of writing are in vain where programs cannot be isolated
     setting = {"model": model, "prompting": prompting, "temperature": temperature, "max_tokens": max_tokens}
     tasks = problems(limit)
     done = _recorded(record, setting) if record else {}
@@ -120,13 +121,13 @@ def humaneval(
         done[entry["task_id"], entry["sample"]] = entry
         if record:
             with record.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps({**entry, **setting}, ensure_ascii=False) + "\n")
+                stream.write(json.dumps({**entry, **setting}) + "\n")  # in ASCII: it can be any text
         if progress:
             progress(len(done), total, f"{entry['task_id']} written")
     solved = dict.fromkeys(tasks, 0)
     for count, (task, index) in enumerate((task, index) for task in tasks for index in range(samples)):
-        program = program_for(tasks[task], done[task, index]["answer"], prompting)
-        solved[task] += bool(run(program).passed)
+        submission = submission_for(tasks[task], done[task, index]["answer"], prompting)
+        solved[task] += run(submission).passed
         if progress:
             progress(total // 2 + count + 1, total, f"{task} tested")
     unfinished = sum(done[task, index].get("unfinished", False) for task in tasks for index in range(samples))
@@ -134,28 +135,36 @@ def humaneval(
 
 
 def canonical(
-    limit: int | None = None, *, run: Callable[[str], Outcome] = run_program, progress: Progress | None = None
+    limit: int | None = None, *, run: Callable[[Submission], Outcome] = run_program, progress: Progress | None = None
 ) -> HumanEval:
     """The data set's own solutions through the same sandbox: all must pass."""
     tasks = problems(limit)
     solved = {}
     for task, problem in tasks.items():
-        program = program_for(problem, problem["canonical_solution"], "completion")
-        solved[task] = int(run(program).passed)
+        submission = submission_for(problem, problem["canonical_solution"], "completion")
+        solved[task] = int(run(submission).passed)
         if progress:
             progress(len(solved), len(tasks), task)
     return HumanEval("completion", 0.0, 1, 0, _pass_at(solved, 1, (1,)), solved)
 
 
-def program_for(problem: dict[str, str], answer: str, prompting: Prompting) -> str:
+def submission_for(problem: dict[str, str], answer: str, prompting: Prompting) -> Submission:
     """The function that a model answered with, its imports, and the problem's test."""
-    function = problem["prompt"] + answer
+    program = problem["prompt"] + answer
     if prompting == "chat":
         code = code_of(answer)
         defined = re.search(rf"^\s*def {re.escape(problem['entry_point'])}\b", code, re.MULTILINE)
         # Whole functions lack the prompt's imports and helpers; anything else counts as the body.
-        function = f"{problem['prompt']}    pass\n\n{code}" if defined else problem["prompt"] + code
-    return f"{function}\n{problem['test']}\ncheck({problem['entry_point']})\n"
+        program = f"{problem['prompt']}    pass\n\n{code}" if defined else problem["prompt"] + code
+    test = f"{_helpers(problem)}\n{problem['test']}\ncheck({problem['entry_point']})\n"
+    return Submission(program, problem["entry_point"], test)
+
+
+def _helpers(problem: dict[str, str]) -> str:
+    """What a prompt defines beside the function that it asks for: some tests call it."""
+    tree = ast.parse(f"{problem['prompt']}    pass\n")
+    tree.body = [each for each in tree.body if getattr(each, "name", None) != problem["entry_point"]]
+    return ast.unparse(tree)
 
 
 def code_of(answer: str) -> str:

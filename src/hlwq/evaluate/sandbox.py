@@ -1,117 +1,200 @@
-"""Running programs that a model wrote, each in a jail of its own (`jail.py`)."""
+"""Running programs that a model wrote, with their tests, each in a jail of its own (`jail.py`).
+
+Promised, on Linux, as root and as any other user, whatever the program does:
+
+- It changes nothing outside: no file, process, socket, keyring or shared memory of this machine can be reached. It sees
+  Python's standard library, the system's shared libraries and an empty folder in memory, and no installed package.
+- It ends. Processor time, address space, files, threads and wall-clock time are limited; there is one process of it,
+  so the limits are of everything. Nothing of it remains afterwards.
+- It does not judge itself. The test runs in another process, and only plain values come from the program's.
+- Where this cannot be had, nothing runs and the caller is told.
+
+Not promised: that the kernel has no flaw by which a program with these few system calls can break out (a virtual
+machine helps against that); that it cannot measure time or see the processor's model; that an answer was not learnt by
+heart. Programs that need other processes, sockets (`asyncio.run` is one) or installed packages fail.
+"""
 
 from __future__ import annotations
 
 import json
-import secrets
+import os
+import platform
 import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
+from typing import Literal
 
 from hlwq.errors import ResourceError
+from hlwq.evaluate.syscalls import filter_for
 
 JAIL = Path(__file__).with_name("jail.py")
-SYSTEM_DIRECTORIES = ("/usr", "/bin", "/lib", "/lib64")
-FINISHED = "hlwq: the program ran to its end"
+LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")
 GRACE_SECONDS = 60.0
 """Time beyond a program's own, to build its jail and take it down."""
+
+Kind = Literal["passed", "failed", "raised", "malformed", "ended", "timed out"]
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A program and its test.
+
+    Attributes:
+        program: the source that a model wrote.
+        entry_point: the function of it that the test calls, by this name.
+        test: the source of the test, which is trusted; it raises nothing if the program is right. Arguments and
+            results are plain values: numbers, strings, bytes, None, and lists, tuples, sets, dicts, ranges and
+            iterators of them. Anything else that the program returns equals nothing.
+    """
+
+    program: str
+    entry_point: str = ""
+    test: str = ""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Resources of one program.
+    """Resources of one program, and of its test.
 
     Attributes:
-        seconds: processor time of each process, which a busy machine does not shorten.
-        wall_seconds: time from the start of the program until it is stopped.
-        memory_bytes: address space of each process.
+        seconds: processor time, which a busy machine does not shorten.
+        wall_seconds: time from the start of the program until both are stopped.
+        memory_bytes: address space.
         disk_bytes: size of all files together, which are in memory.
-        processes: number of processes and threads, the program itself included.
+        threads: number of threads, the first one included; there are no other processes.
     """
 
     seconds: int = 4
     wall_seconds: float = 15.0
     memory_bytes: int = 1 << 30
     disk_bytes: int = 16 << 20
-    processes: int = 8
+    threads: int = 8
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Result of a program: whether it ran to its end without an exception, and why not."""
+    """Verdict on a program.
 
-    passed: bool
-    reason: str
+    Attributes:
+        kind: `passed`; `failed`: the test raised, as an assertion does; `raised`: the program raised; `malformed`: what
+            the program's process wrote is no value; `ended`: its process ended early, by itself or by a limit;
+            `timed out`. Never taken from the program's words.
+        reason: what is known of it, in words, which may be the program's.
+    """
+
+    kind: Kind
+    reason: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the program was executed and its test raised nothing."""
+        return self.kind == "passed"
 
 
-def run_program(program: str, limits: Limits | None = None) -> Outcome:
-    """Run a Python program, which passes if it ends without an exception within its limits.
+def run_program(submission: Submission, limits: Limits | None = None) -> Outcome:
+    """Run a Python program and its test, apart from this machine and from each other.
 
     Args:
-        program: the source, test included.
-        limits: its resources.
+        submission: the program and its test.
+        limits: their resources.
 
     Raises:
         ResourceError: this system cannot isolate it, and nothing was run; or the sandbox itself was lost.
+        UnsupportedError: programs cannot be isolated on this kind of machine.
     """
     limits = limits or Limits()
     if sys.platform != "linux":
         raise ResourceError("Programs can be isolated on Linux only. Run it there, or in a Linux container.")
-    secret = secrets.token_hex(16)
+    visible, hidden = _directories()
+    request = {
+        "program": submission.program,
+        "entry_point": submission.entry_point,
+        "visible": visible,
+        "hidden": hidden,
+        "filter": filter_for(platform.machine()).hex(),
+        **asdict(limits),
+    }
     with tempfile.TemporaryDirectory() as root:
-        request = {"secret": secret, "program": program, "root": root, "visible": _visible(), **asdict(limits)}
-        process = subprocess.Popen(
-            [sys.executable, "-I", str(JAIL)],
+        messages = [
+            json.dumps(each).encode() for each in ({**request, "root": os.path.realpath(root)}, submission.test)
+        ]
+        framed = b"".join(len(each).to_bytes(4, "big") + each for each in messages)
+        with subprocess.Popen(
+            [sys.executable, "-I", "-S", str(JAIL)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env={},
             cwd=root,
-            close_fds=True,
             start_new_session=True,
-        )
-        try:
-            reply, _ = process.communicate(json.dumps(request).encode(), timeout=limits.wall_seconds + GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            reply, _ = process.communicate()
-    word, _, verdict = reply.decode(errors="replace").partition(" ")
-    if word != secret:
-        raise ResourceError("The sandbox was lost before it could report on a program. Is there enough memory?")
-    if verdict.startswith("no isolation"):
+        ) as process:
+            try:
+                reply, _ = process.communicate(framed, timeout=limits.wall_seconds + GRACE_SECONDS)
+            except subprocess.TimeoutExpired:
+                reply = b""
+            finally:  # after an interrupt, too; all else in the jail dies with it
+                process.kill()
+    try:
+        verdict = json.loads(reply)
+    except ValueError:
         raise ResourceError(
-            f"Programs cannot be isolated here ({verdict}): user namespaces are needed. Run it as root, in a "
-            "privileged container, or without isolation: `run=run_unsafely`.",
+            "The sandbox was lost before it could report on a program. Is there enough memory?"
+        ) from None
+    if verdict["kind"] == "no isolation":
+        raise ResourceError(
+            f"Programs cannot be isolated here ({verdict['reason']}): namespaces and seccomp are needed. Run it as "
+            "root, in a privileged container, or without isolation: `run=run_unsafely`.",
             argument="run",
         )
-    return Outcome(verdict == "passed", verdict)
+    return Outcome(**verdict)
 
 
-def run_unsafely(program: str, limits: Limits | None = None) -> Outcome:
-    """Run a Python program without a sandbox, in a process of its own with a time limit: it can do any harm."""
+UNSAFE = """
+import json, sys
+program, test, word = json.load(sys.stdin)
+namespace = {}
+exec(compile(program + "\\n" + test, "program.py", "exec", dont_inherit=True), namespace)
+print(word)
+"""
+
+
+def run_unsafely(submission: Submission, limits: Limits | None = None) -> Outcome:
+    """Run a program and its test without a sandbox, in one process with a time limit: it can do any harm, and lie."""
     seconds = (limits or Limits()).wall_seconds
+    word = "hlwq: the program and its test ran to their end"
     with tempfile.TemporaryDirectory() as folder:
         try:
             process = subprocess.run(
-                [sys.executable, "-I", "-c", f"{program}\nprint({FINISHED!r})"],
+                [sys.executable, "-I", "-c", UNSAFE],
                 env={},
-                stdin=subprocess.DEVNULL,
+                input=json.dumps([submission.program, submission.test, word]).encode(),
                 capture_output=True,
                 cwd=folder,
                 timeout=seconds,
                 check=False,
             )
         except subprocess.TimeoutExpired:
-            return Outcome(False, f"timed out after {seconds:g} s")
-    finished = process.stdout.decode(errors="replace").endswith(f"{FINISHED}\n")
-    return Outcome(process.returncode == 0 and finished, process.stderr.decode(errors="replace")[-200:])
+            return Outcome("timed out", f"not done after {seconds:g} s")
+    if process.returncode == 0 and process.stdout.endswith(f"{word}\n".encode()):
+        return Outcome("passed")
+    return Outcome("failed", process.stderr.decode(errors="replace")[-200:])
 
 
-def _visible() -> list[str]:
-    """Directories that a program needs to run: the system's libraries and Python itself."""
-    python = {str(Path(each).resolve()) for each in (sys.base_prefix, sys.prefix)}
-    system = [each for each in SYSTEM_DIRECTORIES if Path(each).is_dir() and not Path(each).is_symlink()]
-    inside = [each for each in sorted(python) if not each.startswith(tuple(f"{name}/" for name in system))]
-    return [*system, *(each for each in inside if each not in system)]
+@cache
+def _directories() -> tuple[list[str], list[str]]:
+    """Directories that a program sees, of Python's modules and shared libraries; and those in them that it does not.
+
+    Installed packages are hidden because one of them holds HumanEval's solutions.
+    """
+    wanted = [Path(os.__file__).resolve().parent]
+    prefixes = {Path(each).resolve() for each in (sys.base_prefix, sys.base_exec_prefix)} - {Path("/usr")}
+    for folder in (*map(Path, LIBRARIES), *(prefix / name for prefix in prefixes for name in ("lib", "lib64"))):
+        if folder.is_dir() and not folder.is_symlink():
+            wanted += list(folder.glob("*-linux-gnu*")) or [folder]  # Debian has much else beside them
+    found = set(wanted)
+    visible = sorted(each for each in found if not found.intersection(each.parents))
+    hidden = sorted(each for name in visible for depth in ("", "*/") for each in name.glob(f"{depth}*-packages"))
+    return [str(each) for each in visible], [str(each) for each in hidden if each.is_dir()]
