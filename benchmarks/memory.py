@@ -94,7 +94,8 @@ def make_model(path: Path, layers: int, hidden_size: int) -> int:
     (path / "config.json").write_text(json.dumps(config))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(bundled_model() / name, path / name)
-    shapes = describe(config, ["model.embed_tokens.weight"]).required_tensors()
+    names = ["model.embed_tokens.weight", *(f"model.layers.{index}." for index in range(layers))]
+    shapes = describe(config, names).required_tensors()
     shards: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, shape in shapes.items():
         layer = name.split("layers.")[1].split(".")[0] if "layers." in name else "rest"

@@ -77,6 +77,12 @@ def model_config(family: str, **overrides: Any) -> dict[str, Any]:
     return config
 
 
+def some_names(config: dict[str, Any], prefix: str = "model.") -> list[str]:
+    """Names of tensors, without an output head, that say where a decoder is and how many layers it has."""
+    layers = (config.get("text_config") or config).get("num_hidden_layers")
+    return [f"{prefix}embed_tokens.weight", *(f"{prefix}layers.{index}.some.weight" for index in range(layers or 0))]
+
+
 def make_checkpoint(path: Path, family: str, **overrides: Any) -> Path:
     """Write a random BF16 checkpoint: `config.json`, `model.safetensors` and an empty `tokenizer.json`.
 
@@ -85,7 +91,7 @@ def make_checkpoint(path: Path, family: str, **overrides: Any) -> Path:
     """
     config = model_config(family, **overrides)
     prefix = "model.language_model." if family == "qwen3_5" else "model."
-    layout = describe(config, [f"{prefix}embed_tokens.weight"])
+    layout = describe(config, some_names(config, prefix))
     shapes = layout.required_tensors()
     if family == "qwen3_5":
         hidden = layout.text_config["hidden_size"]

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from checkpoints import ARCHITECTURES, FAMILY_NAMES, make_checkpoint, model_config
+from checkpoints import ARCHITECTURES, FAMILY_NAMES, make_checkpoint, model_config, some_names
 
 from hlwq import CheckpointError, UnsupportedError
 from hlwq.containers import Reader
 from hlwq.families import FAMILIES, ModelLayout, describe
 from hlwq.families.qwen3_5 import layer_types
 
-EMBEDDINGS = ["model.embed_tokens.weight"]
+EMBEDDINGS = some_names(model_config("llama", num_hidden_layers=8))
 REAL_9B = {
     **dict(vocab_size=248320, hidden_size=4096, intermediate_size=12288, num_hidden_layers=8, head_dim=256),
     **dict(num_attention_heads=16, num_key_value_heads=4, linear_num_key_heads=16, linear_num_value_heads=32),
@@ -87,7 +87,7 @@ def layout_of(family: str, **overrides: Any) -> ModelLayout:
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_what_engines_fuse_shares_its_input_and_its_fate(family: str) -> None:
-    names = EMBEDDINGS if family != "qwen3_5" else ["model.language_model.embed_tokens.weight"]
+    names = EMBEDDINGS if family != "qwen3_5" else some_names(model_config("qwen3_5"), "model.language_model.")
     fused: dict[str, set[str]] = {}
     for layer in describe(model_config(family), names).layers:
         for step in layer.steps:
@@ -133,7 +133,7 @@ def test_every_fourth_layer_is_full_attention_unless_the_configuration_says_othe
 @pytest.mark.parametrize("prefix", ["model.", "model.language_model."])
 @pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_text"])
 def test_both_spellings_of_the_decoder_are_found(family: str, prefix: str) -> None:
-    layout = describe(model_config(family), [f"{prefix}embed_tokens.weight"])
+    layout = describe(model_config(family), some_names(model_config(family), prefix))
     assert layout.embedding == f"{prefix}embed_tokens"
     assert layout.layer_prefix(3) == f"{prefix}layers.3."
     assert all(name.startswith((prefix, "lm_head")) for name in layout.required_tensors())

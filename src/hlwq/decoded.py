@@ -21,7 +21,8 @@ def open_dense(path: Path) -> Reader:
         UnsupportedError: it is quantized already.
     """
     reader = Reader(path)
-    for section in (reader.config, reader.config.get("text_config") or {}):
+    text_config = reader.config.get("text_config")
+    for section in (reader.config, text_config if isinstance(text_config, dict) else {}):
         key = next((key for key in ENGINE_SECTIONS if section.get(key) is not None), None)
         if key is not None:
             if all(spec.dtype in FLOATS for spec in reader.tensors.values()):

@@ -19,6 +19,7 @@ from hlwq.check import check_directory, has_tokenizer, refuse_unless_usable
 from hlwq.containers import DEFAULT_SHARD_BYTES, Source, Writer, partial_of
 from hlwq.devices import available_memory, peak_memory, torch_device
 from hlwq.errors import CheckpointError, HlwqWarning, RequestError
+from hlwq.families import with_tying
 from hlwq.files import locked
 from hlwq.formats import Demand, without_sections
 from hlwq.layerwise import CalibratedLayers
@@ -124,7 +125,7 @@ def _run(
         "files": source.stamps(),
         "machine": _machine(calibrated=plan.recipe.calibrated),
     }
-    json_files = plan.format.json_files(without_sections(source.config), plan.contents())
+    json_files = plan.format.json_files(with_tying(without_sections(source.config), plan.layout.tied), plan.contents())
     writer = Writer(out, plan.outputs(), arguments, shard_bytes, json_files)
     if lost := writer.verify(report):
         warnings.warn(

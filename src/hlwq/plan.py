@@ -13,6 +13,7 @@ from hlwq.errors import CheckpointError, HlwqError, RequestError, UnsupportedErr
 from hlwq.families import FLOATS, Matrix, ModelLayout, describe, model_dtype
 from hlwq.formats import FORMATS, Contents, Format, Scheme, format_named
 from hlwq.matrix import CHUNK_WEIGHTS
+from hlwq.patterns import matcher
 from hlwq.recipes import Recipe, Stage
 from hlwq.request import Selection
 from hlwq.solvers import Nearest
@@ -301,13 +302,13 @@ def _matching(
     pattern: str, option: str, candidates: set[str], source: Headers, chosen: set[str], idle: str
 ) -> set[str]:
     try:
-        expression = re.compile(pattern)
-    except (re.error, TypeError) as error:
-        raise RequestError(f"`{option}` {pattern!r} is not a regular expression: {error}.") from None
-    hits = {module for module in candidates if expression.search(module) or expression.search(f"{module}.weight")}
-    if hits:
-        return hits
-    others = sorted(name for name in source.tensors if expression.search(name))
+        matches = matcher(pattern, anywhere=True)
+        hits = {module for module in candidates if matches(module) or matches(f"{module}.weight")}
+        if hits:
+            return hits
+        others = sorted(name for name in source.tensors if matches(name))
+    except ValueError as error:
+        raise RequestError(f"`{option}` {pattern!r} is not a regular expression to use: {error}.") from None
     if not others:
         raise RequestError(f"`{option}` {pattern!r} matches no tensor. `hlwq quantize … --dry-run` lists them.")
     why = idle if others[0].rpartition(".")[0] in chosen or option == "exclude" else "never quantized"

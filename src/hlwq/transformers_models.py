@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from hlwq.errors import CheckpointError, ResourceError, UnsupportedError
+from hlwq.errors import CheckpointError, ResourceError, UnsupportedError, reason
 
 
 def require_transformers() -> Any:
@@ -47,15 +47,20 @@ def build_skeleton(config: dict[str, Any], *, tied: bool) -> Any:
         UnsupportedError: it does not know the model.
     """
     transformers = require_transformers()
+    model_type = config.get("model_type")
     try:
-        parsed = type(transformers.AutoConfig.for_model(config.get("model_type"))).from_dict(config)
+        kind = type(transformers.AutoConfig.for_model(model_type))
     except (KeyError, ValueError):
         raise UnsupportedError(
-            f"config.json: transformers {transformers.__version__} does not know model_type "
-            f"{config.get('model_type')}. Upgrade transformers, or correct the file."
+            f"config.json: transformers {transformers.__version__} does not know model_type {model_type}. Upgrade "
+            "transformers, or correct the file."
         ) from None
-    with quiet_transformers(), _WithoutWeights():
-        skeleton = transformers.AutoModelForCausalLM.from_config(parsed)
+    try:
+        with quiet_transformers(), _WithoutWeights():
+            skeleton = transformers.AutoModelForCausalLM.from_config(kind.from_dict(config), trust_remote_code=False)
+    except Exception as error:  # of its checks, or of the model's own code
+        message = f"config.json: transformers makes no {model_type} model of it ({reason(error)}). Correct the file."
+        raise CheckpointError(message) from None
     skeleton.config.tie_word_embeddings = tied
     return skeleton.eval()
 

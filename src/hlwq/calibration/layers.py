@@ -73,7 +73,8 @@ class LayerRunner:
         """
         self.index = 0
         self._layout, self._device = layout, device
-        self._dtype = compute_dtype(device, dtype)
+        # In float16 the activations of many models overflow.
+        self._dtype = compute_dtype(device, torch.float32 if dtype == torch.float16 else dtype)
         self._decoder = build_skeleton(config, tied=layout.tied).get_decoder()
         self._decoder.norm = nn.Identity()
         ids, places = tokens.unique(return_inverse=True)

@@ -9,6 +9,14 @@ from typing import Any
 
 from hlwq.containers import DTYPES, TensorSpec
 from hlwq.errors import CheckpointError, UnsupportedError
+from hlwq.families.configuration import (
+    check_architectures,
+    check_entries,
+    check_layers,
+    check_model_type,
+    text_config_of,
+    with_tying,
+)
 from hlwq.families.family import Family, Layer, Matrix, MlxModel, Restoration
 from hlwq.families.llama import LLAMA, MISTRAL
 from hlwq.families.qwen2 import QWEN2
@@ -28,6 +36,7 @@ __all__ = [
     "describe",
     "family_of",
     "model_dtype",
+    "with_tying",
 ]
 
 FLOATS = ("BF16", "F16", "F32")
@@ -110,11 +119,7 @@ def check_supported(config: dict[str, Any]) -> Family:
         CheckpointError: none is named.
         UnsupportedError: the architecture is not supported.
     """
-    architectures = config.get("architectures")
-    if not architectures:
-        raise CheckpointError(
-            'config.json names no architectures. Add them, such as "architectures": ["LlamaForCausalLM"].'
-        )
+    architectures = check_architectures(config)
     family = family_of(config)
     if family is not None:
         return family
@@ -127,8 +132,9 @@ def check_supported(config: dict[str, Any]) -> Family:
 
 def family_of(config: dict[str, Any]) -> Family | None:
     """The family of a `config.json`, or None if it is not supported."""
-    architecture = next(iter(config.get("architectures") or ()), None)
-    return next((family for family in FAMILIES if architecture in family.architectures), None)
+    architectures = config.get("architectures")
+    first = architectures[0] if isinstance(architectures, list) and architectures else None
+    return next((family for family in FAMILIES if first in family.architectures), None)
 
 
 def model_dtype(config: dict[str, Any], tensors: Iterable[TensorSpec] = ()) -> str:
@@ -136,7 +142,8 @@ def model_dtype(config: dict[str, Any], tensors: Iterable[TensorSpec] = ()) -> s
 
     What `config.json` says, else what most matrices have, else BF16.
     """
-    for section in (config, config.get("text_config") or {}):
+    text_config = config.get("text_config")
+    for section in (config, text_config if isinstance(text_config, dict) else {}):
         stated = section.get("dtype") or section.get("torch_dtype")
         for name in FLOATS:
             if stated == str(DTYPES[name]).removeprefix("torch."):
@@ -172,16 +179,24 @@ def describe(config: dict[str, Any], names: Collection[str]) -> ModelLayout:
         UnsupportedError: the architecture is not supported.
     """
     family = check_supported(config)
-    text_config = config.get("text_config") or config
+    text_config = text_config_of(config, wrapped=config["architectures"][0] in family.wrappers)
+    check_entries(config, text_config, family.name)
+    check_model_type(config, family.model_types)
     prefix = next((prefix for prefix in family.prefixes if f"{prefix}embed_tokens.weight" in names), None)
     if prefix is None:
         name = f"{family.prefixes[0]}embed_tokens.weight"
         raise CheckpointError(f"tensor {name} is missing. {_why_missing(name, names)}", tensor=name)
-    tied = config.get("tie_word_embeddings", text_config.get("tie_word_embeddings"))
-    if tied is None:
-        tied = "lm_head.weight" not in names
+    check_layers(text_config, family.layer_types, _stored_layers(names, f"{prefix}layers."))
+    said = {each["tie_word_embeddings"] for each in (config, text_config) if "tie_word_embeddings" in each}
+    tied = said.pop() if len(said) == 1 else "lm_head.weight" not in names
     try:
-        layers, _ = family.layers(text_config), text_config["vocab_size"]
+        layers = family.layers(text_config)
     except KeyError as error:
         raise CheckpointError(f"config.json lacks {error}, which {family.name} needs.") from None
-    return ModelLayout(family, text_config, prefix, layers, bool(tied))
+    return ModelLayout(family, text_config, prefix, layers, tied)
+
+
+def _stored_layers(names: Collection[str], prefix: str) -> int:
+    """How many layers there are tensors of, by the names."""
+    numbers = {name.removeprefix(prefix).partition(".")[0] for name in names if name.startswith(prefix)}
+    return len({int(number) for number in numbers if number.isascii() and number.isdigit() and len(number) < 10})

@@ -93,7 +93,10 @@ class Family:
     Attributes:
         name: as people write it.
         architectures: what `config.json` says under `architectures`.
-        layers: the decoder layers that a text configuration describes.
+        layers: the decoder layers that a text configuration describes, whose entries are checked.
+        model_types: what it says under `model_type`.
+        layer_types: types of layers that a configuration may list.
+        wrappers: of the architectures, those whose configuration has the decoder's as `text_config`.
         prefixes: where the decoder may stand in the checkpoint, as the names before `embed_tokens`.
         kept: parts outside the decoder, by the beginning of their tensors' names, and what they are.
         architecture_of: architectures by `model_type`, for configurations that were saved without one.
@@ -105,6 +108,9 @@ class Family:
     name: str
     architectures: tuple[str, ...]
     layers: Callable[[dict[str, Any]], list[Layer]]
+    model_types: tuple[str, ...]
+    layer_types: tuple[str, ...] = ("full_attention",)
+    wrappers: tuple[str, ...] = ()
     prefixes: tuple[str, ...] = ("model.",)
     kept: dict[str, str] = field(default_factory=dict)
     architecture_of: dict[str, str] = field(default_factory=dict)

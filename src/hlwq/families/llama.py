@@ -13,5 +13,5 @@ def _layers(config: dict[str, Any]) -> list[Layer]:
     return [with_mlp(mixer, config, bias=bool(config.get("mlp_bias", False)))] * config["num_hidden_layers"]
 
 
-LLAMA = Family("Llama", ("LlamaForCausalLM",), _layers)
-MISTRAL = Family("Mistral", ("MistralForCausalLM",), _layers)
+LLAMA = Family("Llama", ("LlamaForCausalLM",), _layers, ("llama",))
+MISTRAL = Family("Mistral", ("MistralForCausalLM",), _layers, ("mistral",), ("full_attention", "sliding_attention"))

@@ -12,4 +12,4 @@ def _layers(config: dict[str, Any]) -> list[Layer]:
     return [with_mlp(mixer, config)] * config["num_hidden_layers"]
 
 
-QWEN2 = Family("Qwen2 and Qwen2.5", ("Qwen2ForCausalLM",), _layers)
+QWEN2 = Family("Qwen2 and Qwen2.5", ("Qwen2ForCausalLM",), _layers, ("qwen2",), ("full_attention", "sliding_attention"))

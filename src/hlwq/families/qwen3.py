@@ -13,4 +13,4 @@ def _layers(config: dict[str, Any]) -> list[Layer]:
     return [with_mlp(mixer, config)] * config["num_hidden_layers"]
 
 
-QWEN3 = Family("Qwen3", ("Qwen3ForCausalLM",), _layers)
+QWEN3 = Family("Qwen3", ("Qwen3ForCausalLM",), _layers, ("qwen3",), ("full_attention", "sliding_attention"))

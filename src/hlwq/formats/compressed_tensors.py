@@ -8,7 +8,6 @@ symmetric files being 2^(bits−1).
 
 from __future__ import annotations
 
-import re
 from itertools import chain
 from typing import Any
 
@@ -31,7 +30,7 @@ from hlwq.formats.base import (
     common_scheme,
     demand,
 )
-from hlwq.formats.patterns import check_pattern, kept_patterns, patterns_by_scheme
+from hlwq.formats.patterns import check_pattern, kept_patterns, matches_start, patterns_by_scheme
 from hlwq.formats.uniform import (
     READABLE_BITS,
     WORD_BITS,
@@ -135,8 +134,10 @@ def _targets(patterns: list[str]) -> list[str]:
 def configured_weights(section: dict[str, Any], name: str) -> dict[str, Any] | None:
     """What `config_groups` say of the weights of a linear module, or None if it is ignored or in no group."""
 
+    where = "config.json: quantization_config"
+
     def matches(target: str) -> bool:
-        return bool(re.match(target[3:], name)) if target.startswith("re:") else target == name
+        return matches_start(target[3:], name, where) if target.startswith("re:") else target == name
 
     if any(map(matches, section.get("ignore") or ())):
         return None

@@ -21,7 +21,7 @@ from hlwq.errors import CheckpointError, UnsupportedError
 from hlwq.families import ModelLayout
 from hlwq.formats import reading
 from hlwq.formats.base import Contents, Demand, Engine, Format, Scheme, StoredModule, common_scheme, demand
-from hlwq.formats.patterns import check_pattern, kept_patterns, patterns_by_scheme
+from hlwq.formats.patterns import check_pattern, kept_patterns, matches_start, patterns_by_scheme
 from hlwq.formats.uniform import (
     READABLE_BITS,
     WORD_BITS,
@@ -236,7 +236,7 @@ def _wrong_rules(
 def _first_rule(dynamic: dict[str, Any], name: str) -> dict[str, Any] | bool | None:
     """The first rule that matches, False for an exclusion: as vLLM and GPTQModel read them."""
     for pattern, rule in dynamic.items():
-        if re.match(re.sub(r"^[-+]:", "", pattern), name):
+        if matches_start(re.sub(r"^[-+]:", "", pattern), name, "config.json: quantization_config.dynamic"):
             return False if pattern.startswith("-:") else dict(rule)
     return None
 

@@ -69,10 +69,6 @@ def json_files(config: dict[str, Any], contents: Contents) -> dict[str, dict[str
         if scheme != common:
             section[mlx.path(module)] = {"group_size": scheme.group_size, "bits": scheme.bits}
     config = {**config, "quantization": section, "quantization_config": section}
-    # mlx-lm has defaults of its own for the tying, and looks for it where the decoder is described.
-    config["tie_word_embeddings"] = contents.layout.tied
-    if "text_config" in config:
-        config["text_config"] = {**config["text_config"], "tie_word_embeddings": contents.layout.tied}
     if mlx.model_type:
         config["model_type"] = mlx.model_type
     if mlx.reads_top_level_rope:

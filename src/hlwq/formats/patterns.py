@@ -11,6 +11,7 @@ from hlwq.errors import CheckpointError
 from hlwq.families import ModelLayout
 from hlwq.formats import reading
 from hlwq.formats.base import Contents, Scheme
+from hlwq.patterns import matcher
 
 
 def kept_patterns(contents: Contents) -> list[str]:
@@ -30,9 +31,19 @@ def patterns_by_scheme(contents: Contents, common: Scheme) -> dict[Scheme, list[
 def check_pattern(pattern: Any, where: str) -> None:
     """Raise CheckpointError, which names the place, unless this is a regular expression."""
     try:
-        re.compile(pattern)
-    except (re.error, TypeError, OverflowError, RecursionError):
-        raise CheckpointError(f"{where}: {json.dumps(pattern)} is not a regular expression. {reading.AGAIN}") from None
+        matcher(pattern)
+    except ValueError as error:
+        shown = json.dumps(pattern)[:80]
+        message = f"{where}: {shown} is not a regular expression ({error}). {reading.AGAIN}"
+        raise CheckpointError(message) from None
+
+
+def matches_start(pattern: str, name: str, where: str) -> bool:
+    """Whether a name begins as a pattern of a file says. Raises CheckpointError, naming the place, if it cannot."""
+    try:
+        return matcher(pattern)(name)
+    except ValueError as error:
+        raise CheckpointError(f"{where}: {json.dumps(pattern)[:80]}: {error}. {reading.AGAIN}") from None
 
 
 def outside_the_decoder(layout: ModelLayout) -> list[str]:
