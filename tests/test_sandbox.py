@@ -46,7 +46,8 @@ def test_a_good_program_passes_with_what_programs_import() -> None:
         "import asyncio, bisect, statistics, copy, datetime, json, sqlite3, threading, unittest, zlib\n"
         "assert math.pi > 3 and hashlib.sha256(b'').hexdigest().startswith('e3b0')\n"
         "thread = threading.Thread(target=print)\nthread.start()\nthread.join()\n"
-        "open('left', 'w').write('x')\nassert open('left').read() == 'x'"
+        "import shutil, tempfile\nopen('left', 'w').write('x')\nshutil.copy2('left', 'right')\n"
+        "assert open('right').read() == 'x'\ntempfile.TemporaryFile().write(b'x')"
     )
     assert run(program) == Outcome("passed")
 
@@ -118,9 +119,7 @@ def test_no_json_makes_anything_but_plain_values() -> None:
         ("def f(x): return x", "assert [f(n) for n in range(300)] == list(range(300))"),
         ("def f(x): return f(x - 1) + 1 if x else 0", "assert f(500) == 500"),
         ("calls = []\ndef f(x): calls.append(x); return len(calls)", "assert [f(0), f(0)] == [1, 2]"),
-        ("def f(x): x.sort()", "x = [3, 1]\nassert f(x) is None and x == [1, 3]"),
-        ("def f(x): x.pop('a')", "x = {'a': 1, 'b': 2}\nf(x)\nassert x == {'b': 2}"),
-        ("def f(x): x.clear()", "x = {1}\nf(x)\nassert x == set()"),
+        ("def f(x): x.sort(); return x", "assert f([3, 1]) == [1, 3]"),
         ("def f(x): x.append(x)", "x = [1]\nf(x)"),
         ("def f(x): return (n for n in x)", "assert tuple(f([1, 2])) == (1, 2)\nassert f([1]) != [1]"),
         ("def f(x): return map(str, x)", "assert list(f([1, 2])) == ['1', '2']"),

@@ -47,7 +47,8 @@ class Submission:
         entry_point: the function of it that the test calls, by this name.
         test: the source of the test, which is trusted; it raises nothing if the program is right. Arguments and
             results are plain values: numbers, strings, bytes, None, and lists, tuples, sets, dicts, ranges and
-            iterators of them. Anything else that the program returns equals nothing.
+            iterators of them. Anything else that the program returns equals nothing, and the arguments that it gets are
+            its own copies.
     """
 
     program: str
