@@ -123,8 +123,8 @@ def _command_lines() -> Iterator[str]:
 
 def _state() -> dict[str, Any]:
     """What a program could leave outside processes and files."""
-    memory = {name: Path("/proc/sysvipc", name).read_text() for name in ("shm", "msg", "sem")}
-    shared = sorted(each.name for each in Path("/dev/shm").iterdir() if "hlwq" in each.name)
+    memory = {file.name: file.read_text() for file in Path("/proc/sysvipc").glob("*")}
+    shared = sorted(each.name for each in Path("/dev/shm").glob("*hlwq*"))
     return {**memory, "mounts": Path("/proc/self/mounts").read_text(), "name": platform.node(), "shared": shared}
 
 
