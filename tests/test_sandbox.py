@@ -396,7 +396,7 @@ except HlwqError as error: print(type(error).__name__, error)
 
 def test_a_sandbox_that_cannot_be_started_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", str(tmp_path / "missing"))
-    with pytest.raises(ResourceError, match="cannot be started: .*missing"):
+    with pytest.raises(ResourceError, match=r"cannot be started: .*missing"):
         run("pass")
     monkeypatch.setattr(sys, "executable", "/bin/false" if Path("/bin/false").exists() else "/usr/bin/false")
     with pytest.raises(ResourceError, match="was lost"):
