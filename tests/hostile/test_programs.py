@@ -123,8 +123,8 @@ def _command_lines() -> Iterator[str]:
 
 def _state() -> dict[str, Any]:
     """What a program could leave outside processes and files."""
-    memory = {name: Path("/proc/sysvipc", name).read_text() for name in ("shm", "msg", "sem")}
-    shared = sorted(each.name for each in Path("/dev/shm").iterdir() if "hlwq" in each.name)
+    memory = {file.name: file.read_text() for file in Path("/proc/sysvipc").glob("*")}
+    shared = sorted(each.name for each in Path("/dev/shm").glob("*hlwq*"))
     return {**memory, "mounts": Path("/proc/self/mounts").read_text(), "name": platform.node(), "shared": shared}
 
 
@@ -149,6 +149,8 @@ class Always(BASE):
 """
 FORGERIES = {
     "writes passed to every descriptor": WRITE_ALL + "flood()\nos._exit(0)",
+    "writes passed once": "import os\nfor fd in range(3, 30):\n    try: os.write(fd, b'passed')\n"
+    "    except OSError: pass\nos._exit(0)",
     "writes passed when called": WRITE_ALL + "def solve(x):\n    flood()\n    os._exit(0)",
     "writes passed at exit": WRITE_ALL + "import atexit\natexit.register(flood)\nraise SystemExit(0)",
     "writes passed from a thread": WRITE_ALL + "import threading\ndef solve(x):\n"
@@ -185,7 +187,7 @@ FORGERIES = {
 import os, sys
 frame = sys._getframe()
 while frame:
-    for value in frame.f_locals.values():
+    for value in list(frame.f_locals.values()):
         numbers = [value] if isinstance(value, int) else value if isinstance(value, tuple) else []
         for number in numbers:
             try: os.write(number, {ANSWER.encode()!r})
@@ -196,7 +198,7 @@ def solve(x): return 0""",
 import sys
 frame, found = sys._getframe(), []
 while frame:
-    found += [value for value in frame.f_locals.values() if "tset-eht-fo-terces-eht"[::-1] in repr(value)]
+    found += [value for value in list(frame.f_locals.values()) if "tset-eht-fo-terces-eht"[::-1] in repr(value)]
     frame = frame.f_back
 assert found"""
     + SOLVED,
@@ -209,7 +211,8 @@ import ctypes, gc
 pages = {id(each) & -4096 for each in gc.get_objects()}
 word = b"tset-eht-fo-terces-eht"
 assert len(pages) > 100 and any(b"open_code" in ctypes.string_at(page, 4096) for page in pages)
-if any(bytes(reversed(word)) in ctypes.string_at(page, 4096) for page in pages):"""
+if any(word in ctypes.string_at(page, 4096)[::-1] for page in pages):  # never the test's text itself
+"""
     + SOLVED.replace("\n", "\n    "),
     "reads its parent's memory": "open('/proc/%d/mem' % __import__('os').getppid(), 'rb')" + SOLVED,
     "reads every process": "import glob\nassert glob.glob('/proc/[0-9]*')" + SOLVED,
@@ -231,6 +234,7 @@ for answer in ({"value": True}, {"value": {"object": "x"}}, {"value": None, "kin
         try: os.write(fd, len(text).to_bytes(4, "big") + text)
         except OSError: pass
 def solve(x): return 0""",
+    "a program that changes what it is given": "def solve(x):\n    x.clear()\n    return []",
     "a test that is a string of its own": 'def solve(x): return 0\nx = """',
     "a test that is a comment": "def solve(x): return 0\nif 0: pass\n#",
     "a test that is not reached": "def solve(x): return 0\nraise SystemExit",
@@ -241,6 +245,7 @@ def solve(x): return 0""",
     "an exception that forges its words": WRITE_ALL
     + "class E(Exception):\n    def __str__(self):\n        flood()\n        return 'passed'\nraise E",
     "an exception of many megabytes": "raise type('E' * 10_000_000, (Exception,), {})('x' * 10_000_000)",
+    "an exception of odd characters": "raise Exception('\\ud800\\x1b[2J\\r\\n\\0' * 100)",
     "an exception without words": "class E(Exception):\n    def __str__(self): raise E\nraise E",
     "a number that is none": "def solve(x): return float('nan')",
     "a decimal that traps": "from decimal import Decimal\ndef solve(x): return Decimal('sNaN')",
@@ -249,9 +254,13 @@ def solve(x): return 0""",
 
 @pytest.mark.parametrize("name", FORGERIES)
 def test_a_verdict_cannot_be_forged(name: str, run: Run) -> None:
-    answer = run(FORGERIES[name], **SHORT if name == "another os" else {})
+    test = TEST if "is given" not in name else "x = [3, 1]\nassert solve(x) == sorted(x)"
+    answer = run(FORGERIES[name], test, **SHORT if name == "another os" else {})
     assert answer["kind"] in ("failed", "raised", "malformed", "ended", "timed out"), answer
     assert (answer["kind"] == "timed out") == (name == "another os")  # which never answers
+    assert answer["reason"].isascii()
+    assert answer["reason"].isprintable()
+    assert len(answer["reason"]) < 2500
 
 
 def test_the_program_would_pass_if_it_solved_it(run: Run) -> None:
@@ -280,7 +289,7 @@ MESSAGES = {
     "half a character": """b'{"value": {"str": "00"}}'""",
     "a bad fraction": """b'{"value": {"Fraction": "1/0"}}'""",
     "a long number": """b'{"value": ' + b"4" * 10_000 + b"}" """,
-    "arguments that are none": """b'{"value": 41, "arguments": 5}'""",
+    "more than a value": """b'{"value": 41, "kind": "passed", "arguments": 5}'""",
     "no UTF-8": "bytes([255, 254, 0])",
     "a raised list": """b'{"raised": [[1], {"a": 2}]}'""",
     "millions of lists": """b'{"value": [' + b"[]," * 4_000_000 + b"[]]}" """,
@@ -376,6 +385,8 @@ CALLS = {  # numbers on x86-64 and on aarch64
     "name_to_handle_at": (303, 264),
     "open_by_handle_at": (304, 265),
     "openat2": (437, 437),
+    "flock": (73, 32),
+    "splice": (275, 76),
     "mknodat": (259, 33),
     "fchownat": (260, 54),
     "setxattr": (188, 5),
@@ -397,7 +408,6 @@ CALLS = {  # numbers on x86-64 and on aarch64
     "kexec_load": (246, 104),
     "quotactl": (179, 60),
     "timer_create": (222, 107),
-    "ioctl": (16, 29),
     "a call of another table": (0x40000000 | 39, None),
     "a call that does not exist": (5000, 5000),
 }
@@ -482,6 +492,7 @@ ESCAPES = {
     "a raw packet": "import socket\nsocket.socket(socket.AF_PACKET, socket.SOCK_RAW)",
     "a local socket": "import socket\nsocket.socket(socket.AF_UNIX).bind('\\0hlwq')",
     "the terminal": "open('/dev/tty')",
+    "a control of a device": "import fcntl\nfcntl.ioctl(3, 0x5413, bytes(8))",
     "a question": "input()",
 }
 

@@ -54,9 +54,10 @@ SIGNALED = 128
 """Added to the number of the signal that killed a process, in the status of the first one of its namespace."""
 MOST_BYTES = 16 << 20
 """Of one message between the test and the program."""
-ANY = 1 << 32
 MOST_DEPTH = 100
 """Of nested values in one."""
+ANY_LENGTH = 1 << 32
+"""Of the request's parts, which are ours."""
 
 libc = ctypes.PyDLL(None, use_errno=True)  # PyDLL: a fork must not happen while the interpreter is let go
 
@@ -65,7 +66,7 @@ def main() -> None:
     """Read the request, run the program and its test, and report."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    request = json.loads(receive(0, most=ANY))
+    request = json.loads(receive(0, most=ANY_LENGTH))
     report, null = os.dup(1), os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 1)
     os.dup2(null, 2)
@@ -196,7 +197,7 @@ def supervise(request: dict[str, Any]) -> dict[str, str]:
         started.append(program)
         os.close(state[1])
         wait_until_confined(state[0])
-        request["test"] = json.loads(receive(0, most=ANY))
+        request["test"] = json.loads(receive(0, most=ANY_LENGTH))
         test = start(lambda: be_test(request, calls[1], answers[0], verdicts[1]), calls[1], answers[0], verdicts[1])
         started.append(test)
         for descriptor in (*calls, *answers, verdicts[1]):
@@ -250,9 +251,7 @@ def be_program(request: dict[str, Any], calls: int, answers: int, state: int) ->
         send(answers, answer)
         call = json.loads(receive(calls))
         try:
-            arguments, named = decode(call["arguments"]), decode(call["named"])
-            value = function(*arguments, **named)
-            answer = {"value": encode(value), "arguments": changed(arguments, call["arguments"])}
+            answer = {"value": encode(function(*decode(call["arguments"]), **decode(call["named"])))}
         except BaseException as error:
             answer = {"raised": describe(error)}
 
@@ -267,11 +266,7 @@ def be_test(request: dict[str, Any], calls: int, answers: int, verdicts: int) ->
             send(calls, {"arguments": encode(arguments), "named": encode(named)})
         except BrokenPipeError:
             raise LostProgram("ended", "") from None
-        answer = answered(answers)
-        if isinstance(answer["arguments"], tuple):
-            for mine, theirs in zip(arguments, answer["arguments"], strict=False):
-                assign(mine, theirs)
-        return answer["value"]
+        return answered(answers)
 
     try:
         answered(answers)  # that the program has been executed
@@ -295,14 +290,14 @@ class LostProgram(BaseException):
     """There will be no answer: `ended` or `malformed`, and why. No test can catch it by mistake."""
 
 
-def answered(answers: int) -> dict[str, Any]:
-    """The program's next answer, which may be anything: it is whatever its process wrote."""
+def answered(answers: int) -> Any:
+    """The value in the program's next answer, which may be anything: it is whatever its process wrote."""
     try:
         answer = json.loads(receive(answers))
         if "raised" in answer:
-            raised = str(answer["raised"])[:300]
+            raised = in_a_line(str(answer["raised"]))
         else:
-            return {"value": decode(answer["value"]), "arguments": decode(answer.get("arguments"))}
+            return decode(answer["value"])
     except EOFError:
         raise LostProgram("ended", "") from None
     except Exception as error:
@@ -450,7 +445,7 @@ def decode(value: Any, depth: int = MOST_DEPTH) -> Any:
         from fractions import Fraction
 
         return Fraction(content)
-    values = decode(content, depth)
+    values = [decode(each, depth - 1) for each in content]
     if kind == "complex":
         return complex(*values)
     if kind == "range":
@@ -464,30 +459,17 @@ class Opaque:
     """Something of the program's that is no plain value, such as a function: equal to nothing but itself."""
 
 
-def changed(arguments: Any, before: Any) -> Any:
-    """The arguments after a call, encoded, if the program changed them; None if it did not."""
-    try:
-        after = encode(arguments)
-    except Exception:
-        return None
-    return None if after == before else after
-
-
-def assign(mine: Any, theirs: Any) -> None:
-    """Make a container of the test's hold what the program left in its copy."""
-    if isinstance(mine, list) and isinstance(theirs, list):
-        mine[:] = theirs
-    elif isinstance(mine, dict | set) and isinstance(theirs, type(mine)):
-        mine.clear()
-        mine.update(theirs)
-
-
 # Odds and ends
 
 
 def describe(error: BaseException) -> str:
-    """An exception in a few words that any encoding can hold."""
-    return f"{type(error).__name__}: {str(error)[:200]}".encode("ascii", "backslashreplace").decode()
+    """An exception in a few words."""
+    return in_a_line(f"{type(error).__name__}: {error}")
+
+
+def in_a_line(text: str) -> str:
+    """The beginning of a text, as one line of printable ASCII."""
+    return "".join(each if " " <= each <= "~" else each.encode("unicode_escape").decode() for each in text[:200])
 
 
 def keep_only(descriptors: tuple[int, ...]) -> None:
@@ -507,7 +489,7 @@ def number_of(call: str) -> int:
 
 def mount(source: str | None, target: Path, kind: str | None, flags: int, data: str = "") -> None:
     """mount(2), raising OSError with the target's name."""
-    encoded = [None if each is None else each.encode() for each in (source, kind)]
+    encoded = [None if each is None else os.fsencode(each) for each in (source, kind)]
     check(libc.mount(encoded[0], bytes(target), encoded[1], ctypes.c_ulong(flags), data.encode()), f"mount {target}")
 
 

@@ -25,7 +25,7 @@ import tempfile
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from hlwq.errors import ResourceError
 from hlwq.evaluate.syscalls import filter_for
@@ -47,7 +47,8 @@ class Submission:
         entry_point: the function of it that the test calls, by this name.
         test: the source of the test, which is trusted; it raises nothing if the program is right. Arguments and
             results are plain values: numbers, strings, bytes, None, and lists, tuples, sets, dicts, ranges and
-            iterators of them. Anything else that the program returns equals nothing.
+            iterators of them. Anything else that the program returns equals nothing, and the arguments that it gets are
+            its own copies.
     """
 
     program: str
@@ -117,26 +118,10 @@ def run_program(submission: Submission, limits: Limits | None = None) -> Outcome
         "filter": filter_for(platform.machine()).hex(),
         **asdict(limits),
     }
-    with tempfile.TemporaryDirectory() as root:
-        messages = [
-            json.dumps(each).encode() for each in ({**request, "root": os.path.realpath(root)}, submission.test)
-        ]
-        framed = b"".join(len(each).to_bytes(4, "big") + each for each in messages)
-        with subprocess.Popen(
-            [sys.executable, "-I", "-S", str(JAIL)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={},
-            cwd=root,
-            start_new_session=True,
-        ) as process:
-            try:
-                reply, _ = process.communicate(framed, timeout=limits.wall_seconds + GRACE_SECONDS)
-            except subprocess.TimeoutExpired:
-                reply = b""
-            finally:  # after an interrupt, too; all else in the jail dies with it
-                process.kill()
+    try:
+        reply = _reply(request, submission.test, limits.wall_seconds + GRACE_SECONDS)
+    except OSError as error:
+        raise ResourceError(f"The sandbox of a program cannot be started: {error}.") from None
     try:
         verdict = json.loads(reply)
     except ValueError:
@@ -150,6 +135,28 @@ def run_program(submission: Submission, limits: Limits | None = None) -> Outcome
             argument="run",
         )
     return Outcome(**verdict)
+
+
+def _reply(request: dict[str, Any], test: str, seconds: float) -> bytes:
+    """What the jail's supervisor writes: nothing if it was lost."""
+    with tempfile.TemporaryDirectory() as root:
+        parts = [json.dumps(each).encode() for each in ({**request, "root": os.path.realpath(root)}, test)]
+        with subprocess.Popen(
+            [sys.executable, "-I", "-S", str(JAIL)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={},
+            cwd=root,
+            start_new_session=True,
+        ) as process:
+            try:
+                framed = b"".join(len(each).to_bytes(4, "big") + each for each in parts)
+                return process.communicate(framed, timeout=seconds)[0]
+            except subprocess.TimeoutExpired:
+                return b""
+            finally:  # after an interrupt, too; all else in the jail dies with it
+                process.kill()
 
 
 UNSAFE = """
