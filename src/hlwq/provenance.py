@@ -64,10 +64,19 @@ def base_model_of(origin: Mapping[str, Any]) -> str | None:
     Args:
         origin: of a manifest.
     """
-    while isinstance(made_by := origin.get("made_by"), dict) and isinstance(made_by.get("origin"), dict):
-        origin = made_by["origin"]
-    source = origin.get("source")
-    return source if origin.get("revision") and isinstance(source, str) and is_hub_id(source) else None
+    first = _lineage(origin)[-1]
+    source = first.get("source")
+    return source if first.get("revision") and isinstance(source, str) and is_hub_id(source) else None
+
+
+def stated_by_sources(origin: Mapping[str, Any]) -> dict[str, Any]:
+    """What the source says that goes into the card; where that had no card, what its own source says.
+
+    Args:
+        origin: of a manifest.
+    """
+    cards = (each.get("card") for each in _lineage(origin))
+    return next(filter(None, (inherited(card) for card in cards if isinstance(card, dict))), {})
 
 
 def is_hub_id(name: str) -> bool:
@@ -158,6 +167,14 @@ def read_front_matter(text: str) -> dict[str, Any]:
     entries = [(key, value) for key, value in document[0] if isinstance(key, str)]
     times = Counter(key for key, _ in entries)
     return {key: value for key, value in entries if times[key] == 1}
+
+
+def _lineage(origin: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The origins of a manifest and of those that it was converted from, the original's last."""
+    lineage = [origin]
+    while isinstance(made_by := lineage[-1].get("made_by"), dict) and isinstance(made_by.get("origin"), dict):
+        lineage.append(made_by["origin"])
+    return lineage
 
 
 def _text(pattern: str) -> Callable[[Any], bool]:

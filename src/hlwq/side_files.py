@@ -94,7 +94,8 @@ def own_file(file: Path, directory: Path) -> Path:
     try:
         target = file.resolve(strict=True)
     except (OSError, RuntimeError):  # the latter for a loop
-        raise CheckpointError(f"{shown} is a link that leads nowhere. Delete it.", path=file) from None
+        what = "is a link that leads nowhere. Delete it" if file.is_symlink() else "is missing"
+        raise CheckpointError(f"{shown} {what}.", path=file) from None
     if not target.is_relative_to(root) and not _in_hub_cache(target, root):
         raise CheckpointError(
             f"{shown} leads out of its directory, to {printable(str(target))}, and such links are not followed. "

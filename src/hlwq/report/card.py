@@ -18,7 +18,7 @@ from hlwq.evaluate.results import fingerprint, kept
 from hlwq.inspect import Inspection, inspect
 from hlwq.manifest import read_manifest
 from hlwq.options import recorded, references
-from hlwq.provenance import base_model_of, inherited, is_hub_id
+from hlwq.provenance import base_model_of, is_hub_id, stated_by_sources
 from hlwq.recipes import Stage
 from hlwq.report.markdown import inline
 from hlwq.side_files import own_file, printable
@@ -103,7 +103,7 @@ def _text(directory: Path, repository: str | None, base_model: str | None, repor
         tags=["hlwq", printable(manifest["recipe"]), contents.format],
         model_name=title.rsplit("/", 1)[-1],
         eval_results=_eval_results(results) or None,
-        **inherited(origin["card"]),
+        **stated_by_sources(origin),
     )
     bits = contents.bits_per_quantized_weight
     failing = {line.engine for line in check_directory(directory) if not line.passed}
@@ -230,9 +230,10 @@ def _details(manifest: dict[str, Any]) -> list[str]:
     calibration = manifest.get("calibration")
     if calibration:
         sources = ", ".join(inline(Path(each["source"]).name) for each in calibration["sources"])
+        digest = inline(calibration["tokens_sha256"][:16])
         lines.append(
             f"- calibrated on {calibration['samples']} samples of {calibration['sequence_length']} tokens from "
-            f"{sources}, seed {calibration['seed']} (SHA-256 of the tokens {calibration['tokens_sha256'][:16]}…)"
+            f"{sources}, seed {calibration['seed']} (SHA-256 of the tokens {digest}…)"
         )
     versions = ", ".join(f"{name} {value}" for name, value in manifest["versions"].items())
     return [*lines, f"- {inline(versions)}; everything is in `hlwq.json`"]
