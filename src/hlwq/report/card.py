@@ -20,7 +20,7 @@ from hlwq.manifest import read_manifest
 from hlwq.options import recorded, references
 from hlwq.provenance import base_model_of, is_hub_id, stated_by_sources
 from hlwq.recipes import Stage
-from hlwq.report.markdown import inline
+from hlwq.report.markdown import code, inline
 from hlwq.side_files import own_file, printable
 from hlwq.usage import commands
 from hlwq.version import __version__
@@ -116,7 +116,7 @@ def _text(directory: Path, repository: str | None, base_model: str | None, repor
             f"---\n{data.to_yaml()}\n---\n",
             f"# {inline(title)}\n",
             f"Made of {inline(origin['source'])} by [hlwq](https://github.com/hlwq/hlwq) {__version__} "
-            f"with recipe {inline(manifest['recipe'])} in format {contents.format}: {decimal(contents.nbytes)}, "
+            f"with recipe {code(manifest['recipe'])} in format `{contents.format}`: {decimal(contents.nbytes)}, "
             + (f"{bits:.3f} bits per quantized weight, all overhead counted.\n" if bits else "weights decoded.\n"),
             "## How to run it\n",
             *runs,
@@ -291,7 +291,7 @@ def _caveats(manifest: dict[str, Any], results: dict[str, dict[str, Any]]) -> li
     calibration = (manifest.get("calibration") or {}).get("sources", ())
     first = manifest.get("origin", {}).get("made_by")
     if first and manifest.get("stages"):
-        caveats.append(f"The weights were rounded twice: by recipe {inline(first['recipe'])}, then as described above.")
+        caveats.append(f"The weights were rounded twice: by recipe {code(first['recipe'])}, then as described above.")
     own = {source["sha256"][:16] for source in calibration if "sha256" in source}
     seen = [kind for kind in KINDS if kind in results and results[kind]["setting"].get("text_sha256") in own]
     if seen:
