@@ -319,6 +319,7 @@ DAMAGED: dict[str, Callable[[Path], None]] = {
     "card's metadata are a list": card("- a"),
     "card's metadata are tagged": card("a: !!python/object:os.system {}"),
     "card's metadata are huge": card("a: " + "x" * 10**6),
+    "card is huge": lambda checkpoint: os.truncate(checkpoint / "README.md", 1 << 30),
     "card's chart missing": lambda c: (c / "README.md").open("a").write("![loss](charts/loss.png)\n") and None,  # type: ignore[func-returns-value]
 }
 

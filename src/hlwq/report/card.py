@@ -15,6 +15,7 @@ from hlwq.bases import Identity
 from hlwq.check import check_directory
 from hlwq.errors import CheckpointError, HlwqWarning, RequestError, ResourceError
 from hlwq.evaluate.results import fingerprint, kept
+from hlwq.files import expanded
 from hlwq.inspect import Inspection, inspect
 from hlwq.manifest import read_manifest
 from hlwq.options import recorded, references
@@ -58,6 +59,7 @@ def write_card(
         CheckpointError: the report is incomplete, or a record of how the checkpoint was made or measured is damaged.
         ResourceError: the card cannot be written.
     """
+    directory, report = expanded(directory), report and expanded(report)
     for name, value in (("repository", repository), ("base_model", base_model)):
         if value is not None and not (is_hub_id(value) and "/" in value):
             raise RequestError(f"`{name}` {printable(value)} is no hub id. Write it like Qwen/Qwen3.5-9B.")

@@ -28,6 +28,9 @@ STAYING = ("results", CHARTS, "journal.jsonl", "arguments.json", ".cache", ".git
 """What is known, but not sent: measurements, records of a run, of a download, of git; and charts that the card does not
 show."""
 
+LARGEST_CARD = 1 << 24
+"""Bytes."""
+
 _SHOWN = re.compile(rf"\({CHARTS}/(\w[\w.-]*\.png)\)", re.ASCII)
 
 
@@ -180,7 +183,10 @@ def _weights(directory: Path) -> list[str]:
 
 def _text_of(file: Path, directory: Path) -> str:
     """The text of a card. Raises CheckpointError if it is none."""
+    own = own_file(file, directory)
+    if own.stat().st_size > LARGEST_CARD:
+        raise CheckpointError(f"{file} is too large for a card. Write it anew.", path=file)
     try:
-        return own_file(file, directory).read_text(encoding="utf-8")
+        return own.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{file} is not UTF-8 ({error}). Write it anew.", path=file) from None
