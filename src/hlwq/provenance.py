@@ -17,7 +17,8 @@ import yaml
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # its exports are lazy
 
-from hlwq.errors import CheckpointError
+from hlwq.containers import read_gguf_header
+from hlwq.errors import CheckpointError, UnsupportedError, reason
 from hlwq.files import expanded
 from hlwq.side_files import own_file
 
@@ -117,19 +118,16 @@ def read_card(directory: Path) -> dict[str, Any]:
             raise ValueError("they do not end")
         return read_front_matter(found[1].decode())
     except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{file}: its metadata cannot be read ({reason}).", path=file) from None
+        raise CheckpointError(f"{file}: its metadata cannot be read ({reason(error)}).", path=file) from None
 
 
 def stated_by_gguf(file: Path) -> dict[str, Any]:
     """What the header of a GGUF file says of licence and languages; nothing where it cannot be read."""
     try:
-        from gguf import GGUFReader
-
-        fields = GGUFReader(file).fields
-        return inherited({name: fields[key].contents() for name, key in _IN_GGUF.items() if key in fields})
-    except Exception:  # the file is damaged, and says nothing; or gguf is not installed
+        metadata = read_gguf_header(file)
+    except (CheckpointError, UnsupportedError):
         return {}
+    return inherited({name: metadata[key] for name, key in _IN_GGUF.items() if key in metadata})
 
 
 def inherited(stated: Mapping[str, Any]) -> dict[str, Any]:

@@ -352,7 +352,7 @@ def test_strangers_words_mean_nothing_but_themselves(kind: str) -> None:
     text.encode()
 
 
-@pytest.mark.parametrize("kind", WORDS)
+@pytest.mark.parametrize("kind", sorted(WORDS.keys() - {"surrogate"}))  # which is no JSON
 def test_a_card_holds_strangers_words_as_text(kind: str, checkpoint: Path) -> None:
     word = WORDS[kind]
     manifest = json.loads((checkpoint / "hlwq.json").read_text())
@@ -365,7 +365,7 @@ def test_a_card_holds_strangers_words_as_text(kind: str, checkpoint: Path) -> No
         "batch_size": 1,
     }
     (checkpoint / "hlwq.json").write_text(json.dumps(manifest))
-    if "/" not in word and "\x00" not in word and "\udce9" not in word and len(word) < 200:
+    if "/" not in word and "\x00" not in word and len(word) < 200:
         checkpoint = checkpoint.rename(checkpoint.with_name(word))
     card = write_card(checkpoint, base_model="me/model").read_text(encoding="utf-8")
     head, body = card.removeprefix("---\n").split("\n---\n", 1)
