@@ -117,7 +117,7 @@ def read_card(directory: Path) -> dict[str, Any]:
         if not (found := _FRONT_MATTER.match(head)):
             raise ValueError("they do not end")
         return read_front_matter(found[1].decode())
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, OverflowError, yaml.YAMLError) as error:  # the third of "\UFFFFFFFF"
         raise CheckpointError(f"{file}: its metadata cannot be read ({reason(error)}).", path=file) from None
 
 

@@ -60,6 +60,8 @@ CARDS: dict[str, tuple[str | bytes, dict[str, Any]]] = {
     "not YAML": ("license: [unclosed", {}),
     "tabs": ("license:\n\t- mit", {}),
     "control characters": ("license: mit\nx: \x00\x1b", {}),
+    "no such letter": ('license: mit\nx: "\\UFFFFFFFF"', {}),
+    "an unknown directive": (b"---\n%YAML 9.9\n--- {license: mit}\n---\n", {}),
     "a list": ("- license: mit", {}),
     "a text": ("license", {}),
     "two documents": ("license: mit\n...\n--- {license: gpl-3.0}", {}),
