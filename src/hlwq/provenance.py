@@ -17,7 +17,8 @@ import yaml
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # its exports are lazy
 
-from hlwq.errors import CheckpointError
+from hlwq.containers import read_gguf_header
+from hlwq.errors import CheckpointError, UnsupportedError, reason
 from hlwq.files import expanded
 from hlwq.side_files import own_file
 
@@ -64,10 +65,19 @@ def base_model_of(origin: Mapping[str, Any]) -> str | None:
     Args:
         origin: of a manifest.
     """
-    while isinstance(made_by := origin.get("made_by"), dict) and isinstance(made_by.get("origin"), dict):
-        origin = made_by["origin"]
-    source = origin.get("source")
-    return source if origin.get("revision") and isinstance(source, str) and is_hub_id(source) else None
+    first = _lineage(origin)[-1]
+    source = first.get("source")
+    return source if first.get("revision") and isinstance(source, str) and is_hub_id(source) else None
+
+
+def stated_by_sources(origin: Mapping[str, Any]) -> dict[str, Any]:
+    """What the source says that goes into the card; where that had no card, what its own source says.
+
+    Args:
+        origin: of a manifest.
+    """
+    cards = (each.get("card") for each in _lineage(origin))
+    return next(filter(None, (inherited(card) for card in cards if isinstance(card, dict))), {})
 
 
 def is_hub_id(name: str) -> bool:
@@ -107,20 +117,17 @@ def read_card(directory: Path) -> dict[str, Any]:
         if not (found := _FRONT_MATTER.match(head)):
             raise ValueError("they do not end")
         return read_front_matter(found[1].decode())
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{file}: its metadata cannot be read ({reason}).", path=file) from None
+    except (OSError, ValueError, OverflowError, yaml.YAMLError) as error:  # the third of "\UFFFFFFFF"
+        raise CheckpointError(f"{file}: its metadata cannot be read ({reason(error)}).", path=file) from None
 
 
 def stated_by_gguf(file: Path) -> dict[str, Any]:
     """What the header of a GGUF file says of licence and languages; nothing where it cannot be read."""
     try:
-        from gguf import GGUFReader
-
-        fields = GGUFReader(file).fields
-        return inherited({name: fields[key].contents() for name, key in _IN_GGUF.items() if key in fields})
-    except Exception:  # the file is damaged, and says nothing; or gguf is not installed
+        metadata = read_gguf_header(file)
+    except (CheckpointError, UnsupportedError):
         return {}
+    return inherited({name: metadata[key] for name, key in _IN_GGUF.items() if key in metadata})
 
 
 def inherited(stated: Mapping[str, Any]) -> dict[str, Any]:
@@ -158,6 +165,14 @@ def read_front_matter(text: str) -> dict[str, Any]:
     entries = [(key, value) for key, value in document[0] if isinstance(key, str)]
     times = Counter(key for key, _ in entries)
     return {key: value for key, value in entries if times[key] == 1}
+
+
+def _lineage(origin: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The origins of a manifest and of those that it was converted from, the original's last."""
+    lineage = [origin]
+    while isinstance(made_by := lineage[-1].get("made_by"), dict) and isinstance(made_by.get("origin"), dict):
+        lineage.append(made_by["origin"])
+    return lineage
 
 
 def _text(pattern: str) -> Callable[[Any], bool]:

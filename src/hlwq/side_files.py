@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
 from hlwq.errors import CheckpointError
+from hlwq.files import check_file
 
 ENGINE_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -88,23 +89,21 @@ def own_file(file: Path, directory: Path) -> Path:
         Its real path.
 
     Raises:
-        CheckpointError: it is a link that leads elsewhere or nowhere, no regular file, or one that cannot be read.
+        CheckpointError: it is a link that leads elsewhere or nowhere, or cannot be read; see `check_file`.
     """
     shown, root = printable(str(file)), Path(os.path.realpath(directory))
     try:
         target = file.resolve(strict=True)
     except (OSError, RuntimeError):  # the latter for a loop
-        raise CheckpointError(f"{shown} is a link that leads nowhere. Delete it.", path=file) from None
+        what = "is a link that leads nowhere. Delete it" if file.is_symlink() else "is missing"
+        raise CheckpointError(f"{shown} {what}.", path=file) from None
     if not target.is_relative_to(root) and not _in_hub_cache(target, root):
         raise CheckpointError(
             f"{shown} leads out of its directory, to {printable(str(target))}, and such links are not followed. "
             "Put a copy of the file in its place, or delete it.",
             path=file,
         )
-    if not target.is_file():
-        raise CheckpointError(f"{shown} is not a regular file. Delete it or move it.", path=file)
-    if not os.access(target, os.R_OK):
-        raise CheckpointError(f"{shown} cannot be read: you lack the permission.", path=file)
+    check_file(target)
     return target
 
 

@@ -105,7 +105,7 @@ def test_only_the_list_is_copied(made_from: str, model: Path, tmp_path: Path) ->
         hlwq.quantize(model, tmp_path / "first", "hlwq")
         source = tmp_path / "first"
     for name in UNWANTED:
-        if name not in ("hlwq.json", "model.safetensors.index.json"):
+        if name not in ("hlwq.json", "adapter_config.json"):  # which are read
             put(source / name, f"{SECRET} {name}")
     for name in WANTED:
         put(source / name, "{}")
@@ -204,6 +204,7 @@ ODD: dict[str, Callable[[Path], None]] = {
     "fifo": lambda file: os.mkfifo(file),
     "socket": is_a_socket,
     "huge": is_huge,
+    "placeholder of Git LFS": lambda file: put(file, "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
     "like a blob": is_like_a_blob,
 }
 
@@ -368,10 +369,7 @@ def test_weights_may_be_links_to_elsewhere(model: Path, tmp_path: Path) -> None:
 
 # Sections of other tools.
 SECTIONS = {
-    "null": {"quantization_config": None},
-    "empty": {"quantization_config": {}},
-    "empty, of mlx": {"quantization": {}},
-    "empty, of compressed-tensors": {"compression_config": {}},
+    "null": {"quantization_config": None, "quantization": None, "compression_config": None},
     "code": {"auto_map": {"AutoConfig": "configuration_llama.Config"}},
 }
 
@@ -403,12 +401,13 @@ def test_no_section_of_another_tool_goes_along(family: str, kind: str, format_na
 
 @pytest.mark.parametrize("key", ["quantization_config", "quantization", "compression_config"])
 @pytest.mark.parametrize("part", [None, "text_config"])
-def test_a_section_that_says_something_is_refused(key: str, part: str | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("section", [{"quant_method": "modelopt", "bits": 4}, {}, []])
+def test_a_section_over_dense_weights_is_refused(section: object, key: str, part: str | None, tmp_path: Path) -> None:
     model = make_checkpoint(tmp_path / "model", "qwen3_5")
     config = json.loads((model / "config.json").read_text())
-    (config if part is None else config[part])[key] = {"quant_method": "modelopt", "bits": 4}
+    (config if part is None else config[part])[key] = section
     (model / "config.json").write_text(json.dumps(config))
-    with pytest.raises(hlwq.HlwqError, match="is quantized already"):
+    with pytest.raises(hlwq.HlwqError, match="Remove that section"):
         hlwq.quantize(model, tmp_path / "out", "rtn")
 
 

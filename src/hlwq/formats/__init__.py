@@ -70,7 +70,7 @@ def detect_format(reader: Reader) -> ReadableFormat:
     section, _ = section_of(reader, key)
     # mlx-lm writes no method, but its section under two keys.
     method = section.get("quant_method", "mlx" if reader.config.get("quantization") else None)
-    if isinstance(method, str) and method in FORMATS:
+    if isinstance(method, str) and method in FORMATS and key != "compression_config":  # of old files, not read here
         return FORMATS[method]
     raise UnsupportedError(
         f"config.json: weights quantized by {method or 'an unnamed method'} cannot be read. Use the original model."

@@ -67,7 +67,8 @@ def dequantize(reader: Reader, module: str, scheme: Scheme) -> Tensor:
 
 def demands(reader: Reader, layout: ModelLayout, modules: dict[str, StoredModule]) -> list[Demand]:
     """An ordinary checkpoint says nothing of quantization."""
-    sections = [key for key in ENGINE_SECTIONS if reader.config.get(key)]
+    parts = (reader.config, reader.config.get("text_config"))
+    sections = [key for part in parts if isinstance(part, dict) for key in ENGINE_SECTIONS if part.get(key)]
     return [demand("transformers", "config.json names no quantization", sections, "Remove that section.")]
 
 

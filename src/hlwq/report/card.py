@@ -15,12 +15,13 @@ from hlwq.bases import Identity
 from hlwq.check import check_directory
 from hlwq.errors import CheckpointError, HlwqWarning, RequestError, ResourceError
 from hlwq.evaluate.results import fingerprint, kept
+from hlwq.files import expanded
 from hlwq.inspect import Inspection, inspect
 from hlwq.manifest import read_manifest
 from hlwq.options import recorded, references
-from hlwq.provenance import base_model_of, inherited, is_hub_id
+from hlwq.provenance import base_model_of, is_hub_id, stated_by_sources
 from hlwq.recipes import Stage
-from hlwq.report.markdown import inline
+from hlwq.report.markdown import code, inline
 from hlwq.side_files import own_file, printable
 from hlwq.usage import commands
 from hlwq.version import __version__
@@ -58,6 +59,7 @@ def write_card(
         CheckpointError: the report is incomplete, or a record of how the checkpoint was made or measured is damaged.
         ResourceError: the card cannot be written.
     """
+    directory, report = expanded(directory), report and expanded(report)
     for name, value in (("repository", repository), ("base_model", base_model)):
         if value is not None and not (is_hub_id(value) and "/" in value):
             raise RequestError(f"`{name}` {printable(value)} is no hub id. Write it like Qwen/Qwen3.5-9B.")
@@ -103,7 +105,7 @@ def _text(directory: Path, repository: str | None, base_model: str | None, repor
         tags=["hlwq", printable(manifest["recipe"]), contents.format],
         model_name=title.rsplit("/", 1)[-1],
         eval_results=_eval_results(results) or None,
-        **inherited(origin["card"]),
+        **stated_by_sources(origin),
     )
     bits = contents.bits_per_quantized_weight
     failing = {line.engine for line in check_directory(directory) if not line.passed}
@@ -116,7 +118,7 @@ def _text(directory: Path, repository: str | None, base_model: str | None, repor
             f"---\n{data.to_yaml()}\n---\n",
             f"# {inline(title)}\n",
             f"Made of {inline(origin['source'])} by [hlwq](https://github.com/hlwq/hlwq) {__version__} "
-            f"with recipe {inline(manifest['recipe'])} in format {contents.format}: {decimal(contents.nbytes)}, "
+            f"with recipe {code(manifest['recipe'])} in format `{contents.format}`: {decimal(contents.nbytes)}, "
             + (f"{bits:.3f} bits per quantized weight, all overhead counted.\n" if bits else "weights decoded.\n"),
             "## How to run it\n",
             *runs,
@@ -230,9 +232,10 @@ def _details(manifest: dict[str, Any]) -> list[str]:
     calibration = manifest.get("calibration")
     if calibration:
         sources = ", ".join(inline(Path(each["source"]).name) for each in calibration["sources"])
+        digest = inline(calibration["tokens_sha256"][:16])
         lines.append(
             f"- calibrated on {calibration['samples']} samples of {calibration['sequence_length']} tokens from "
-            f"{sources}, seed {calibration['seed']} (SHA-256 of the tokens {calibration['tokens_sha256'][:16]}…)"
+            f"{sources}, seed {calibration['seed']} (SHA-256 of the tokens {digest}…)"
         )
     versions = ", ".join(f"{name} {value}" for name, value in manifest["versions"].items())
     return [*lines, f"- {inline(versions)}; everything is in `hlwq.json`"]
@@ -290,7 +293,7 @@ def _caveats(manifest: dict[str, Any], results: dict[str, dict[str, Any]]) -> li
     calibration = (manifest.get("calibration") or {}).get("sources", ())
     first = manifest.get("origin", {}).get("made_by")
     if first and manifest.get("stages"):
-        caveats.append(f"The weights were rounded twice: by recipe {inline(first['recipe'])}, then as described above.")
+        caveats.append(f"The weights were rounded twice: by recipe {code(first['recipe'])}, then as described above.")
     own = {source["sha256"][:16] for source in calibration if "sha256" in source}
     seen = [kind for kind in KINDS if kind in results and results[kind]["setting"].get("text_sha256") in own]
     if seen:

@@ -13,7 +13,8 @@ from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOpera
 
 from hlwq.check import check_directory, refuse_unless_usable
 from hlwq.containers import Reader
-from hlwq.errors import CheckpointError, RequestError, ResourceError
+from hlwq.containers.reader import INDEX
+from hlwq.errors import CheckpointError, RequestError, ResourceError, reason
 from hlwq.files import expanded, read_json
 from hlwq.provenance import is_hub_id, read_card
 from hlwq.report.card import CARD, CHARTS
@@ -21,12 +22,14 @@ from hlwq.report.markdown import inline
 from hlwq.side_files import TEMPLATES, own_file, printable, side_files
 from hlwq.version import __version__
 
-INDEX = "model.safetensors.index.json"
 OWN = ("config.json", "hlwq.json", "quantize_config.json", "polar_config.json", "hlwq_config.json", CARD)
 """What hlwq writes or reads beside weights and side files."""
 STAYING = ("results", CHARTS, "journal.jsonl", "arguments.json", ".cache", ".git", ".gitattributes", ".gitignore")
 """What is known, but not sent: measurements, records of a run, of a download, of git; and charts that the card does not
 show."""
+
+LARGEST_CARD = 1 << 24
+"""Bytes."""
 
 _SHOWN = re.compile(rf"\({CHARTS}/(\w[\w.-]*\.png)\)", re.ASCII)
 
@@ -106,8 +109,7 @@ def send(upload: Upload, repository: str, *, private: bool = False, api: HfApi |
         ]
         hub.create_commit(repository, operations, commit_message=f"Quantized by hlwq {__version__}")
     except Exception as error:  # of the network, of the hub, of the token
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        message = f"The hub did not take {repository}: {reason}. Check the network, and `hf auth login`."
+        message = f"The hub did not take {repository}: {reason(error)}. Check the network, and `hf auth login`."
         raise ResourceError(message) from None
     return str(url)
 
@@ -180,7 +182,10 @@ def _weights(directory: Path) -> list[str]:
 
 def _text_of(file: Path, directory: Path) -> str:
     """The text of a card. Raises CheckpointError if it is none."""
+    own = own_file(file, directory)
+    if own.stat().st_size > LARGEST_CARD:
+        raise CheckpointError(f"{file} is too large for a card. Write it anew.", path=file)
     try:
-        return own_file(file, directory).read_text(encoding="utf-8")
+        return own.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{file} is not UTF-8 ({error}). Write it anew.", path=file) from None
