@@ -201,7 +201,7 @@ def test_what_is_uploaded_again_is_replaced_rather_than_deleted(remote: list[str
 UNKNOWN = [
     *(".env", ".netrc", ".git-credentials", "id_rsa", "secrets.json", "token", "notes.txt", "nohup.out", "train.log"),
     *("state.pkl", "training_args.bin", "optimizer.pt", "modeling_llama.py", "run.sh", "trainer_state.json"),
-    *("hf_quant_config.json", "adapter_config.json", "adapter_model.safetensors", "consolidated.safetensors"),
+    *("hf_quant_config.json", "adapter_model.safetensors", "consolidated.safetensors"),
     *("model.safetensors.bak", "model-00099-of-00099.safetensors", "model.safetensors.tmp", "pytorch_model.bin"),
     *("README.md.orig", "README.md.tmp", "config.json.bak", "tokenizer.json ", "LICENSE.key", ".DS_Store", "core.1234"),
     *("onnx/model.onnx", "wandb/run.json", "original/tokenizer.model", "resultsx/a.json", "logs/x"),

@@ -72,7 +72,7 @@ ENTRIES: dict[str, Kind] = {
     "head_dim": SIZE.or_null(),
     "max_position_embeddings": SIZE,
     "sliding_window": Kind("an integer or null", lambda value: value is None or type(value) is int),
-    "rms_norm_eps": Kind("a positive number", lambda value: type(value) is float and 0 < value < 1),
+    "rms_norm_eps": Kind("a positive number", lambda value: type(value) is float and _is_number(value) and value > 0),
     "attention_bias": FLAG,
     "mlp_bias": FLAG,
     "use_cache": FLAG,
