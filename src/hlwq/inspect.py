@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hlwq.decoded import DecodedCheckpoint
 from hlwq.errors import RequestError
+from hlwq.families import describe, family_of
 from hlwq.files import expanded
 from hlwq.manifest import read_manifest
 from hlwq.matrix import CHUNK_WEIGHTS
@@ -84,6 +85,8 @@ def inspect(
     if not path.is_dir():
         raise RequestError(f"{directory} is not a directory.", argument="directory", path=path)
     checkpoint = DecodedCheckpoint(path)
+    if family_of(checkpoint.config):  # other models are reported too, as far as their files say what they hold
+        describe(checkpoint.config, checkpoint.tensors)
     source = DecodedCheckpoint(locate(against)) if against is not None else None
     manifest = read_manifest(path) or {"origin": {}, "modules": {}, "recipe": None}
     # After a conversion the recorded errors are against its input, not against the original.
