@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hlwq.decoded import DecodedCheckpoint
 from hlwq.errors import RequestError
-from hlwq.files import expanded
+from hlwq.files import expanded, is_folder
 from hlwq.manifest import read_manifest
 from hlwq.matrix import CHUNK_WEIGHTS
 from hlwq.sources import locate
@@ -81,7 +81,7 @@ def inspect(
         HlwqError: a directory cannot be read.
     """
     path = expanded(directory)
-    if not path.is_dir():
+    if not is_folder(path):
         raise RequestError(f"{directory} is not a directory.", argument="directory", path=path)
     checkpoint = DecodedCheckpoint(path)
     source = DecodedCheckpoint(locate(against)) if against is not None else None
