@@ -10,7 +10,7 @@ from hlwq.containers import Reader, digest_of, what_is_not_finite
 from hlwq.decoded import DecodedCheckpoint
 from hlwq.errors import CheckpointError, UnsupportedError
 from hlwq.families import ModelLayout, describe
-from hlwq.files import expanded
+from hlwq.files import expanded, is_file, is_folder
 from hlwq.formats import Demand, demand
 from hlwq.manifest import read_manifest
 
@@ -33,7 +33,7 @@ def check_directory(path: str | Path, progress: Callable[[int, int, str], None] 
         UnsupportedError: its format or architecture is not known.
     """
     directory = expanded(path)
-    if not directory.is_dir():
+    if not is_folder(directory):
         raise CheckpointError(f"{directory} is not a directory.", path=directory)
     reader = Reader(directory)
     decoded = DecodedCheckpoint(directory)
@@ -59,7 +59,7 @@ def refuse_unless_usable(lines: list[Demand]) -> None:
 
 def has_tokenizer(path: Path) -> bool:
     """Whether a directory holds any of the files that tokenizers load from."""
-    return any((path / name).is_file() for name in TOKENIZER_FILES)
+    return any(is_file(path / name) for name in TOKENIZER_FILES)
 
 
 def _tokenizer(path: Path) -> Demand:

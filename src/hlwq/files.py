@@ -47,6 +47,21 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
+def exists(path: Path) -> bool:
+    """Whether something is there that can be seen. Python before 3.14 raises where the way to it is closed."""
+    return os.path.exists(path)  # noqa: PTH110
+
+
+def is_file(path: Path) -> bool:
+    """Whether a regular file is there that can be seen; see `exists`."""
+    return os.path.isfile(path)  # noqa: PTH113
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a directory is there that can be seen; see `exists`."""
+    return os.path.isdir(path)  # noqa: PTH112
+
+
 def check_file(file: Path) -> None:
     """Raise CheckpointError unless a file can be read: there, a regular file, and not a placeholder of Git LFS.
 

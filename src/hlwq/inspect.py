@@ -9,7 +9,7 @@ from pathlib import Path
 from hlwq.decoded import DecodedCheckpoint
 from hlwq.errors import RequestError
 from hlwq.families import describe, family_of
-from hlwq.files import expanded
+from hlwq.files import expanded, is_folder
 from hlwq.manifest import read_manifest
 from hlwq.matrix import CHUNK_WEIGHTS
 from hlwq.sources import locate
@@ -82,7 +82,7 @@ def inspect(
         HlwqError: a directory cannot be read.
     """
     path = expanded(directory)
-    if not path.is_dir():
+    if not is_folder(path):
         raise RequestError(f"{directory} is not a directory.", argument="directory", path=path)
     checkpoint = DecodedCheckpoint(path)
     if family_of(checkpoint.config):  # other models are reported too, as far as their files say what they hold

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hlwq.files import read_json
+from hlwq.files import is_file, read_json
 from hlwq.formats.reading import entry
 
 MANIFEST = "hlwq.json"
@@ -23,7 +23,7 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
         CheckpointError: it is damaged, or not what hlwq writes.
     """
     file = directory / MANIFEST
-    if not file.is_file():
+    if not is_file(file):
         return None
     found, where = read_json(file), str(file)
     origin = entry(found, "origin", dict, where, {})

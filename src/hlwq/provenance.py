@@ -19,7 +19,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from hlwq.containers import read_gguf_header
 from hlwq.errors import CheckpointError, UnsupportedError, reason
-from hlwq.files import expanded
+from hlwq.files import exists, expanded, is_file
 from hlwq.side_files import own_file
 
 LONGEST = 1 << 16
@@ -47,9 +47,9 @@ def origin_of(source: str | Path, directory: Path) -> dict[str, Any]:
         directory: where `locate` found it.
     """
     local = expanded(source)
-    if local.is_file():
+    if is_file(local):
         return {"source": local.resolve().name, "revision": None, "card": stated_by_gguf(local)}
-    if not local.exists():  # a snapshot's directory is named after its commit
+    if not exists(local):  # a snapshot's directory is named after its commit
         return {"source": str(source), "revision": directory.name, "card": stated_by_card(directory)}
     path = directory.resolve()
     if snapshot := _SNAPSHOT.fullmatch(path.as_posix()):  # of the hub's cache, given as a directory

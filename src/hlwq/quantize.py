@@ -12,7 +12,7 @@ from hlwq.containers import Reader, partial_of, refuse_unless_empty
 from hlwq.decoded import DecodedCheckpoint, open_dense
 from hlwq.errors import HlwqWarning, RequestError
 from hlwq.families import describe
-from hlwq.files import expanded, locked, resolve_output
+from hlwq.files import expanded, is_folder, locked, resolve_output
 from hlwq.formats import format_named
 from hlwq.manifest import read_manifest
 from hlwq.options import options_of, several
@@ -122,7 +122,7 @@ def convert(
     """
     place = _free(Path(out))
     path = expanded(directory)
-    if not path.is_dir():
+    if not is_folder(path):
         raise RequestError(f"{directory} is not a directory.", argument="directory", path=path)
     format_named(format)
     decoded = DecodedCheckpoint(path)

@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
 from hlwq.errors import CheckpointError
-from hlwq.files import check_file
+from hlwq.files import check_file, is_folder
 
 ENGINE_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -57,9 +57,13 @@ def side_files(directory: Path) -> dict[str, Path]:
         CheckpointError: one cannot go along; see `own_file`. It is too large to be what its name says, perhaps.
     """
     found = {}
-    for file in sorted([*directory.iterdir(), *_templates(directory)]):
+    try:
+        files = sorted([*directory.iterdir(), *_templates(directory)])
+    except OSError as error:
+        raise CheckpointError(f"{directory} cannot be read: {error.strerror}.", path=directory) from None
+    for file in files:
         name = file.relative_to(directory).as_posix()
-        if not is_side_file(name) or file.is_dir():
+        if not is_side_file(name) or is_folder(file):
             continue
         found[name] = own_file(file, directory)
         if (size := found[name].stat().st_size) > LARGEST:
@@ -72,7 +76,7 @@ def left_behind(directory: Path) -> list[str]:
     """The names of the files in a directory that are neither weights nor side files nor written anew."""
     weights = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx")
     anew = ("config.json", "hlwq.json", "README.md", ".gitattributes")
-    names = (file.name for file in sorted(directory.iterdir()) if not file.is_dir())
+    names = (file.name for file in sorted(directory.iterdir()) if not is_folder(file))
     return [printable(name) for name in names if not (is_side_file(name) or name.endswith(weights) or name in anew)]
 
 
@@ -94,8 +98,9 @@ def own_file(file: Path, directory: Path) -> Path:
     shown, root = printable(str(file)), Path(os.path.realpath(directory))
     try:
         target = file.resolve(strict=True)
-    except (OSError, RuntimeError):  # the latter for a loop
-        what = "is a link that leads nowhere. Delete it" if file.is_symlink() else "is missing"
+    except (OSError, RuntimeError) as error:  # the latter for a loop
+        why = getattr(error, "strerror", None) or "it is a loop"
+        what = f"is a link that cannot be followed: {why}. Delete it" if file.is_symlink() else "is missing"
         raise CheckpointError(f"{shown} {what}.", path=file) from None
     if not target.is_relative_to(root) and not _in_hub_cache(target, root):
         raise CheckpointError(
@@ -115,7 +120,7 @@ def printable(text: str) -> str:
 def _templates(directory: Path) -> list[Path]:
     """What lies in `additional_chat_templates`. Raises CheckpointError if that is a link that leads elsewhere."""
     folder = directory / TEMPLATES
-    if not folder.is_dir():
+    if not is_folder(folder):
         return []
     if not folder.resolve().is_relative_to(os.path.realpath(directory)):
         message = f"{folder} leads out of its directory, and such links are not followed. Delete it."

@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from hlwq.containers import read_gguf_header, refuse_adapter
 from hlwq.errors import CheckpointError, RequestError, ResourceError, UnsupportedError, reason
 from hlwq.families import check_supported
-from hlwq.files import cache_folder, check_file, disk_errors, expanded, hash_file, locked, read_json
+from hlwq.files import cache_folder, check_file, disk_errors, exists, expanded, hash_file, is_folder, locked, read_json
 from hlwq.side_files import PATTERNS
 from hlwq.transformers_models import quiet_transformers
 
@@ -39,13 +39,13 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
         ResourceError: the hub does not give it, or a package is missing.
     """
     path = expanded(source)
-    if path.exists() and revision is not None:
+    if exists(path) and revision is not None:
         raise RequestError(f"`revision` {revision} changes nothing: {source} is on this disk, not on the hub.")
-    if path.is_dir():
+    if is_folder(path):
         return path
     if path.suffix.lower() == ".gguf":
         return _from_gguf(path)
-    if path.exists():
+    if exists(path):
         message = f"{source} is neither a model directory nor a .gguf file."
         if path.suffix in (".safetensors", ".json"):
             message = f"{source} is a file of a model. Name its directory: {path.parent}."

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -365,6 +368,72 @@ def test_weights_may_be_links_to_elsewhere(model: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as refused:
         Reader(model)
     assert SECRET not in str(refused.value)
+
+
+RUN_ALL = """
+import json, sys
+from typer.testing import CliRunner
+from hlwq.cli import app
+for arguments in json.loads(sys.argv[1]):
+    result = CliRunner().invoke(app, arguments)
+    crashed = result.exception is not None and not isinstance(result.exception, SystemExit)
+    print(json.dumps([result.exit_code, crashed, result.output]))
+"""
+CLOSED = ["tokenizer.json", "LICENSE", "model.safetensors", "notes.txt"]
+
+
+def without_roots_rights() -> None:
+    """Let permissions hold for root, too, in the process that is started next."""
+    for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+        ctypes.CDLL(None).prctl(24, capability)  # PR_CAPBSET_DROP
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="capabilities are Linux's")
+def test_what_may_not_be_read_is_refused_in_a_line(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "closed" / "file").write_text("{}")
+    hlwq.quantize(model, tmp_path / "made", "hlwq")
+    commands = []
+    for kind in ("link", "file", "folder"):
+        for name in CLOSED if kind != "folder" else ["additional_chat_templates"]:
+            for source in (model, tmp_path / "made"):
+                copy = Path(shutil.copytree(source, tmp_path / f"{kind}-{name}-{source.name}"))
+                (copy / name).unlink(missing_ok=True)
+                if kind == "link":
+                    (copy / name).symlink_to(tmp_path / "closed" / "file")
+                elif kind == "file":
+                    (copy / name).write_text("{}")
+                    (copy / name).chmod(0)
+                else:
+                    (copy / name).mkdir(mode=0)
+                out = str(tmp_path / "out" / copy.name)
+                if source is model:
+                    commands.append(["quantize", str(copy), out, "--recipe", "rtn"])
+                else:
+                    commands.append(["convert", str(copy), out, "--format", "dense"])
+                    commands.append(["push", str(copy), "me/model", "--dry-run"])
+                    commands.append(["inspect", str(copy)])
+    (tmp_path / "closed").chmod(0)
+    result = subprocess.run(
+        [sys.executable, "-c", RUN_ALL, json.dumps(commands)],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        preexec_fn=without_roots_rights,
+    )
+    replies = [json.loads(line) for line in result.stdout.splitlines()]
+    for copy in tmp_path.iterdir():  # so that pytest can remove them
+        copy.chmod(0o700)
+        for file in () if copy.is_symlink() else copy.iterdir():
+            if not file.is_symlink():
+                file.chmod(0o700)
+    assert len(replies) == len(commands)
+    for command, (status, crashed, output) in zip(commands, replies, strict=True):
+        assert not crashed, command
+        assert status == 1 or "model.safetensors" not in command[1]
+        if status == 1:
+            assert sum(line.startswith("error: ") for line in output.splitlines()) == 1
 
 
 # Sections of other tools.

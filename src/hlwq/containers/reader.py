@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hlwq.containers.tensors import DTYPES, TensorSpec
 from hlwq.errors import CheckpointError, UnsupportedError, reason
-from hlwq.files import LONGEST_NAME, check_file, read_json
+from hlwq.files import LONGEST_NAME, check_file, exists, is_folder, read_json
 from hlwq.side_files import side_files
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -89,7 +89,7 @@ class Reader:
 def refuse_adapter(path: Path) -> None:
     """Raise UnsupportedError if a directory holds an adapter, alone or beside a model: transformers would apply it."""
     file = path / ADAPTER
-    if not file.exists():
+    if not exists(file):
         return
     base = read_json(file).get("base_model_name_or_path")
     merge = (
@@ -98,7 +98,7 @@ def refuse_adapter(path: Path) -> None:
         "AutoTokenizer.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2])"
     )
     command = shlex.join(["python", "-c", merge, str(path), f"{path.name}-merged"])
-    what = "an adapter beside the model" if (path / "config.json").exists() else "an adapter and no model"
+    what = "an adapter beside the model" if exists(path / "config.json") else "an adapter and no model"
     message = f"{path} holds {what} ({ADAPTER}; its base is {base}). Merge it first: {command}"
     raise UnsupportedError(message, path=file)
 
@@ -110,7 +110,7 @@ def refuse_other_containers(path: Path) -> None:
         UnsupportedError: they are pickled, or in GGUF.
         CheckpointError: there are none, or the model is in folders below.
     """
-    names = sorted(file.name for file in path.iterdir()) if path.is_dir() else []
+    names = sorted(file.name for file in path.iterdir()) if is_folder(path) else []
     if any(name.endswith(".safetensors") for name in names):
         return
     if ggufs := [name for name in names if name.lower().endswith(".gguf")]:
@@ -124,7 +124,7 @@ def refuse_other_containers(path: Path) -> None:
         )
     if "model_index.json" in names:
         raise UnsupportedError(f"{path} is a pipeline of diffusers, which hlwq does not quantize.", path=path)
-    if (path / "config.json").exists():
+    if exists(path / "config.json"):
         again = "Download the checkpoint again" if INDEX in names else "Is it a model directory"
         end = "." if INDEX in names else "?"
         raise CheckpointError(f"{path} holds no *.safetensors file. {again}{end}", path=path)
@@ -137,9 +137,9 @@ def _contents(path: Path) -> dict[Path, dict[str, TensorSpec]]:
     checkpoint. Without one, `model.safetensors` is the checkpoint, or else all shards are.
     """
     index, single = path / INDEX, path / SINGLE
-    if index.exists():
+    if exists(index):
         files = _indexed(index)
-        if not single.exists() or SINGLE in files.values():
+        if not exists(single) or SINGLE in files.values():
             return _as_indexed(path, files)
         try:
             _as_indexed(path, files)
@@ -156,7 +156,7 @@ def _contents(path: Path) -> dict[Path, dict[str, TensorSpec]]:
     if not shards:
         message = f"{path} holds no *.safetensors file of a Hugging Face model, only copies in other forms or states."
         raise CheckpointError(message, path=path)
-    if not single.exists():
+    if not exists(single):
         _check_numbers(path, shards)
     contents = {file: _tensors_in(file) for file in shards}
     seen: dict[str, Path] = {}
@@ -194,7 +194,7 @@ def _as_indexed(path: Path, files: dict[str, str]) -> dict[Path, dict[str, Tenso
     """What an index names, which has to be where it says."""
     contents = {}
     for file in sorted(set(files.values())):
-        if not (path / file).exists():
+        if not exists(path / file):
             message = f"{path / file} is missing, though {INDEX} names it. Download it again."
             raise CheckpointError(message, path=path / file)
         specs = _tensors_in(path / file)

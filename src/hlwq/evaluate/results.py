@@ -24,7 +24,7 @@ import torch
 from hlwq.devices import compute_dtype
 from hlwq.errors import CheckpointError, HlwqWarning, ResourceError
 from hlwq.evaluate.generation import PACKED, TRANSFORMERS, Endpoint
-from hlwq.files import cache_folder, hash_file, read_json, write_json
+from hlwq.files import cache_folder, hash_file, is_file, read_json, write_json
 from hlwq.version import __version__
 
 Progress = Callable[[int, int, str], None]
@@ -213,7 +213,7 @@ def fingerprint(directory: Path, progress: Progress | None = None) -> str:
     files = sorted(
         file
         for file in (*directory.iterdir(), *templates)
-        if file.suffix in FINGERPRINTED and file.name not in NOT_FINGERPRINTED and file.is_file()
+        if file.suffix in FINGERPRINTED and file.name not in NOT_FINGERPRINTED and is_file(file)
     )
     sizes = [file.stat().st_size for file in files]
     whole, done = sha256(), 0

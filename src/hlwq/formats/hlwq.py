@@ -17,6 +17,7 @@ from hlwq.bases import Basis, Hadamard, rotates_groups
 from hlwq.containers import DTYPES, Reader, TensorSpec
 from hlwq.errors import CheckpointError, UnsupportedError
 from hlwq.families import ModelLayout
+from hlwq.files import is_file
 from hlwq.formats import reading
 from hlwq.formats.base import Contents, Demand, Engine, Format, Scheme, StoredModule, check_bits, common_scheme, demand
 from hlwq.formats.vllm import mixed_fusions
@@ -179,7 +180,7 @@ def demands(reader: Reader, layout: ModelLayout, modules: dict[str, StoredModule
     again = "Quantize again with `recipe='hlwq'`."
     transformers, vllm = "transformers", "vLLM with hlwq"
     whole, index = "model.safetensors", "model.safetensors.index.json"
-    unnamed = [] if any((reader.path / name).is_file() for name in (whole, index)) else [f"neither {whole} nor {index}"]
+    unnamed = [] if any(is_file(reader.path / name) for name in (whole, index)) else [f"neither {whole} nor {index}"]
     untyped = [] if reader.config.get("model_type") else ["model_type"]
     family = layout.family
     packed = [layout.embedding] if layout.embedding in modules and not family.vllm_packs_embedding else []

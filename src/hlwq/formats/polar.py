@@ -27,7 +27,7 @@ from torch import Tensor
 from hlwq.containers import Reader
 from hlwq.errors import CheckpointError, UnsupportedError
 from hlwq.families import FAMILIES, ModelLayout, Restoration, describe
-from hlwq.files import read_json
+from hlwq.files import is_file, read_json
 from hlwq.formats import reading
 from hlwq.formats.base import Demand, Engine, ReadableFormat, Scheme, StoredModule, demand
 from hlwq.hadamard import rotate_blocks
@@ -142,7 +142,7 @@ def _polar_config(reader: Reader) -> tuple[dict[str, Any], str]:
         UnsupportedError: an unknown version wrote it.
     """
     files = [reader.path / name for name in CONFIG_FILES]
-    found = [(read_json(file), str(file)) for file in files if file.is_file()]
+    found = [(read_json(file), str(file)) for file in files if is_file(file)]
     if len(found) == 2 and found[0][0] != found[1][0]:
         message = f"{found[1][1]} and {CONFIG_FILES[0]} differ. Delete the one that is not of these weights."
         raise CheckpointError(message, path=found[1][1])

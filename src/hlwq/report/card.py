@@ -15,7 +15,7 @@ from hlwq.bases import Identity
 from hlwq.check import check_directory
 from hlwq.errors import CheckpointError, HlwqWarning, RequestError, ResourceError
 from hlwq.evaluate.results import fingerprint, kept
-from hlwq.files import expanded
+from hlwq.files import expanded, is_file
 from hlwq.inspect import Inspection, inspect
 from hlwq.manifest import read_manifest
 from hlwq.options import recorded, references
@@ -63,7 +63,7 @@ def write_card(
     for name, value in (("repository", repository), ("base_model", base_model)):
         if value is not None and not (is_hub_id(value) and "/" in value):
             raise RequestError(f"`{name}` {printable(value)} is no hub id. Write it like Qwen/Qwen3.5-9B.")
-    if not (directory / "hlwq.json").is_file():
+    if not is_file(directory / "hlwq.json"):
         raise RequestError(
             f"{directory} has no hlwq.json: only what `hlwq quantize` made can be described.", path=directory
         )
@@ -167,7 +167,7 @@ def _compared(directory: Path, report: Path) -> list[str]:
     """The table and the charts of a report; its pictures are copied beside the card."""
     rows, table = report / "rows.json", report / "table.md"
     wrong = f"`report={str(report)!r}` is not what `hlwq compare` wrote"
-    if not (rows.is_file() and table.is_file()):
+    if not (is_file(rows) and is_file(table)):
         message = f"{wrong}: it has no rows.json and table.md."
         raise CheckpointError(message, argument="report", path=report)
     try:
@@ -186,7 +186,7 @@ def _compared(directory: Path, report: Path) -> list[str]:
         raise RequestError(f"{charts} is not a directory of its own. Delete it.", path=charts)
     charts.mkdir(exist_ok=True)
     for name in PICTURES:
-        if (picture := report / f"{name}.png").exists():
+        if is_file(picture := report / f"{name}.png"):
             _replace(charts / picture.name, own_file(picture, report).read_bytes())
             lines.append(f"![{name}]({CHARTS}/{picture.name})\n")
     return lines

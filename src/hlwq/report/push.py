@@ -15,7 +15,7 @@ from hlwq.check import check_directory, refuse_unless_usable
 from hlwq.containers import Reader
 from hlwq.containers.reader import INDEX
 from hlwq.errors import CheckpointError, RequestError, ResourceError, reason
-from hlwq.files import expanded, read_json
+from hlwq.files import expanded, is_file, is_folder, read_json
 from hlwq.provenance import is_hub_id, read_card
 from hlwq.report.card import CARD, CHARTS
 from hlwq.report.markdown import inline
@@ -126,7 +126,7 @@ def check_card(directory: Path, repository: str) -> None:
         raise RequestError(message)
     file = directory / CARD
     again = f"hlwq card {shlex.quote(str(directory))} --repository {repository}"
-    if not file.is_file():
+    if not is_file(file):
         raise RequestError(f"{directory} has no model card. Write one: {again}", path=directory)
     read_card(directory)
     if f"\n# {inline(repository)}\n" not in _text_of(file, directory):
@@ -145,11 +145,11 @@ def files_to_push(directory: Path) -> Upload:
         CheckpointError: a file is a link that leads out of the directory, or is missing.
     """
     weights = _weights(directory)
-    names = [*weights, *(name for name in OWN if (directory / name).is_file())]
+    names = [*weights, *(name for name in OWN if is_file(directory / name))]
     names += [f"{CHARTS}/{name}" for name in sorted(set(_SHOWN.findall(_text_of(directory / CARD, directory))))]
     files = {name: own_file(directory / name, directory) for name in names} | side_files(directory)
     present = [*directory.iterdir()]
-    if (directory / TEMPLATES).is_dir():
+    if is_folder(directory / TEMPLATES):
         present += (directory / TEMPLATES).iterdir()
     found = {file.relative_to(directory).as_posix() for file in present} - {TEMPLATES}
     if unknown := sorted(found - files.keys() - set(STAYING)):
@@ -173,7 +173,7 @@ def _weights(directory: Path) -> list[str]:
     """The weight files that are read, and their index. Raises CheckpointError if that names others."""
     weights = sorted(Reader(directory).stamps())
     index = directory / INDEX
-    if not index.is_file():
+    if not is_file(index):
         return weights
     if set(read_json(index)["weight_map"].values()) != set(weights):
         raise CheckpointError(f"{index} does not name the weights that are there. Delete it.", path=index)
