@@ -510,7 +510,6 @@ def test_mlx_configuration_has_what_mlx_lm_asks_of_the_hybrid(family: str, tied:
     config = FORMATS["mlx"].json_files(model_config(family), contents)["config.json"]
     assert config["model_type"] == "qwen3_5"
     if family == "qwen3_5":
-        assert config["text_config"]["tie_word_embeddings"] is tied
         assert config["text_config"]["model_type"] == "qwen3_5_text"
     section = config["quantization"]
     assert config["quantization_config"] == section
@@ -829,21 +828,6 @@ def test_a_format_of_others_is_refused_by_name(config: dict[str, Any], said: str
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(HlwqError, match=said):
         detect_format(Reader(tmp_path))
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3_5", "qwen3_5_text"])
-@pytest.mark.parametrize("tied", [True, False])
-def test_mlx_is_told_whether_embeddings_are_tied(family: str, tied: bool, tmp_path: Path) -> None:
-    source = make_checkpoint(tmp_path / "model", family, tie_word_embeddings=tied)
-    config = json.loads((source / "config.json").read_text())
-    for section in (config, config.get("text_config", {})):
-        section.pop("tie_word_embeddings", None)
-    (source / "config.json").write_text(json.dumps(config))
-    reader = Reader(source)
-    plan = make_plan(reader, recipe_named("rtn"), "mlx")
-    written = mlx.json_files(reader.config, plan.contents())["config.json"]
-    assert written["tie_word_embeddings"] is tied
-    assert written.get("text_config", written)["tie_word_embeddings"] is tied
 
 
 def test_mlx_is_told_the_rotary_base_of_transformers_5_configurations(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def read_gguf_header(file: Path) -> dict[str, Any]:
         except (ValueError, struct.error, UnicodeDecodeError) as error:
             raise _damaged(file, str(error)) from None
     if metadata.get("split.count", 1) not in (0, 1):
-        message = f"{file} is one of several parts. Join them: llama-gguf-split --merge {file.name} WHOLE.gguf"
+        message = f"{file} is one of several parts. Join them with llama.cpp's gguf-split, and name the whole."
         raise UnsupportedError(message, path=file)
     return metadata
 
