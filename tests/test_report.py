@@ -206,10 +206,10 @@ def test_programs_of_a_comparison_are_recorded_for_these_weights_alone(
 
     monkeypatch.setattr("hlwq.report.compare.transformers_generate", lambda path, device: None)
     monkeypatch.setattr("hlwq.report.compare.humaneval", evaluate)
-    _run_humaneval(copy, "completion", "cpu")
+    _run_humaneval(copy, "completion", "cpu", lambda *_: None)
     config = json.loads((copy / "generation_config.json").read_text()) | {"eos_token_id": 1}
     (copy / "generation_config.json").write_text(json.dumps(config))
-    _run_humaneval(copy, "completion", "cpu")
+    _run_humaneval(copy, "completion", "cpu", lambda *_: None)
     assert len({call["model"] for call in calls}) == len({call["record"] for call in calls}) == 2
     assert calls[1]["model"] == fingerprint(copy)[:16]
 

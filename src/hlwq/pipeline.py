@@ -27,7 +27,7 @@ from hlwq.manifest import MANIFEST
 from hlwq.plan import Plan, PlannedTensor, layer_unit
 from hlwq.transformers_models import load_tokenizer, quiet_transformers
 from hlwq.version import __version__
-from hlwq.work import Progress, Work
+from hlwq.work import Progress, Work, cost
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ def _run_units(work: Work, layers: CalibratedLayers | None) -> dict[str, dict[st
         else:
             work.report(work.done, work.total, f"{unit}: done by an earlier run")
             _check_unchanged(work, tensors, record["source"])
-            work.done += sum(tensor.spec.parameters for tensor in tensors)
+            work.done += sum(map(cost, tensors))
         errors |= record["errors"]
     return errors
 

@@ -15,21 +15,23 @@ from hlwq.plan import Plan, PlannedTensor
 from hlwq.recipes import Stage
 
 Progress = Callable[[int, int, str], None]
-"""Called with the parameters done, the parameters in all, and what is being worked on."""
+"""Called with the work done, the work in all, and what is being worked on."""
+COPYING, ROUNDING, CALIBRATING = 1, 16, 256
+"""Time that a weight takes, relative to each other: measured on SmolLM2, to the nearest power of four."""
 
 
 class Work:
     """Doing what a plan says to single tensors, and telling how far it is.
 
     Attributes:
-        done: parameters handled so far, of `total`.
+        done: the cost of what is done, of `total`; see `cost`.
     """
 
     def __init__(self, source: Source, plan: Plan, writer: Writer, device: torch.device, report: Progress) -> None:
         self.source, self.plan, self.writer, self.device, self.report = source, plan, writer, device, report
         self.done = 0
         self._checksums: dict[str, int] = {}
-        self.total = sum(tensor.spec.parameters for tensor in plan.tensors if tensor.action != "drop")
+        self.total = sum(map(cost, plan.tensors))
 
     def read(self, name: str) -> Tensor:
         """A tensor of the source, whose checksum is kept for `checksums`."""
@@ -49,7 +51,7 @@ class Work:
         check_finite(values, tensor.spec.name)
         (output,) = tensor.outputs
         self.writer.write(output.name, values.to(DTYPES[output.dtype]))
-        self.done += tensor.spec.parameters
+        self.done += cost(tensor)
 
     def quantize(self, tensor: PlannedTensor) -> dict[str, float]:
         """Quantize a tensor without calibration; returns its errors."""
@@ -68,7 +70,15 @@ class Work:
         """Write a quantized tensor as the format has it."""
         for name, part in self.plan.format.encode(tensor.module, matrix, self.plan.dtype).items():
             self.writer.write(name, part)
-        self.done += tensor.spec.parameters
+        self.done += cost(tensor)
+
+
+def cost(tensor: PlannedTensor) -> int:
+    """How long a tensor takes, in units of a weight that is copied."""
+    if tensor.action == "drop":
+        return 0
+    each = COPYING if tensor.action == "copy" else CALIBRATING if tensor.calibrated else ROUNDING * len(tensor.stages)
+    return each * tensor.spec.parameters
 
 
 def checksum(values: Tensor) -> int:

@@ -32,6 +32,10 @@ class Command(TyperCommand):
             self._show("[red]error:[/red]", error)
             raise typer.Exit(1) from None
         output.show(ctx.params["as_json"], self._spelled)
+        try:
+            output.afterwards()
+        except HlwqError as error:
+            self._show("[yellow]warning:[/yellow] the result is not kept:", error)
         raise typer.Exit(output.status)
 
     def _show_warning(self, message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -12,7 +12,7 @@ from rich.filesize import decimal
 
 from hlwq.cli.options import Device, flag
 from hlwq.cli.printing import Output, interval, progress
-from hlwq.errors import HlwqWarning, RequestError
+from hlwq.errors import HlwqWarning, RequestError, ResourceError
 from hlwq.evaluate import results
 from hlwq.evaluate.generation import Endpoint, has_chat_template, transformers_generate
 from hlwq.sources import locate
@@ -56,10 +56,9 @@ def perplexity(
     how: dict[str, Any] = dict(protocol=protocol, context=context, stride=stride, limit=limit)
     subject, device = _subject(model, endpoint, device)
     tokenizer = model if endpoint else None
-    with progress("measuring") as report:
+    with progress("measuring", "--limit makes it shorter.") as report:
         result = perplexity(subject, text, tokenizer_of=tokenizer, device=device, progress=report, **how)
     setting = results.perplexity_setting(text, engine=results.engine_of(subject, device), **how)
-    _keep(model, "perplexity", setting, result, subject)
     error = "one chunk, no standard error" if result.standard_error is None else f"± {result.standard_error:.3f}"
     windows, stride_note = ("windows", f", stride {result.stride}") if protocol == "windowed" else ("chunks", "")
     chunks = f"{len(result.chunk_losses)} {result.context}-token {windows}"
@@ -67,7 +66,7 @@ def perplexity(
         f"perplexity {result.perplexity:.4f} ({error}; standard error over {chunks})",
         f"protocol {result.protocol}{stride_note}; {result.tokens:,} tokens scored",
     ]
-    return Output(result, lines)
+    return Output(result, lines, afterwards=lambda: _keep(model, "perplexity", setting, result, subject))
 
 
 def divergence(
@@ -83,17 +82,16 @@ def divergence(
     from hlwq.evaluate.divergence import divergence
 
     subject, device = _subject(model, endpoint, device)
-    with progress("measuring") as report:
+    with progress("measuring", "--limit makes it shorter.") as report:
         result = divergence(subject, against, text, context=context, limit=limit, device=device, progress=report)
     setting = results.divergence_setting(text, context, limit, results.engine_of(subject, device), locate(against))
-    _keep(model, "divergence", setting, result, subject)
     least = "at least " if result.lower_bound else ""
     lines = [
         f"KL(base ‖ model) {least}{interval(result.mean)} nats per token; 99th percentile {result.percentile_99:.4f}",
         f"top-1 agreement {interval(result.top1_agreement)}",
         f"{result.tokens:,} tokens; 95 % intervals over {result.mean.n} chunks of {result.context} tokens",
     ]
-    return Output(result, lines)
+    return Output(result, lines, afterwards=lambda: _keep(model, "divergence", setting, result, subject))
 
 
 def humaneval(
@@ -125,7 +123,7 @@ def humaneval(
         idle = (model, endpoint, ks, record, concurrency, device)
         if any(idle) or (prompting, samples, temperature) != ("auto", 1, 0.0):
             raise RequestError("--canonical tests the data set's own solutions: only --limit and --unsafe change it.")
-        with progress("testing") as report:
+        with progress("testing", "--limit makes it shorter.") as report:
             return _humaneval_output(human_eval.canonical(limit, run=run, progress=report))
     subject, device = _subject(model, endpoint, device)
     if concurrency is not None and not endpoint:
@@ -142,7 +140,7 @@ def humaneval(
     checkpoint = locate(model) if model else None
     if record is None and checkpoint:
         record = results.record_of_programs(checkpoint, setting)
-    with progress("measuring") as report:
+    with progress("measuring", "--limit makes it shorter.") as report:
         report(0, 1, "loading the model")
         result = human_eval.humaneval(
             subject.generate if isinstance(subject, Endpoint) else transformers_generate(subject, device),
@@ -154,9 +152,11 @@ def humaneval(
             progress=report,
             **how,
         )
-    if model and not unsafe:
-        _keep(model, "humaneval", setting, result, subject)
-    return _humaneval_output(result)
+    output = _humaneval_output(result)
+    if model is None or unsafe:
+        return output
+    checked = model
+    return replace(output, afterwards=lambda: _keep(checked, "humaneval", setting, result, subject))
 
 
 def speed(
@@ -169,15 +169,12 @@ def speed(
     device: Device = None,
 ) -> Output:
     """Measure prefill and decode tokens per second, load time and peak memory."""
-    from hlwq.evaluate.speed import speed
+    from hlwq.evaluate.speed import STEADY, speed
 
     how: dict[str, Any] = dict(prompt_tokens=prompt_tokens, new_tokens=new_tokens, runs=runs)
     subject, device = _subject(model, endpoint, device)
-    with progress("measuring") as report:
+    with progress("measuring", "Fewer --runs make it shorter.") as report:
         result = speed(subject, device=device, packed=packed, progress=report, **how)
-    if model:
-        setting = results.speed_setting(engine=results.speed_engine(subject, device, packed), **how)
-        _keep(model, "speed", setting, result, subject)
     lines = [
         f"{name} {middle:.1f} tokens/s (median of {result.runs} runs; {least:.1f} to {most:.1f})"
         for name, (middle, least, most) in (("prefill", result.prefill), ("decode", result.decode))
@@ -189,7 +186,18 @@ def speed(
         lines.append(f"peak memory {decimal(result.peak_memory)}")
     if result.device_memory is not None:
         lines.append(f"peak memory of the device {decimal(result.device_memory)}")
-    return Output(result, lines)
+
+    def keep() -> None:
+        if result.unsteadiness > STEADY:
+            raise ResourceError(
+                f"The fastest run was {result.unsteadiness:.1f} times as fast as the slowest (at most {STEADY}): the "
+                "machine was busy."
+            )
+        if model:
+            setting = results.speed_setting(engine=results.speed_engine(subject, device, packed), **how)
+            _keep(model, "speed", setting, result, subject)
+
+    return Output(result, lines, afterwards=keep)
 
 
 def _subject(model: str | None, endpoint: str | None, device: str | None) -> tuple[str | Endpoint, str]:

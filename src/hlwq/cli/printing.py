@@ -33,6 +33,8 @@ READABLE_WIDTH = 12
 """Letters that a column needs at least, if its cells are longer."""
 LOG_SECONDS = 30
 """Time between two lines of progress in a log."""
+SETTLING_SECONDS, LONG_SECONDS = 5, 60
+"""Time after which the whole is estimated, and from which on the estimate is worth a line."""
 console = Console(width=WIDTH)
 messages = Console(stderr=True)
 
@@ -63,11 +65,13 @@ class Output:
         value: for machines: made of dataclasses, dictionaries and lists.
         lines: for people.
         status: the exit status.
+        afterwards: what is done when it has been printed, and cannot undo that.
     """
 
     value: Any
     lines: Sequence[Line]
     status: int = 0
+    afterwards: Callable[[], None] = lambda: None
 
     def show(self, as_json: bool, spelled: Callable[[str], str]) -> None:
         """Print it, with every text spelled anew."""
@@ -114,8 +118,13 @@ def _print_table(cells: Cells, spelled: Callable[[str], str]) -> None:
 
 
 @contextmanager
-def progress(title: str) -> Iterator[Report]:
-    """Progress with the time left, on standard error: a bar on a terminal, a line every half minute in a log."""
+def progress(title: str, shorter: str = "") -> Iterator[Report]:
+    """Progress with the time left, on standard error: a bar on a terminal, a line every half minute in a log.
+
+    Args:
+        title: what is done.
+        shorter: what would make it shorter, told with an estimate of the whole as soon as there is one.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -123,22 +132,39 @@ def progress(title: str) -> Iterator[Report]:
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("[dim]{task.fields[item]}[/dim]"),
+        TextColumn("{task.fields[item]}", style="dim", markup=False),
     )
     with Progress(*columns, console=messages, transient=True, disable=not messages.is_terminal) as bar:
         task = bar.add_task(title, total=None, item="")
         started = last = time.monotonic()
+        # When the work began that goes on now, after another phase, or after what an earlier run did.
+        begun, begun_done, of, told = started, 0, 0, False
+
+        def say(text: str) -> None:
+            bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
         def report(done: int, total: int, item: str) -> None:
-            nonlocal last
+            nonlocal last, begun, begun_done, of, told
+            now = time.monotonic()
             bar.update(task, completed=done, total=total, item=item)
-            if bar.disable and time.monotonic() - last > LOG_SECONDS:
-                last = time.monotonic()
-                left = f", about {(last - started) * (total - done) / done:.0f} s left" if done else ""
-                text = f"{title}: {100 * done / total:.0f} %, {last - started:.0f} s{left} ({item})"
-                messages.print(text, markup=False, highlight=False, soft_wrap=True)
+            if total != of or "earlier run" in item:
+                begun, begun_done, of = now, done, total
+            since, progressed = now - begun, done - begun_done
+            left = since * (total - done) / progressed if progressed > 0 else None
+            if not told and left is not None and since > SETTLING_SECONDS:
+                told = True
+                if since + left > LONG_SECONDS:
+                    say(f"{title}: about {_minutes(since + left)} in all. {shorter}".strip())
+            if bar.disable and now - last > LOG_SECONDS:
+                last = now
+                remaining = f", about {left:.0f} s left" if left is not None else ""
+                say(f"{title}: {100 * done / total:.0f} %, {now - started:.0f} s{remaining} ({item})")
 
         yield report
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def interval(estimate: Estimate) -> str:

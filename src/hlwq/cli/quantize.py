@@ -48,7 +48,8 @@ def quantize(
     if dry_run:
         _, plan = plan_for(request)
         return plan_output(plan, request.calibration)
-    with progress("quantizing") as report:
+    shorter = "Fewer --samples make it shorter." if request.changed_recipe().calibrated else ""
+    with progress("quantizing", shorter) as report:
         result = run_request(request, out, report)
     return result_output(result)
 

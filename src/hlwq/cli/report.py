@@ -44,7 +44,7 @@ def compare(
         device=device or "cpu",
     )
     check_charts()  # before hours of measuring
-    with progress("comparing") as report:
+    with progress("comparing", "--limit and --no-speed make it shorter.") as report:
         rows = compare(directories, base, protocols, report)
     files = write_report(rows, protocols, Path(base).name, out)
     cells = [

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import gc
+import json
 import random
+import subprocess
+import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,6 +27,10 @@ from hlwq.transformers_models import quiet_transformers
 Progress = Callable[[int, int, str], None]
 PROMPT_TOKENS, NEW_TOKENS, RUNS = 512, 64, 3
 """Defaults of `speed`."""
+STEADY = 1.5
+"""The most that the fastest run may be faster than the slowest, if it is the model that the figure tells of."""
+WARM, MOST_WARM_UPS = 1.2, 6
+"""Two runs after each other this close are warm: nothing is compiled or read any more. So many are tried."""
 ATTEMPTS = 5
 """Prompts for one run of a server that ends its answers early."""
 WORDS = ("the", "of", "and", "to", "in", "is", "it", "that", "for", "was", "on", "are", "as", "with", "at", "be")
@@ -40,7 +47,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Speed:
-    """Medians over runs, with the slowest and the fastest; batch 1, after a warm-up.
+    """Medians over runs, with the slowest and the fastest; batch 1, after warming up.
 
     Attributes:
         engine: the program that ran the model.
@@ -64,6 +71,81 @@ class Speed:
     peak_memory: int | None
     device_memory: int | None
 
+    @property
+    def unsteadiness(self) -> float:
+        """How many times as fast as the slowest the fastest run was; above `STEADY` the machine was busy."""
+        return max(most / least for _, least, most in (self.prefill, self.decode))
+
+
+def engine_here(format_name: str) -> str | None:
+    """The engine of this process that runs a format as it is stored, by its name in `Speed`; None if there is none.
+
+    Other formats run in transformers with their codes decoded: that is the same arithmetic for all of them.
+    """
+    return {"dense": TRANSFORMERS, "hlwq": PACKED}.get(format_name)
+
+
+def tells_of_format(engine: str, format_name: str) -> bool:
+    """Whether a speed in an engine, as results name it, is that of a format and not of decoded weights."""
+    if not engine.startswith(TRANSFORMERS):
+        return True  # a server, which loaded the file
+    return engine.startswith(PACKED) == (format_name == "hlwq") and format_name in ("dense", "hlwq")
+
+
+def in_turn(models: Mapping[Path, bool], device: str, progress: Progress, *, rounds: int = RUNS) -> dict[Path, Speed]:
+    """Measure several models in rounds, so that what else the machine does meets all of them alike.
+
+    Each model of each round has a process of its own, whose memory is that of this model alone.
+
+    Args:
+        models: directories, and whether each runs packed.
+        device: where they run.
+        progress: told how many models are measured.
+        rounds: how often each is measured.
+
+    Returns:
+        The figures of each model over the rounds.
+
+    Raises:
+        ResourceError: one cannot be measured.
+    """
+    measured: dict[Path, list[Speed]] = {path: [] for path in models}
+    turns = [(number, path) for number in range(rounds) for path in models]
+    for done, (number, path) in enumerate(turns):
+        progress(done, len(turns), f"{path.name}: speed, round {number + 1}")
+        arguments = json.dumps({"model": str(path), "device": device, "packed": models[path], "runs": 1})
+        command = [sys.executable, "-c", _IN_ITS_PROCESS, arguments]
+        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+        if ended.returncode:
+            said = ended.stderr.strip().splitlines() or ["it was killed"]
+            raise ResourceError(f"The speed of {path} could not be measured: {said[-1][-300:]}", path=path)
+        measured[path].append(Speed(**json.loads(ended.stdout.splitlines()[-1])))
+    progress(len(turns), len(turns), "speed")
+    return {path: _over_rounds(each) for path, each in measured.items() if each}
+
+
+_IN_ITS_PROCESS = (
+    "import json, sys; from dataclasses import asdict; from hlwq.evaluate.speed import speed; "
+    "print(json.dumps(asdict(speed(**json.loads(sys.argv[1])))))"
+)
+
+
+def _over_rounds(rounds: Sequence[Speed]) -> Speed:
+    """The medians of rounds of one run each, and the most memory of any."""
+
+    def most(values: Iterable[Any]) -> Any:
+        return max((value for value in values if value is not None), default=None)
+
+    return replace(
+        rounds[0],
+        runs=len(rounds),
+        prefill=_spread([each.prefill[0] for each in rounds]),
+        decode=_spread([each.decode[0] for each in rounds]),
+        load_seconds=median([each.load_seconds or 0.0 for each in rounds]),
+        peak_memory=most(each.peak_memory for each in rounds),
+        device_memory=most(each.device_memory for each in rounds),
+    )
+
 
 def speed(
     model: str | Path | Endpoint,
@@ -85,7 +167,7 @@ def speed(
         model: a directory of any format, a hub id, a `.gguf` file, or a server.
         prompt_tokens: tokens of each prompt.
         new_tokens: tokens that each run generates.
-        runs: number of runs, after a warm-up.
+        runs: number of runs, after warming up.
         device: where the model runs.
         packed: run an hlwq directory on its codes instead of decoding it.
         progress: told how many runs are done.
@@ -114,12 +196,11 @@ def speed(
         load_seconds = time.monotonic() - started
         measure = _local_timer(loaded, len(tokenizer), prompt_tokens, new_tokens)
         engine = PACKED if packed else TRANSFORMERS
+    _warm_up(measure, lambda: report(0, runs + 1, "warming up"))
     times = []
-    for run in range(runs + 1):
-        report(run, runs + 1, "warming up" if run == 0 else f"run {run}")
-        measurement = measure(run)
-        if run:
-            times.append(measurement)
+    for run in range(1, runs + 1):
+        report(run, runs + 1, f"run {run}")
+        times.append(measure(run))
     report(runs + 1, runs + 1, "measured")
     return Speed(
         engine=engine,
@@ -134,7 +215,20 @@ def speed(
     )
 
 
-def _spread(values: list[float]) -> tuple[float, float, float]:
+def _warm_up(measure: Callable[[int], Run], report: Callable[[], None]) -> None:
+    """Run until two runs take about as long: what compiles does so at the first of each kind of step."""
+    report()
+    before = measure(0)
+    for _ in range(MOST_WARM_UPS - 1):
+        report()
+        now = measure(0)
+        ratios = (now.prefill / before.prefill, now.decode / before.decode)
+        if all(1 / WARM <= ratio <= WARM for ratio in ratios):
+            return
+        before = now
+
+
+def _spread(values: Sequence[float]) -> tuple[float, float, float]:
     return median(values), min(values), max(values)
 
 

@@ -15,6 +15,7 @@ from hlwq.bases import Identity
 from hlwq.check import check_directory
 from hlwq.errors import CheckpointError, HlwqWarning, RequestError, ResourceError
 from hlwq.evaluate.results import fingerprint, kept
+from hlwq.evaluate.speed import tells_of_format
 from hlwq.files import expanded, is_file
 from hlwq.inspect import Inspection, inspect
 from hlwq.manifest import read_manifest
@@ -95,7 +96,7 @@ def _text(directory: Path, repository: str | None, base_model: str | None, repor
             HlwqWarning,
             stacklevel=3,
         )
-    results = {kind: entry for kind in KINDS if (entry := _fit_to_show(directory, kind))}
+    results = {kind: entry for kind in KINDS if (entry := _fit_to_show(directory, kind, contents.format))}
     title = printable(repository or directory.resolve().name)
     data = ModelCardData(
         base_model=base,
@@ -154,10 +155,12 @@ def _replace(file: Path, content: bytes) -> None:
         raise ResourceError(f"{file} cannot be written: {error.strerror}.", path=file) from None
 
 
-def _fit_to_show(directory: Path, kind: str) -> dict[str, Any] | None:
-    """The latest measurement of a kind; of HumanEval, the latest of greedy programs for all problems."""
+def _fit_to_show(directory: Path, kind: str, format_name: str) -> dict[str, Any] | None:
+    """The latest measurement of a kind; of HumanEval, of greedy programs for all problems; of speed, of the format."""
     for entry in kept(directory, kind):
         setting = entry["setting"]
+        if kind == "speed" and not tells_of_format(setting["engine"], format_name):
+            continue
         if kind != "humaneval" or (setting["limit"] is None and setting["samples"] == 1 and not setting["temperature"]):
             return entry
     return None

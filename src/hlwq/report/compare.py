@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hlwq.decoded import DecodedCheckpoint
-from hlwq.errors import RequestError, ResourceError
+from hlwq.errors import HlwqWarning, RequestError
 from hlwq.evaluate.divergence import divergence
-from hlwq.evaluate.generation import transformers_generate
+from hlwq.evaluate.generation import PACKED, transformers_generate
 from hlwq.evaluate.humaneval import MAX_TOKENS, Prompting, humaneval
 from hlwq.evaluate.perplexity import Perplexity, Protocol, paired_difference, perplexity
 from hlwq.evaluate.results import (
@@ -23,14 +21,23 @@ from hlwq.evaluate.results import (
     fingerprint,
     hardware,
     humaneval_setting,
+    keep,
     kept,
     measured,
     perplexity_setting,
     record_of_programs,
-    speed_engine,
     speed_setting,
 )
-from hlwq.evaluate.speed import NEW_TOKENS, PROMPT_TOKENS, RUNS, Speed
+from hlwq.evaluate.speed import (
+    NEW_TOKENS,
+    PROMPT_TOKENS,
+    RUNS,
+    STEADY,
+    Speed,
+    engine_here,
+    in_turn,
+    tells_of_format,
+)
 from hlwq.evaluate.statistics import Estimate, Verdict, paired_verdict, verdict
 from hlwq.files import read_json
 from hlwq.formats import READABLE_FORMATS
@@ -39,6 +46,8 @@ from hlwq.sources import locate
 
 Progress = Callable[[int, int, str], None]
 BASE = "(unquantized)"
+BYTES_PER_TOKEN, DECODING, PROGRAMS = 4, 16, 164
+"""For estimates: in text; how much longer a token takes that is written than one that is read; HumanEval's problems."""
 
 
 @dataclass(frozen=True)
@@ -146,22 +155,51 @@ def compare(
             )
     report = progress or (lambda done, total, item: None)
     everything = [(BASE, source), *zip(names, paths, strict=True)]
-    for _, path in everything:
-        fingerprint(path, report)  # shows its progress; later calls find the digests
+    share = _shares(protocols, len(everything))
+    for done, (_, path) in enumerate(everything):
+        fingerprint(path, share(report, "hash", done))  # later calls find the digests
     rows: list[Row] = []
     base_loss: Perplexity | None = None
     programs = _measured_alike(source, paths)
     if protocols.humaneval:
         for done, (name, path) in enumerate(everything):
-            report(done, len(everything), f"{name}: HumanEval")
-            programs = _run_humaneval(path, protocols.humaneval, protocols.device)
+            programs = _run_humaneval(
+                path, protocols.humaneval, protocols.device, share(report, "programs", done, f"{name}: ")
+            )
+    if protocols.speed:
+        _measure_speeds([path for _, path in everything], protocols.device, share(report, "speed", 0))
     for done, (name, path) in enumerate(everything):
-        row, base_loss = _measure(
-            name, path, source, base_loss, programs, protocols, partial(report, done, len(everything))
-        )
+        told = share(report, "quality", done, f"{name}: ")
+        row, base_loss = _measure(name, path, source, base_loss, programs, protocols, told)
         rows.append(row)
-    report(len(everything), len(everything), "measured")
     return rows
+
+
+def _shares(protocols: Protocols, checkpoints: int) -> Callable[..., Progress]:
+    """How much of all the work each part is, in the tokens that a model is run on.
+
+    Returns:
+        A function that gives a part its progress, given that of the whole, the part's kind and its number, and what to
+        put before its words.
+    """
+    text = protocols.text.stat().st_size // BYTES_PER_TOKEN if protocols.text.is_file() else 0
+    overlap = protocols.context / protocols.stride if protocols.protocol == "windowed" else 1
+    tokens = text if protocols.limit is None else min(text, protocols.limit * protocols.context)
+    one_speed = RUNS * 2 * (PROMPT_TOKENS + DECODING * NEW_TOKENS)
+    parts = {
+        "hash": [1] * checkpoints,
+        "programs": [PROGRAMS * DECODING * MAX_TOKENS // 4] * checkpoints if protocols.humaneval else [],
+        "speed": [one_speed * checkpoints] if protocols.speed else [],
+        "quality": [int(tokens * overlap) + 1] + [int(tokens * (overlap + 1)) + 1] * (checkpoints - 1),
+    }
+    whole = sum(map(sum, parts.values()))
+    before = {kind: sum(sum(parts[each]) for each in list(parts)[:place]) for place, kind in enumerate(parts)}
+
+    def share(report: Progress, kind: str, number: int, words: str = "") -> Progress:
+        start, size = before[kind] + sum(parts[kind][:number]), parts[kind][number]
+        return lambda done, total, item: report(start + size * done // max(total, 1), whole, words + item)
+
+    return share
 
 
 def _measure(
@@ -171,22 +209,19 @@ def _measure(
     base_loss: Perplexity | None,
     programs: dict[str, Any] | None,
     protocols: Protocols,
-    report: Callable[[str], None],
+    report: Progress,
 ) -> tuple[Row, Perplexity]:
     """The row of one checkpoint, and the perplexity of the base, which comes first.
 
     `programs` is HumanEval's setting.
     """
     contents = inspect(path)
-    report(f"{name}: divergence")
-    kl = _divergence(path, source, protocols) if base_loss else None
-    report(f"{name}: perplexity")
-    scored = _perplexity(path, protocols, kl)
+    kl = _divergence(path, source, protocols, _half(report, 0, "divergence, ")) if base_loss else None
+    scored = _perplexity(path, protocols, kl, _half(report, 1, "perplexity, ") if base_loss else report)
     difference = (
         Estimate(*paired_difference(base_loss, scored), len(scored.chunk_losses)) if base_loss is not None else None
     )
     entry, p_value, humaneval_verdict = _humaneval(path, source, programs)
-    report(f"{name}: speed")
     row = Row(
         name=name,
         checkpoint=fingerprint(path),
@@ -207,13 +242,17 @@ def _measure(
         humaneval_how="{prompting}, {engine}".format(**entry["setting"]) if entry else None,
         humaneval_p=p_value,
         humaneval_verdict=humaneval_verdict,
-        speeds=_speeds(path, protocols),
+        speeds=speeds_of(path, contents.format),
         layer_errors=_layer_errors(path),
     )
     return row, base_loss or scored
 
 
-def _perplexity(path: Path, protocols: Protocols, kl: dict[str, Any] | None) -> Perplexity:
+def _half(report: Progress, number: int, words: str) -> Progress:
+    return lambda done, total, item: report(number * total + done, 2 * total, words + item)
+
+
+def _perplexity(path: Path, protocols: Protocols, kl: dict[str, Any] | None, report: Progress) -> Perplexity:
     options: dict[str, Any] = dict(
         protocol=protocols.protocol, context=protocols.context, stride=protocols.stride, limit=protocols.limit
     )
@@ -223,30 +262,31 @@ def _perplexity(path: Path, protocols: Protocols, kl: dict[str, Any] | None) -> 
         if kl and protocols.protocol == "chunked":  # of the same chunks
             result: dict[str, Any] = kl["perplexity"]
             return result
-        return asdict(perplexity(path, protocols.text, **options, device=protocols.device))
+        return asdict(perplexity(path, protocols.text, **options, device=protocols.device, progress=report))
 
     return Perplexity(**_tuples(measured(path, "perplexity", setting, measure)["result"]))
 
 
-def _divergence(path: Path, source: Path, protocols: Protocols) -> dict[str, Any]:
+def _divergence(path: Path, source: Path, protocols: Protocols, report: Progress) -> dict[str, Any]:
     options: dict[str, Any] = dict(context=protocols.context, limit=protocols.limit)
     setting = divergence_setting(protocols.text, **options, engine=engine_of(path, protocols.device), base=source)
 
     def measure() -> dict[str, Any]:
-        return asdict(divergence(path, source, protocols.text, **options, device=protocols.device))
+        found = divergence(path, source, protocols.text, **options, device=protocols.device, progress=report)
+        return asdict(found)
 
     result: dict[str, Any] = measured(path, "divergence", setting, measure)["result"]
     return result
 
 
-def _run_humaneval(path: Path, prompting: Prompting, device: str) -> dict[str, Any]:
+def _run_humaneval(path: Path, prompting: Prompting, device: str, report: Progress) -> dict[str, Any]:
     """Measure HumanEval, unless it was, and return its setting."""
     setting = humaneval_setting(prompting, 1, 0.0, MAX_TOKENS, None, engine_of(path, device))
 
     def measure() -> dict[str, Any]:
         record, weights = record_of_programs(path, setting), fingerprint(path)[:16]
         generate = transformers_generate(path, device)
-        return asdict(humaneval(generate, prompting=prompting, record=record, model=weights))
+        return asdict(humaneval(generate, prompting=prompting, record=record, model=weights, progress=report))
 
     measured(path, "humaneval", setting, measure)
     return setting
@@ -275,22 +315,48 @@ def _humaneval(
     return entry, *paired_verdict([bool(ours[task]) for task in theirs], [bool(theirs[task]) for task in theirs])
 
 
-def _speeds(path: Path, protocols: Protocols) -> tuple[Speed, ...]:
-    """Speeds of one protocol by engine, and by machine where it is another one."""
-    alike = {"prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS, "runs": RUNS}
-    here = speed_setting(**alike, engine=speed_engine(path, protocols.device))
-    if protocols.speed and not any(
-        each["setting"] == here and each["hardware"] == hardware() for each in kept(path, "speed")
-    ):
-        # In a process of its own, whose memory is that of this model alone.
-        command = [sys.executable, "-m", "hlwq.cli", "eval", "speed", str(path), "--device", protocols.device, "--json"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise ResourceError(f"The speed of {path} could not be measured: {done.stderr.strip()[-300:]}", path=path)
+ALIKE = {"prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS, "runs": RUNS}
+"""What the speeds in a table have in common."""
+
+
+def _measure_speeds(paths: Sequence[Path], device: str, report: Progress) -> None:
+    """Time the checkpoints that an engine here runs as they are stored, and that have not been timed on this machine.
+
+    What the machine was too busy for is not kept.
+    """
+    wanted = {}
+    for path in paths:
+        engine = engine_here(DecodedCheckpoint(path).format.name)
+        if engine and not any(
+            each["setting"] == _speed_setting(engine, device) and each["hardware"] == hardware()
+            for each in kept(path, "speed")
+        ):
+            wanted[path] = engine == PACKED
+    for path, found in in_turn(wanted, device, report).items():
+        if found.unsteadiness > STEADY:
+            warnings.warn(
+                f"the speed of {path.name} is not kept: the fastest of {found.runs} rounds was "
+                f"{found.unsteadiness:.1f} times as fast as the slowest (at most {STEADY}). The machine was busy.",
+                HlwqWarning,
+                stacklevel=2,
+            )
+        else:
+            keep(path, "speed", _speed_setting(found.engine, device), asdict(found))
+
+
+def _speed_setting(engine: str, device: str) -> dict[str, Any]:
+    return speed_setting(**ALIKE, engine=f"{engine}, {device}")
+
+
+def speeds_of(path: Path, format_name: str) -> tuple[Speed, ...]:
+    """Speeds of one protocol by engine, and by machine where it is another one.
+
+    Those of decoded weights in transformers say nothing of a format, and are left out.
+    """
     speeds: dict[str, Speed] = {}
     for entry in kept(path, "speed"):
-        if alike.items() <= entry["setting"].items():
-            engine = entry["setting"]["engine"]
+        engine = entry["setting"].get("engine", "")
+        if ALIKE.items() <= entry["setting"].items() and tells_of_format(engine, format_name):
             name = engine if entry["hardware"] == hardware() else f"{engine} on {entry['hardware']}"
             speeds.setdefault(name, replace(Speed(**_tuples(entry["result"])), engine=name))
     return tuple(speeds[name] for name in sorted(speeds))

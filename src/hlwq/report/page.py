@@ -42,7 +42,7 @@ def write_report(rows: Sequence[Row], protocols: Protocols, base: str, out: Path
     charts = {
         "loss": (loss_chart(rows), "Loss above the unquantized model. Intervals that touch 0 say nothing."),
         "size": (size_chart(rows), "Quality against size; the dashed line joins those that no other beats in both."),
-        "speed": (speed_chart(rows), "Speed and memory, batch 1. transformers runs decoded weights in bfloat16."),
+        "speed": (speed_chart(rows), "Speed and memory, batch 1, in engines that run the format as it is stored."),
         "layers": (layer_chart(rows), "Where calibrated checkpoints change their layers' outputs most."),
     }
     drawn = {name: (chart, caption) for name, (chart, caption) in charts.items() if chart}
