@@ -55,5 +55,11 @@ class ResourceError(HlwqError):
     """Something outside is lacking: a package, memory, disk, a device, the network, a server."""
 
 
+def reason(error: BaseException) -> str:
+    """What another library's error says, for a message: its first line that is not empty, or else the error's name."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line.rstrip(".") for line in lines if line.strip(".")), type(error).__name__)
+
+
 class HlwqWarning(UserWarning):
     """What a user should know before the work is done."""

@@ -138,6 +138,18 @@ def hash_file(file: Path) -> str:
     return digest.hexdigest()
 
 
+def lfs_pointer(path: Path) -> bool:
+    """Whether a file is only the pointer that Git leaves in the place of one kept by Git LFS."""
+    first = b"version https://git-lfs.github.com/spec/v1"
+    try:
+        if not path.is_file():  # a pipe would wait for its writer
+            return False
+        with path.open("rb") as stream:
+            return stream.read(len(first)) == first
+    except OSError:
+        return False
+
+
 def differences(before: Any, now: Any, where: str = "") -> list[str]:
     """The places where two JSON values differ, in words."""
     if before == now:

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from yaml import YAMLError
 
-from hlwq.errors import CheckpointError, RequestError, ResourceError
+from hlwq.errors import CheckpointError, RequestError, ResourceError, reason
 from hlwq.families import check_supported
 from hlwq.files import hash_file, read_json
 
@@ -52,9 +52,8 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
         message = f"{source} is neither a directory nor a hub id (such as Qwen/Qwen3.5-9B)."
         raise RequestError(message, argument="source") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
         raise ResourceError(
-            f"{source} is no directory here, and the hub did not give it: {reason}. "
+            f"{source} is no directory here, and the hub did not give it: {reason(error)}. "
             "Check the name, the network, and `hf auth login` for a gated model."
         ) from None
 
@@ -94,10 +93,11 @@ def _from_gguf(file: Path) -> Path:
             gguf_file=file.name,
             quantization_config=GgufConfig(dequantize=True),
             dtype=torch.bfloat16,
+            trust_remote_code=False,
         )
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
     except (ValueError, OSError, KeyError, RuntimeError) as error:
-        message = f"{file}: transformers cannot dequantize it ({str(error).splitlines()[0]})."
+        message = f"{file}: transformers cannot dequantize it ({reason(error)})."
         raise CheckpointError(message, path=file) from None
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)

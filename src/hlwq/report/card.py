@@ -12,7 +12,7 @@ from rich.filesize import decimal
 
 from hlwq.bases import Identity
 from hlwq.check import check_directory
-from hlwq.errors import CheckpointError, RequestError, ResourceError
+from hlwq.errors import CheckpointError, RequestError, ResourceError, reason
 from hlwq.evaluate.results import fingerprint, kept
 from hlwq.files import read_json
 from hlwq.inspect import inspect
@@ -120,8 +120,7 @@ def push(directory: Path, repository: str, *, private: bool = False, api: HfApi 
         stale = ["*.safetensors"]
         hub.upload_folder(repo_id=repository, folder_path=directory, commit_message=message, delete_patterns=stale)
     except Exception as error:  # of the network, of the hub, of the token
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        message = f"The hub did not take {repository}: {reason}. Check the network, and `hf auth login`."
+        message = f"The hub did not take {repository}: {reason(error)}. Check the network, and `hf auth login`."
         raise ResourceError(message) from None
     return str(url)
 
