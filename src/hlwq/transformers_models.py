@@ -48,7 +48,9 @@ def load_tokenizer(path: Path) -> Any:
     except BaseException as error:
         _let_interrupts_pass(error)
         if "trust_remote_code" in str(error):
-            message = f"{path}: the tokenizer is Python code of its own, which hlwq never runs. Save it as tokenizer.json."
+            message = (
+                f"{path}: the tokenizer is Python code of its own, which hlwq never runs. Save it as tokenizer.json."
+            )
             raise CheckpointError(message, path=path) from None
         if not (path / "tokenizer.json").is_file() and any(file.suffix in (".model", ".tiktoken") for file in files):
             _require_conversion(path)
