@@ -107,7 +107,7 @@ def render_chat(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) 
         message = f"The model's chat template is not valid (line {error.lineno}: {reason(error)}). Copy the original's."
         raise CheckpointError(message, path=getattr(tokenizer, "name_or_path", None)) from None
     except Exception as error:  # a template raises what it likes
-        raise RequestError(f"the model's chat template refuses a chat: {reason(error)}") from None
+        raise RequestError(f"The model's chat template refuses a chat: {reason(error)}.") from None
     return text
 
 

@@ -81,7 +81,7 @@ def text_of(document: str | Chat, tokenizer: Any) -> tuple[str, bool]:
         lost = next((each for each in messages if not _occurs(each["content"], text)), None)
         if lost is None:
             return check_text(text), True
-        failure = failure or f"the model's chat template leaves out what {lost['role']} says"
+        failure = failure or f"The model's chat template leaves out what {lost['role']} says"
     raise BadRow(failure)
 
 
@@ -113,7 +113,7 @@ def parse_json(text: str) -> Any:
 
 
 def without_nulls(value: Any) -> Any:
-    """A row of a table without the entries that it lacks: a table gives each object the entries of all others."""
+    """A value of a table without what is not there: a table gives each object the entries of all others, as null."""
     if isinstance(value, dict):
         return {key: without_nulls(each) for key, each in value.items() if each is not None}
     return [without_nulls(each) for each in value] if isinstance(value, list) else value

@@ -276,8 +276,12 @@ def _from_table(source: str, data: Any, digest: str, calibration: Calibration) -
         raise _wrong(f"{source}: rows need messages (or conversations) or text (or content), but have {present}.")
     data = data.select_columns(columns)
     order = np.random.default_rng(calibration.seed).permutation(len(data))
-    rows = ((int(index) + 1, without_nulls(data[int(index)])) for index in order)
+    rows = ((int(index) + 1, _row(data, int(index))) for index in order)
     return _Source({"sha256": digest}, rows, "row")
+
+
+def _row(table: Any, index: int) -> dict[str, Any]:
+    return {column: without_nulls(value) for column, value in table[index].items()}
 
 
 def _from_hub(name: str, calibration: Calibration) -> _Source:
