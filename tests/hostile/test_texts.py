@@ -13,10 +13,10 @@ import pytest
 import torch
 from chat_templates import ARGUMENTS_AS_OBJECTS, JOINS_STRINGS, PARTS_ONLY, RESULTS_AS_JSON, TOOLS_AND_THOUGHTS
 
-from hlwq import HlwqError
+from hlwq import HlwqError, quantize
 from hlwq.calibration import Calibration, load_samples
 from hlwq.demo import bundled_model
-from hlwq.errors import CheckpointError, RequestError, reason
+from hlwq.errors import CheckpointError, HlwqWarning, RequestError, reason
 from hlwq.transformers_models import load_tokenizer
 
 TOOL = {
@@ -62,7 +62,8 @@ def first_text(source: str, tokenizer: Any) -> str:
 
 
 def tool_chat(call: Any, **row: Any) -> dict[str, Any]:
-    asking = {"role": "assistant", "content": None, "reasoning_content": "Ask the forecast.", "tool_calls": call}
+    calling = call if isinstance(call, dict) else {"content": None, "tool_calls": call}
+    asking = {"role": "assistant", "reasoning_content": "Ask the forecast.", **calling}
     return {"messages": [ASKED, asking, RESULT, ANSWER], "tools": [TOOL], **row}
 
 
@@ -71,6 +72,8 @@ CALLS = {
     "arguments as JSON": [{"function": {**CALLED, "arguments": json.dumps(CALLED["arguments"])}}],
     "without function": [CALLED],
     "calls as JSON": json.dumps([{"function": CALLED}]),
+    "one call": {"content": None, "function_call": {**CALLED, "arguments": json.dumps(CALLED["arguments"])}},
+    "a call as a message": {"role": None, "from": "function_call", "value": json.dumps(CALLED)},
 }
 
 
@@ -88,7 +91,7 @@ def test_tools_their_calls_and_thoughts_reach_the_model(call: str, tmp_path: Pat
         assert wanted in text
 
 
-@pytest.mark.parametrize("call", [name for name in CALLS if name != "without function"])
+@pytest.mark.parametrize("call", CALLS)
 def test_arguments_are_objects_as_templates_want_them(call: str, tmp_path: Path, tokenizer: Any) -> None:
     source = write(tmp_path / "a.jsonl", tool_chat(CALLS[call]))
     text = first_text(source, with_template(tokenizer, ARGUMENTS_AS_OBJECTS))
@@ -342,6 +345,29 @@ def test_rows_of_a_table_are_told_by_number(tmp_path: Path, tokenizer: Any) -> N
     datasets.Dataset.from_list([{"text": text} for text in texts]).to_parquet(str(tmp_path / "a.parquet"))
     samples = load_samples(Calibration((str(tmp_path / "a.parquet"),), 3, 32), tokenizer)
     assert samples.warning.endswith("a.parquet: 3 rows skipped, the first at row 2 (its text is empty).")
+
+
+def test_a_string_of_a_table_that_is_not_text_is_skipped(tmp_path: Path, tokenizer: Any) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    texts = [b"Water that falls. " * 20, b"caf\xe9", b"Rain on the land. " * 20]
+    strings = arrow.array(texts, arrow.binary()).view(arrow.string())
+    parquet.write_table(arrow.table({"text": strings}), tmp_path / "a.parquet")
+    samples = load_samples(Calibration((str(tmp_path / "a.parquet"),), 3, 32), tokenizer)
+    assert "1 row skipped, the first at row 2 (it cannot be read: 'utf-8' codec" in samples.warning
+
+
+def test_what_was_skipped_is_told_once_before_the_work(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", *[GOOD, None] * 9)
+    with pytest.warns(HlwqWarning) as warned:
+        quantize(bundled_model(), tmp_path / "out", "gptq", calibration=source, samples=2, sequence_length=16)
+    told = [str(each.message) for each in warned if issubclass(each.category, HlwqWarning)]
+    assert told == [f"{source}: 9 rows skipped, the first at line 2 (it is null, not an object)."]
+    source = write(tmp_path / "b.jsonl", *[None] * 9)
+    with pytest.raises(RequestError, match="9 rows skipped, the first at line 1") as refused:
+        quantize(bundled_model(), tmp_path / "other", "gptq", calibration=source, samples=2, sequence_length=16)
+    assert refused.value.argument == "sources"
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize(

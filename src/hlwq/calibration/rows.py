@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ COLUMNS = ("messages", "conversations", "tools", "documents", "text", "content")
 """What is read of a row."""
 ROLES = ("system", "developer", "user", "assistant", "model", "tool", "function", "ipython", "control")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
-WITHOUT_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+WITHOUT_CONTENT = ("tool_calls", "reasoning_content", "reasoning", "thinking")
 """Entries with one of which a message needs no content."""
 MEDIA = re.compile("image|audio|video|file")
 """Parts of a message whose type or entries have such a name hold no text."""
@@ -134,19 +135,23 @@ def _chat(messages: Any, row: dict[str, Any]) -> Chat:
 
 
 def _message(message: Any) -> dict[str, Any]:
-    """A message in the usual spelling, with its other entries; ShareGPT says `from` and `value`."""
+    """A message in the usual spelling, with its other entries.
+
+    ShareGPT says `from` and `value`, and has calls of tools as messages; OpenAI's API had one call to a message.
+    """
     if not isinstance(message, dict):
         raise BadRow(f"it is {_shown(message)}, not an object with role and content")
     read = {key: value for key, value in message.items() if key not in ("from", "value") and value is not None}
-    role = message.get("role") or message.get("from")
+    role, content = message.get("role") or message.get("from"), read.get("content", message.get("value"))
+    if role == "function_call":
+        role, content, read["function_call"] = "assistant", "", content
     role = SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
     if role not in ROLES:
         raise BadRow(f"its role is {_shown(role)}, none of {', '.join(ROLES)}")
-    calls = _objects(read, "tool_calls")
-    read.pop("tool_calls", None)
+    calls = _objects(read, "tool_calls") or _objects(read, "function_call")
+    read = {key: value for key, value in read.items() if key not in ("tool_calls", "function_call")}
     if calls:
         read["tool_calls"] = [_call(call) for call in calls]
-    content = read.get("content", message.get("value"))
     if content is None and any(read.get(key) for key in WITHOUT_CONTENT):
         content = ""  # templates join strings
     return {**read, "role": role, "content": _content(content)}
@@ -177,20 +182,15 @@ def _call(call: dict[str, Any]) -> dict[str, Any]:
     function = call.get("function", call)
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise BadRow(f"a tool call is {_shown(call)}, which names no function")
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        try:
-            arguments = parse_json(arguments)
-        except BadRow:
-            return call
-        if not isinstance(arguments, dict):
-            return call
-        function = {**function, "arguments": arguments}
-    return {**call, "function": function} if "function" in call else function
+    if isinstance(function.get("arguments"), str):
+        with suppress(BadRow):
+            if isinstance(arguments := parse_json(function["arguments"]), dict):
+                function = {**function, "arguments": arguments}
+    return {"type": "function", **(call if "function" in call else {}), "function": function}
 
 
 def _objects(row: dict[str, Any], key: str) -> list[dict[str, Any]]:
-    """A list of objects in a row, where it may stand as JSON; empty where there is none."""
+    """A list of objects in a row, where it may stand as JSON, or one alone; empty where there is none."""
     value = row.get(key)
     if isinstance(value, str) and value.strip():
         try:
@@ -199,6 +199,7 @@ def _objects(row: dict[str, Any], key: str) -> list[dict[str, Any]]:
             raise BadRow(f"its {key}: {error}") from None
     if not value:
         return []
+    value = [value] if isinstance(value, dict) else value
     if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
         raise BadRow(f"its {key} is {_shown(value)}, not a list of objects")
     return value

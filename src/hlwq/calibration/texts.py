@@ -91,11 +91,12 @@ def load_samples(calibration: Calibration, tokenizer: Any) -> Samples:
 
     Documents are taken in an order that the seed decides; each contributes its first `sequence_length` tokens (and the
     rest, if there is too little otherwise), and they are packed without padding. Text files are cut into pieces first,
-    so that the samples come from all over them.
-    Chats (`messages` or `conversations`) go through the tokenizer's chat template.
+    so that the samples come from all over them. Chats (`messages` or `conversations`) go through the tokenizer's chat
+    template whole, with their tools and documents. Rows that cannot be used are skipped, and the warning says so.
 
     Raises:
-        RequestError: a source cannot be read or holds no text, or there is too little of it.
+        RequestError: a source cannot be read, none of its rows can be used, or there is too little text.
+        CheckpointError: the chat template is not valid.
         ResourceError: a package is missing, or the hub does not answer.
     """
     if not calibration.sources:
@@ -131,7 +132,7 @@ def load_samples(calibration: Calibration, tokenizer: Any) -> Samples:
 def _embedded_samples(calibration: Calibration, tokenizer: Any, error: HlwqError) -> Samples:
     """As many of the samples wanted as the embedded texts give, with a warning."""
     text = "\n".join(pydoc_data.topics.topics.values())
-    most = len(tokenizer(text)["input_ids"]) * 19 // 20 // calibration.sequence_length
+    most = len(encode(tokenizer, text)) * 19 // 20 // calibration.sequence_length
     chosen = replace(calibration, sources=(EMBEDDED,), samples=max(1, min(calibration.samples, most)))
     warning = (
         f"calibrating on {chosen.samples} samples of Python's reference documentation, since the hub's data could not "
@@ -171,9 +172,11 @@ def _packed(source: str, read: _Source, tokenizer: Any, wanted: int, length: int
     return torch.tensor(tokens[:needed]).reshape(wanted, length)
 
 
-def _tokens_of(document: Any, tokenizer: Any) -> list[int]:
-    """The tokens of a text, a chat or a row. Raises BadRow if it has none."""
-    text, is_chat = text_of(document if isinstance(document, str | Chat) else read_row(document), tokenizer)
+def _tokens_of(document: str | Chat | BadRow, tokenizer: Any) -> list[int]:
+    """The tokens of a text or a chat. Raises BadRow if there are none."""
+    if isinstance(document, BadRow):
+        raise document
+    text, is_chat = text_of(document, tokenizer)
     try:
         ids = encode(tokenizer, text, add_special_tokens=not is_chat)  # a template writes the special ones itself
     except CheckpointError as error:
@@ -189,13 +192,13 @@ class _Source:
 
     Attributes:
         facts: what identifies it.
-        documents: texts, chats or rows in the order of the seed, with their numbers in the source.
+        documents: what is in each row or piece, in the order of the seed, with its number in the source.
         unit: what the numbers count.
         skipped: numbers of those that cannot be used, with the reasons.
     """
 
     facts: dict[str, Any]
-    documents: Iterable[tuple[int, Any]]
+    documents: Iterable[tuple[int, str | Chat | BadRow]]
     unit: str
     skipped: list[tuple[int, str]] = field(default_factory=list)
 
@@ -280,8 +283,14 @@ def _from_table(source: str, data: Any, digest: str, calibration: Calibration) -
     return _Source({"sha256": digest}, rows, "row")
 
 
-def _row(table: Any, index: int) -> dict[str, Any]:
-    return {column: without_nulls(value) for column, value in table[index].items()}
+def _row(table: Any, index: int) -> str | Chat | BadRow:
+    """What is in a row of a table, or why it cannot be used."""
+    try:
+        return read_row({column: without_nulls(value) for column, value in table[index].items()})
+    except BadRow as error:
+        return error
+    except Exception as error:  # the library's own, such as of a string that is not UTF-8
+        return BadRow(f"it cannot be read: {reason(error)}")
 
 
 def _from_hub(name: str, calibration: Calibration) -> _Source:
@@ -313,7 +322,7 @@ def _pieces(text: str, calibration: Calibration) -> list[str]:
     return pieces
 
 
-def _shuffled(documents: list[tuple[int, Any]], calibration: Calibration) -> list[tuple[int, Any]]:
+def _shuffled(documents: list[Any], calibration: Calibration) -> list[Any]:
     return random.Random(calibration.seed).sample(documents, len(documents))
 
 
