@@ -52,6 +52,14 @@ ARGUMENTS_AS_OBJECTS = """\
 {{- '<|im_end|>\n' }}
 {%- endfor %}"""
 
+# As DeepSeek-V3's: arguments joined to the text, which an object cannot be.
+ARGUMENTS_AS_JSON = """\
+{%- for message in messages %}
+{{- '<|im_start|>' + message.role + '\n' + message.content }}
+{%- for call in message.tool_calls or [] %}{{- call.function.name + '\n' + call.function.arguments }}{%- endfor %}
+{{- '<|im_end|>\n' }}
+{%- endfor %}"""
+
 # As those of models that see: contents are lists of parts, and a string has none.
 PARTS_ONLY = """\
 {%- for message in messages %}

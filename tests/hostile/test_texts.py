@@ -11,7 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from chat_templates import ARGUMENTS_AS_OBJECTS, JOINS_STRINGS, PARTS_ONLY, RESULTS_AS_JSON, TOOLS_AND_THOUGHTS
+from chat_templates import (
+    ARGUMENTS_AS_JSON,
+    ARGUMENTS_AS_OBJECTS,
+    JOINS_STRINGS,
+    PARTS_ONLY,
+    RESULTS_AS_JSON,
+    TOOLS_AND_THOUGHTS,
+)
 
 from hlwq import HlwqError, quantize
 from hlwq.calibration import Calibration, load_samples
@@ -92,10 +99,12 @@ def test_tools_their_calls_and_thoughts_reach_the_model(call: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_arguments_are_objects_as_templates_want_them(call: str, tmp_path: Path, tokenizer: Any) -> None:
+def test_arguments_are_as_templates_want_them(call: str, tmp_path: Path, tokenizer: Any) -> None:
     source = write(tmp_path / "a.jsonl", tool_chat(CALLS[call]))
     text = first_text(source, with_template(tokenizer, ARGUMENTS_AS_OBJECTS))
     assert "<function=forecast><parameter=town>Vienna<parameter=days>3" in text
+    text = first_text(source, with_template(tokenizer, ARGUMENTS_AS_JSON))
+    assert 'forecast\n{"town": "Vienna", "days": 3}<' in text
     text = first_text(source, with_template(tokenizer, RESULTS_AS_JSON))
     assert '"arguments": {"town": "Vienna", "days": 3}' in text
     assert r"\"sky\": \"overcast\",\n\"mm\"" in text  # written otherwise than it came, and not left out

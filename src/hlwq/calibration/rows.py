@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -73,7 +74,7 @@ def text_of(document: str | Chat, tokenizer: Any) -> tuple[str, bool]:
     if not getattr(tokenizer, "chat_template", None):
         return check_text("\n".join(message["content"] for message in messages)), False
     failure = ""
-    for spelled in (messages, [{**each, "content": [_part(each["content"])]} for each in messages]):
+    for spelled in _spellings(messages):
         try:
             text = render_chat(tokenizer, spelled, **document.options)
         except RequestError as error:
@@ -173,12 +174,25 @@ def _content(content: Any) -> str:
     return _check_characters("\n".join(texts))
 
 
-def _part(text: str) -> dict[str, str]:
-    return {"type": "text", "text": text}
+def _spellings(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """The ways in which templates want messages: as they are, contents as parts, or arguments of calls as JSON."""
+    yield messages
+    yield [{**each, "content": [{"type": "text", "text": each["content"]}]} for each in messages]
+    if any("tool_calls" in each for each in messages):
+        yield [
+            {**each, "tool_calls": [_with_json(call) for call in each["tool_calls"]]} if "tool_calls" in each else each
+            for each in messages
+        ]
+
+
+def _with_json(call: dict[str, Any]) -> dict[str, Any]:
+    arguments = call["function"].get("arguments")
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    return {**call, "function": {**call["function"], "arguments": text}}
 
 
 def _call(call: dict[str, Any]) -> dict[str, Any]:
-    """A tool call whose arguments are an object, which templates want; OpenAI's API gives them as JSON."""
+    """A tool call whose arguments are an object, which most templates want; OpenAI's API gives them as JSON."""
     function = call.get("function", call)
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise BadRow(f"a tool call is {_shown(call)}, which names no function")
