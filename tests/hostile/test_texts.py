@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,12 @@ from chat_templates import (
     RESULTS_AS_JSON,
     TOOLS_AND_THOUGHTS,
 )
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hlwq import HlwqError, quantize
 from hlwq.calibration import Calibration, load_samples
+from hlwq.calibration.rows import BadRow, read_row, text_of
 from hlwq.demo import bundled_model
 from hlwq.errors import CheckpointError, HlwqWarning, RequestError, reason
 from hlwq.transformers_models import load_tokenizer
@@ -34,6 +38,7 @@ ASKED = {"role": "user", "content": "Will it rain in Vienna?"}
 CALLED = {"name": "forecast", "arguments": {"town": "Vienna", "days": 3}}
 RESULT = {"role": "tool", "content": '{"sky": "overcast",\n"mm": 12}'}
 ANSWER = {"role": "assistant", "content": "Yes, twelve millimetres."}
+WORDS = ["role", "content", "from", "value", "type", "text", "image", "tool_calls", "function", "name", "arguments"]
 GOOD = {"messages": [{"role": "user", "content": "What is rain?"}, {"role": "assistant", "content": "Water. " * 30}]}
 
 
@@ -272,6 +277,26 @@ def test_a_bad_row_is_skipped_and_told_of(kind: str, tmp_path: Path, tokenizer: 
         load_samples(Calibration((write(tmp_path / "c.jsonl", row, row),), 2, 64), tokenizer)
     assert len(str(all_bad.value).splitlines()) == 1
     str(all_bad.value).encode()  # it can be printed
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=8),
+    lambda inside: st.lists(inside, max_size=3) | st.dictionaries(st.sampled_from(WORDS), inside, max_size=4),
+    max_leaves=12,
+)
+MESSAGE = st.dictionaries(st.sampled_from(WORDS), JSON | st.sampled_from(["user", "tool", "human"]), max_size=5)
+ROW = (
+    st.fixed_dictionaries({}, optional={"messages": st.lists(MESSAGE, max_size=3), "tools": JSON, "text": JSON}) | JSON
+)
+
+
+@given(ROW)
+def test_any_json_is_a_text_or_a_bad_row(tokenizer: Any, row: Any) -> None:
+    for template in (TOOLS_AND_THOUGHTS, PARTS_ONLY):
+        with suppress(BadRow):
+            text, _ = text_of(read_row(row), with_template(tokenizer, template))
+            assert text.strip()
+            text.encode()
 
 
 @pytest.mark.parametrize(
