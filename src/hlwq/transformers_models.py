@@ -41,10 +41,12 @@ def load_tokenizer(path: Path) -> Any:
     if pointer := next((file for file in files if lfs_pointer(file)), None):
         message = f"{pointer} is a pointer of Git LFS, not the file itself. Run `git lfs pull` in {path}."
         raise CheckpointError(message, path=pointer)
-    again = "Copy the original's."
     try:
         with quiet_transformers():
             tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+            if tokenizer("The rain.", add_special_tokens=False)["input_ids"]:
+                return tokenizer
+        why = "it has no vocabulary"  # what transformers makes where there is no file
     except BaseException as error:
         _let_interrupts_pass(error)
         if "trust_remote_code" in str(error):
@@ -52,12 +54,10 @@ def load_tokenizer(path: Path) -> Any:
                 f"{path}: the tokenizer is Python code of its own, which hlwq never runs. Save it as tokenizer.json."
             )
             raise CheckpointError(message, path=path) from None
-        if not (path / "tokenizer.json").is_file() and any(file.suffix in (".model", ".tiktoken") for file in files):
-            _require_conversion(path)
-        raise CheckpointError(f"{path} has no tokenizer that loads ({reason(error)}). {again}", path=path) from None
-    if not encode(tokenizer, "The rain."):  # transformers makes an empty one where there is no file
-        raise CheckpointError(f"{path} has no tokenizer with a vocabulary. {again}", path=path)
-    return tokenizer
+        why = reason(error)
+    if not (path / "tokenizer.json").is_file() and any(file.suffix in (".model", ".tiktoken") for file in files):
+        _require_conversion(path)
+    raise CheckpointError(f"{path} has no tokenizer that loads ({why}). Copy the original's.", path=path)
 
 
 def _require_conversion(path: Path) -> None:

@@ -395,7 +395,7 @@ def test_what_was_skipped_is_told_once_before_the_work(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", *[GOOD, None] * 9)
     with pytest.warns(HlwqWarning) as warned:
         quantize(bundled_model(), tmp_path / "out", "gptq", calibration=source, samples=2, sequence_length=16)
-    told = [str(each.message) for each in warned if issubclass(each.category, HlwqWarning)]
+    told = [str(each.message) for each in warned if "skipped" in str(each.message)]
     assert told == [f"{source}: 9 rows skipped, the first at line 2 (it is null, not an object)."]
     source = write(tmp_path / "b.jsonl", *[None] * 9)
     with pytest.raises(RequestError, match="9 rows skipped, the first at line 1") as refused:

@@ -21,7 +21,7 @@ from hlwq.check import check_directory
 from hlwq.demo import bundled_model, held_out_text
 from hlwq.errors import CheckpointError, ResourceError
 from hlwq.evaluate.generation import Request, has_chat_template, transformers_generate
-from hlwq.evaluate.model import load_model, load_packed
+from hlwq.evaluate.model import load_packed
 from hlwq.evaluate.perplexity import perplexity
 from hlwq.evaluate.speed import speed
 from hlwq.files import lfs_pointer
@@ -84,7 +84,7 @@ BROKEN: dict[str, tuple[Change, str]] = {
     "no model": (edit("tokenizer.json", model=None), ""),
     "a list for a vocabulary": (model(vocab=[1]), ""),
     "a negative token": (model(vocab={"a": -1}), ""),
-    "no vocabulary": (model(vocab={}, merges=[]), "no tokenizer with a vocabulary"),
+    "no vocabulary": (model(vocab={}, merges=[]), "no tokenizer that loads .it has no vocabulary"),
     "merges of nothing": (model(merges=[["qqq", "zzz"]]), "`qqq` out of vocabulary"),
     "odd merges": (model(merges=["a b c d"]), ""),
     "an unknown splitter": (edit("tokenizer.json", pre_tokenizer={"type": "Nope"}), "did not match any variant"),
@@ -105,14 +105,17 @@ BROKEN: dict[str, tuple[Change, str]] = {
                 "special_tokens": {},
             },
         ),
-        "fails on a text .no entry found for key",
+        "no entry found for key",
     ),
     "a string for added tokens": (edit("tokenizer.json", added_tokens="x"), ""),
     "an added token without id": (edit("tokenizer.json", added_tokens=[ADDED]), ""),
-    "a directory": (in_its_place(Path.mkdir), "no tokenizer with a vocabulary"),
-    "a pipe": (in_its_place(os.mkfifo), "no tokenizer with a vocabulary"),
-    "a dangling link": (in_its_place(lambda file: file.symlink_to("nowhere")), "no tokenizer with a vocabulary"),
-    "no tokenizer.json": (without("tokenizer.json"), "no tokenizer with a vocabulary"),
+    "a directory": (in_its_place(Path.mkdir), "no tokenizer that loads .it has no vocabulary"),
+    "a pipe": (in_its_place(os.mkfifo), "no tokenizer that loads .it has no vocabulary"),
+    "a dangling link": (
+        in_its_place(lambda file: file.symlink_to("nowhere")),
+        "no tokenizer that loads .it has no vocabulary",
+    ),
+    "no tokenizer.json": (without("tokenizer.json"), "no tokenizer that loads .it has no vocabulary"),
     "no files": (without("tokenizer.json", CONFIG, "chat_template.jinja"), "has no tokenizer"),
     "a list for settings": (put(CONFIG, "[]"), ""),
     "null for settings": (put(CONFIG, "null"), ""),
@@ -120,7 +123,7 @@ BROKEN: dict[str, tuple[Change, str]] = {
     "binary settings": (put(CONFIG, b"\xff\xfe\x00"), "decode byte 0xff"),
     "a number for a class": (edit(CONFIG, tokenizer_class=3), ""),
     "a list for a class": (edit(CONFIG, tokenizer_class=["x"]), ""),
-    "a string for a length": (edit(CONFIG, model_max_length="x"), "fails on a text .*'int' and 'str'"),
+    "a string for a length": (edit(CONFIG, model_max_length="x"), "'int' and 'str'"),
     "a number for a token": (edit(CONFIG, eos_token=3), "has to be either str or AddedToken"),
     "a list for a token": (edit(CONFIG, eos_token=["a"]), "has to be either str or AddedToken"),
     "a list of decoders": (edit(CONFIG, added_tokens_decoder=[1]), ""),
@@ -167,7 +170,7 @@ def test_what_is_no_pointer_of_git_lfs(data: bytes | None, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("kind", ["a panic", "cut off", "no vocabulary", "a string for a length", "null for settings"])
 def test_commands_say_it_in_one_line(kind: str, tmp_path: Path) -> None:
-    path = make_checkpoint(tmp_path / "model", "llama", vocab_size=2048)
+    path = make_checkpoint(tmp_path / "model", "llama", vocab_size=2048, num_hidden_layers=1)
     BROKEN[kind][0](copy_tokenizer(path))
     calls: list[Callable[[], Any]] = [
         lambda: quantize(path, tmp_path / "out", "gptq", calibration=held_out_text(), samples=2, sequence_length=16),
@@ -182,7 +185,7 @@ def test_commands_say_it_in_one_line(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("token", [2048, 10**6, 2**31 - 1])
 def test_tokens_beyond_the_vocabulary_are_refused(token: int, tmp_path: Path) -> None:
-    path = copy_tokenizer(make_checkpoint(tmp_path / "model", "llama", vocab_size=2048))
+    path = copy_tokenizer(make_checkpoint(tmp_path / "model", "llama", vocab_size=2048, num_hidden_layers=1))
     vocabulary = json.loads((path / "tokenizer.json").read_text())["model"]["vocab"]
     model(vocab={**vocabulary, "e": token})(path)
     (tmp_path / "a.txt").write_text("e e e e " * 400)
@@ -191,7 +194,7 @@ def test_tokens_beyond_the_vocabulary_are_refused(token: int, tmp_path: Path) ->
 
 
 def test_a_template_that_is_not_valid_is_named_by_what_uses_it(tmp_path: Path) -> None:
-    path = copy_tokenizer(make_checkpoint(tmp_path / "model", "llama", vocab_size=2048))
+    path = copy_tokenizer(make_checkpoint(tmp_path / "model", "llama", vocab_size=2048, num_hidden_layers=1))
     put("chat_template.jinja", "{% for")(path)
     with pytest.raises(CheckpointError, match="chat template is not valid"):
         transformers_generate(path)(Request("Rain?", chat=True, max_tokens=2))
@@ -230,12 +233,8 @@ def test_a_missing_package_is_named(package: str, name: str, tmp_path: Path, mon
     put("config.json", '{"model_type": "llama"}')(tmp_path)
     put(CONFIG, '{"tokenizer_class": "LlamaTokenizer"}')(tmp_path)
     monkeypatch.setitem(sys.modules, CONVERTERS[package], None)  # as where it is not installed
-    if name == "tokenizer.model":
-        with pytest.raises(ResourceError, match=rf"may need .*{package}.*pip install 'hlwq\[tokenizers\]'"):
-            load_tokenizer(tmp_path)
-    else:
-        with pytest.raises(HlwqError, match="tokenizer"):
-            load_tokenizer(tmp_path)
+    with pytest.raises(ResourceError, match=rf"may need .*{package}.*pip install 'hlwq\[tokenizers\]'"):
+        load_tokenizer(tmp_path)
 
 
 # What a checkpoint may try. Each writes the file `evil` if code of it runs.
@@ -333,7 +332,7 @@ def error_of(call: Callable[[], Any]) -> str:
 
 @pytest.mark.parametrize("trick", TRICKS)
 def test_code_of_a_checkpoint_never_runs(trick: str, tmp_path: Path, answers: io.StringIO) -> None:
-    path = copy_tokenizer(make_checkpoint(tmp_path / "model", "llama", vocab_size=2048))
+    path = copy_tokenizer(make_checkpoint(tmp_path / "model", "llama", vocab_size=2048, num_hidden_layers=1))
     code(path)
     change, usable = TRICKS[trick]
     change(path)
@@ -350,7 +349,6 @@ def test_code_of_a_checkpoint_never_runs(trick: str, tmp_path: Path, answers: io
         "perplexity": lambda: perplexity(path, held_out_text(), context=16, limit=1),
         "speed": lambda: speed(path, prompt_tokens=4, new_tokens=2, runs=1),
         "generate": lambda: transformers_generate(path)(Request("Rain", chat=False, max_tokens=2)),
-        "load": lambda: load_model(path),
     }
     failures = {name: error_of(call) for name, call in calls.items()}
     assert not usable or set(failures.values()) == {""}, failures
@@ -368,7 +366,7 @@ def test_code_of_a_checkpoint_never_runs(trick: str, tmp_path: Path, answers: io
 
 
 def test_packed_models_run_no_code_either(tmp_path: Path, answers: io.StringIO) -> None:
-    path = copy_tokenizer(make_checkpoint(tmp_path / "model", "llama", vocab_size=2048))
+    path = copy_tokenizer(make_checkpoint(tmp_path / "model", "llama", vocab_size=2048, num_hidden_layers=1))
     quantize(path, tmp_path / "packed", "hlwq")
     code(tmp_path / "packed")
     pickles(tmp_path / "packed")
@@ -383,7 +381,7 @@ def test_packed_models_run_no_code_either(tmp_path: Path, answers: io.StringIO) 
 
 @pytest.mark.slow
 def test_the_command_asks_nobody(tmp_path: Path) -> None:
-    path = copy_tokenizer(make_checkpoint(tmp_path / "model", "llama", vocab_size=2048))
+    path = copy_tokenizer(make_checkpoint(tmp_path / "model", "llama", vocab_size=2048, num_hidden_layers=1))
     code(path)
     edit("config.json", model_type="evil", auto_map=AUTO_MAP)(path)
     edit(CONFIG, auto_map=AUTO_MAP, tokenizer_class="Evil")(path)
