@@ -44,6 +44,7 @@ def load_tokenizer(path: Path) -> Any:
     try:
         with quiet_transformers():
             tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+            tokenizer("The rain.")  # where special tokens are wrong, this fails
             if tokenizer("The rain.", add_special_tokens=False)["input_ids"]:
                 return tokenizer
         why = "it has no vocabulary"  # what transformers makes where there is no file
