@@ -82,9 +82,9 @@ def memory_of_weights(directory: str) -> dict[str, int]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):  # The modelling code's imports happen here, before memory is read.
-        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory, trust_remote_code=False))
     before = resident_bytes()
-    model = AutoModelForCausalLM.from_pretrained(directory)
+    model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=False, use_safetensors=True)
     tensors = {tensor.data_ptr(): tensor for tensor in (*model.parameters(), *model.buffers())}
     for tensor in tensors.values():
         tensor.flatten()[::1024].clone()  # one element or more in each page of 4 KiB

@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from hlwq.errors import HlwqWarning, RequestError
+from hlwq.errors import HlwqWarning, RequestError, reason
 
 
 def cpu_kernels(tensor: Tensor) -> ModuleType | None:
@@ -45,7 +45,7 @@ def _cpu_module() -> ModuleType | None:
         native = import_module("hlwq.kernels._native")
     except ImportError as error:
         warnings.warn(
-            f"hlwq was installed without its compiled kernels, so it is slower on a CPU ({error}). "
+            f"hlwq was installed without its compiled kernels, so it is slower on a CPU ({reason(error)}). "
             "Install it again where there is a C++ compiler.",
             HlwqWarning,
             stacklevel=2,
@@ -66,5 +66,7 @@ def _triton_module() -> ModuleType | None:
     try:
         return import_module("hlwq.kernels.triton")
     except ImportError as error:
-        warnings.warn(f"triton is installed but cannot be used, so hlwq is slower: {error}", HlwqWarning, stacklevel=2)
+        warnings.warn(
+            f"triton is installed but cannot be used, so hlwq is slower: {reason(error)}", HlwqWarning, stacklevel=2
+        )
         return None

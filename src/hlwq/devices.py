@@ -9,7 +9,7 @@ from types import ModuleType
 
 import torch
 
-from hlwq.errors import RequestError, ResourceError
+from hlwq.errors import RequestError, ResourceError, reason
 
 DEVICE_TYPES = ("cpu", "cuda", "mps", "xpu")
 
@@ -30,9 +30,8 @@ def torch_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
         raise ResourceError(
-            f"`device={name!r}` cannot be used here: {reason}. Use `device='cpu'`.", argument="device"
+            f"`device={name!r}` cannot be used here: {reason(error)}. Use `device='cpu'`.", argument="device"
         ) from None
     return device
 

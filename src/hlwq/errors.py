@@ -13,8 +13,8 @@ from typing import Self
 
 def reason(error: BaseException) -> str:
     """What an error of another library says, in one line without its full stop; its kind where it says nothing."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    return next((line.rstrip(".") for line in lines if line), type(error).__name__)
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line.rstrip(".") for line in lines if line.strip(".")), type(error).__name__)
 
 
 class HlwqError(Exception):

@@ -79,12 +79,6 @@ def check_file(file: Path) -> None:
         raise CheckpointError(message, path=file)
 
 
-def lfs_pointer(file: Path) -> bool:
-    """Whether a regular file is what Git LFS puts in the place of one that was not downloaded."""
-    with file.open("rb") as stream:
-        return stream.read(len(LFS_BEGINNING)) == LFS_BEGINNING
-
-
 def _check_plain(value: Any) -> None:
     """Raise ValueError unless a JSON value can be handled by all that may come after: copied, compared, written."""
     level, nesting = [value], 0
@@ -220,6 +214,17 @@ def hash_file(file: Path) -> str:
         while block := stream.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
+
+
+def lfs_pointer(path: Path) -> bool:
+    """Whether a file is only the pointer that Git leaves in the place of one kept by Git LFS."""
+    try:
+        if not path.is_file():  # a pipe would wait for its writer
+            return False
+        with path.open("rb") as stream:
+            return stream.read(len(LFS_BEGINNING)) == LFS_BEGINNING
+    except OSError:
+        return False
 
 
 def differences(before: Any, now: Any, where: str = "") -> list[str]:

@@ -5,13 +5,19 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-from hlwq.errors import CheckpointError, ResourceError, UnsupportedError, reason
+from hlwq.errors import CheckpointError, RequestError, ResourceError, UnsupportedError, reason
+from hlwq.files import lfs_pointer
+
+TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".tiktoken", ".jinja")
+CONVERTERS = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf", "tiktoken": "tiktoken"}
+"""What transformers reads tokenizers with that have no `tokenizer.json`: packages, and the modules they bring."""
 
 
 def require_transformers() -> Any:
@@ -24,19 +30,92 @@ def require_transformers() -> Any:
 
 
 def load_tokenizer(path: Path) -> Any:
-    """Load the tokenizer of a directory.
+    """Load the tokenizer of a directory, without running code or reaching the network.
 
     Raises:
-        ResourceError: transformers is not installed.
-        CheckpointError: there is no tokenizer, or none that loads.
+        ResourceError: transformers is not installed, or a package that the tokenizer's files need.
+        CheckpointError: there is no tokenizer, or none that loads and gives tokens.
     """
     transformers = require_transformers()
+    files = [file for file in sorted(path.glob("*")) if file.suffix in TOKENIZER_SUFFIXES]
+    if pointer := next((file for file in files if lfs_pointer(file)), None):
+        message = f"{pointer} is a pointer of Git LFS, not the file itself. Run `git lfs pull` in {path}."
+        raise CheckpointError(message, path=pointer)
     try:
-        return transformers.AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # tokenizers raise what they like
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        message = f"{path} has no tokenizer that loads ({reason}). Copy the original's."
-        raise CheckpointError(message, path=path) from None
+        with quiet_transformers():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+            tokenizer("The rain.")  # where special tokens are wrong, this fails
+            if tokenizer("The rain.", add_special_tokens=False)["input_ids"]:
+                return tokenizer
+        why = "it has no vocabulary"  # what transformers makes where there is no file
+    except BaseException as error:
+        _let_interrupts_pass(error)
+        if "trust_remote_code" in str(error):
+            message = (
+                f"{path}: the tokenizer is Python code of its own, which hlwq never runs. Save it as tokenizer.json."
+            )
+            raise CheckpointError(message, path=path) from None
+        why = reason(error)
+    if not (path / "tokenizer.json").is_file() and any(file.suffix in (".model", ".tiktoken") for file in files):
+        _require_conversion(path)
+    raise CheckpointError(f"{path} has no tokenizer that loads ({why}). Copy the original's.", path=path)
+
+
+def _require_conversion(path: Path) -> None:
+    """Raise ResourceError if a package is missing that reads `tokenizer.model` or `*.tiktoken` files."""
+    missing = [package for package, module in CONVERTERS.items() if not _importable(module)]
+    if missing:
+        message = f"The tokenizer of {path} may need {', '.join(missing)}. Run: pip install 'hlwq[tokenizers]'"
+        raise ResourceError(message, path=path)
+
+
+def _importable(module: str) -> bool:
+    try:
+        import_module(module)
+    except ImportError:
+        return False
+    return True
+
+
+def encode(tokenizer: Any, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    """The tokens of a text. Raises CheckpointError if the tokenizer fails."""
+    try:
+        ids: list[int] = tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+    except BaseException as error:
+        _let_interrupts_pass(error)
+        message = f"The tokenizer fails on a text ({reason(error)}). Copy the original's."
+        raise CheckpointError(message, path=getattr(tokenizer, "name_or_path", None)) from None
+    return ids
+
+
+def render_chat(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> str:
+    """A chat as the tokenizer's template writes it.
+
+    Args:
+        tokenizer: one that has a chat template.
+        messages: each with `role` and `content`, and what else the template reads.
+        options: of `apply_chat_template`: `tools`, `documents`, `add_generation_prompt`.
+
+    Raises:
+        CheckpointError: the template is not valid.
+        RequestError: the template refuses the chat.
+    """
+    from jinja2 import TemplateSyntaxError
+
+    try:
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except TemplateSyntaxError as error:
+        message = f"The model's chat template is not valid (line {error.lineno}: {reason(error)}). Copy the original's."
+        raise CheckpointError(message, path=getattr(tokenizer, "name_or_path", None)) from None
+    except Exception as error:  # a template raises what it likes
+        raise RequestError(f"The model's chat template refuses a chat: {reason(error)}.") from None
+    return text
+
+
+def _let_interrupts_pass(error: BaseException) -> None:
+    """Raise it again if it ends the program: a panic of tokenizers' Rust code is no Exception, and must not."""
+    if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
+        raise error
 
 
 def build_skeleton(config: dict[str, Any], *, tied: bool) -> Any:
@@ -56,8 +135,11 @@ def build_skeleton(config: dict[str, Any], *, tied: bool) -> Any:
             "transformers, or correct the file."
         ) from None
     try:
+        parsed = kind.from_dict(config)
+        # The file may name a kernel of the hub, which transformers would download and run.
+        parsed._attn_implementation = parsed._experts_implementation = None
         with quiet_transformers(), _WithoutWeights():
-            skeleton = transformers.AutoModelForCausalLM.from_config(kind.from_dict(config), trust_remote_code=False)
+            skeleton = transformers.AutoModelForCausalLM.from_config(parsed, trust_remote_code=False)
     except Exception as error:  # of its checks, or of the model's own code
         message = f"config.json: transformers makes no {model_type} model of it ({reason(error)}). Correct the file."
         raise CheckpointError(message) from None

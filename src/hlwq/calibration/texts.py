@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import pydoc_data.topics
 import random
+import stat
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from hlwq.errors import HlwqError, RequestError, ResourceError
+from hlwq.calibration.rows import COLUMNS, BadRow, Chat, parse_json, read_row, text_of, without_nulls
+from hlwq.errors import CheckpointError, HlwqError, RequestError, ResourceError, reason
 from hlwq.files import hash_file
 from hlwq.options import check_types, option, several
+from hlwq.transformers_models import encode
 
 HUB_DEFAULT = "neuralmagic/LLM_compression_calibration"
 EMBEDDED = "embedded"
@@ -64,8 +67,8 @@ class Calibration:
         if len(set(self.sources)) < len(self.sources):
             raise _wrong("the same source is named twice, which changes nothing. Name each once.")
         for source in self.sources:
-            if Path(source).suffix in FILE_KINDS and not Path(source).expanduser().is_file():
-                raise _wrong(f"{source} does not exist.")
+            if _kind(source) in FILE_KINDS:
+                _check_file(source)
 
 
 @dataclass(frozen=True)
@@ -88,30 +91,33 @@ def load_samples(calibration: Calibration, tokenizer: Any) -> Samples:
 
     Documents are taken in an order that the seed decides; each contributes its first `sequence_length` tokens (and the
     rest, if there is too little otherwise), and they are packed without padding. Text files are cut into pieces first,
-    so that the samples come from all over them.
-    Chats (`messages` or `conversations`) go through the tokenizer's chat template.
+    so that the samples come from all over them. Chats (`messages` or `conversations`) go through the tokenizer's chat
+    template whole, with their tools and documents. Rows that cannot be used are skipped, and the warning says so.
 
     Raises:
-        RequestError: a source cannot be read or holds no text, or there is too little of it.
+        RequestError: a source cannot be read, none of its rows can be used, or there is too little text.
+        CheckpointError: the chat template is not valid.
         ResourceError: a package is missing, or the hub does not answer.
     """
     if not calibration.sources:
         _datasets()  # whose absence is no reason to do without the hub
         try:
             return load_samples(replace(calibration, sources=(HUB_DEFAULT,)), tokenizer)
-        except HlwqError as error:
+        except (RequestError, ResourceError) as error:
             return _embedded_samples(calibration, tokenizer, error)
     share, more = divmod(calibration.samples, len(calibration.sources))
     if not share:
         raise RequestError(
             f"`samples` {calibration.samples} is fewer than the {len(calibration.sources)} sources of `sources`."
         )
-    parts, facts = [], []
+    parts, facts, warnings = [], [], []
     for index, source in enumerate(calibration.sources):
-        identity, documents = _read(source, calibration)
-        name = Path(source).name if Path(source).suffix in FILE_KINDS else source
-        facts.append({"source": name, **identity})
-        parts.append(_packed(source, documents, tokenizer, share + (index < more), calibration.sequence_length))
+        read = _read(source, calibration)
+        name = Path(source).name if _kind(source) in FILE_KINDS else source
+        facts.append({"source": name, **read.facts})
+        parts.append(_packed(source, read, tokenizer, share + (index < more), calibration.sequence_length))
+        if read.skipped:
+            warnings.append(f"{source}: {read.told()}.")
     tokens = torch.cat(parts)
     origin = {
         "sources": facts,
@@ -120,13 +126,13 @@ def load_samples(calibration: Calibration, tokenizer: Any) -> Samples:
         "seed": calibration.seed,
         "tokens_sha256": sha256(tokens.numpy().tobytes()).hexdigest(),
     }
-    return Samples(tokens, origin)
+    return Samples(tokens, origin, " ".join(warnings))
 
 
 def _embedded_samples(calibration: Calibration, tokenizer: Any, error: HlwqError) -> Samples:
     """As many of the samples wanted as the embedded texts give, with a warning."""
     text = "\n".join(pydoc_data.topics.topics.values())
-    most = len(tokenizer(text)["input_ids"]) * 19 // 20 // calibration.sequence_length
+    most = len(encode(tokenizer, text)) * 19 // 20 // calibration.sequence_length
     chosen = replace(calibration, sources=(EMBEDDED,), samples=max(1, min(calibration.samples, most)))
     warning = (
         f"calibrating on {chosen.samples} samples of Python's reference documentation, since the hub's data could not "
@@ -135,111 +141,172 @@ def _embedded_samples(calibration: Calibration, tokenizer: Any, error: HlwqError
     return replace(load_samples(chosen, tokenizer), warning=warning)
 
 
-def _packed(source: str, documents: Iterable[Any], tokenizer: Any, wanted: int, length: int) -> Tensor:
-    """Tokens (wanted, length): each document's first `length` tokens, then what is left of them, cut into rows."""
+def _packed(source: str, read: _Source, tokenizer: Any, wanted: int, length: int) -> Tensor:
+    """Tokens (wanted, length): each document's first `length` tokens, then what is left of them, cut into rows.
+
+    Rows that cannot be used are left out, and noted in `read.skipped`.
+    """
     needed, used = wanted * length, 0
     tokens: list[int] = []
     left: list[int] = []
-    for document in documents:
-        text, is_chat = _text_of(document, tokenizer, source)
-        ids = tokenizer(text, add_special_tokens=not is_chat)["input_ids"]  # a template writes the special ones itself
+    for number, document in read.documents:
+        try:
+            ids = _tokens_of(document, tokenizer)
+        except BadRow as error:
+            read.skipped.append((number, str(error)))
+            continue
         tokens += ids[:length]
         left += ids[length:]
         used += 1
         if len(tokens) >= needed:
             break
     tokens += left
+    if not used:
+        raise _wrong(f"{source} has nothing to calibrate on: {read.told() or 'it is empty'}.")
     if len(tokens) < needed:
+        skipped = f" ({read.told()})" if read.skipped else ""
         raise _wrong(
-            f"{source} has {len(tokens):,} tokens in {used:,} texts, but {wanted} samples of {length} "
+            f"{source} has {len(tokens):,} tokens in {used:,} texts{skipped}, but {wanted} samples of {length} "
             f"need {needed:,}. Lower `samples` or `sequence_length`, or name more data."
         )
     return torch.tensor(tokens[:needed]).reshape(wanted, length)
 
 
-def _text_of(document: Any, tokenizer: Any, source: str) -> tuple[str, bool]:
-    """The text of a plain string or of a row of a data set, and whether a chat template wrote it."""
-    if isinstance(document, str):
-        return document, False
-    row = document if isinstance(document, dict) else {}
-    chat = row.get("messages") or row.get("conversations")
-    if chat:
-        try:
-            messages = [_message(each) for each in chat]
-        except (AttributeError, TypeError, KeyError):
-            raise _wrong(f"{source}: a chat is not a list of messages with role and content.") from None
-        if not getattr(tokenizer, "chat_template", None):
-            return "\n".join(message["content"] for message in messages), False
-        try:
-            return tokenizer.apply_chat_template(messages, tokenize=False), True
-        except Exception as error:  # a template raises what it likes
-            raise _wrong(
-                f"{source}: the model's chat template refuses a chat: {_first_line(error)}. "
-                "Remove such rows, or give rows with text."
-            ) from None
-    for key in ("text", "content"):
-        if isinstance(row.get(key), str):
-            return row[key], False
-    present = f"a row has {', '.join(row)}" if row else f"a row is {document!r:.40}"
-    raise _wrong(f"{source}: rows need messages (or conversations) or text (or content), but {present}.")
+def _tokens_of(document: str | Chat | BadRow, tokenizer: Any) -> list[int]:
+    """The tokens of a text or a chat. Raises BadRow if there are none."""
+    if isinstance(document, BadRow):
+        raise document
+    text, is_chat = text_of(document, tokenizer)
+    try:
+        ids = encode(tokenizer, text, add_special_tokens=not is_chat)  # a template writes the special ones itself
+    except CheckpointError as error:
+        raise BadRow(reason(error)) from None
+    if not ids:
+        raise BadRow("its text has no tokens")
+    return ids
 
 
-def _message(message: dict[str, Any]) -> dict[str, str]:
-    """A chat message in the usual spelling, its text parts joined; ShareGPT says `from` and `value`."""
-    roles = {"human": "user", "gpt": "assistant"}
-    role = message["role"] if "role" in message else roles.get(message["from"], message["from"])
-    content = message["content"] if "content" in message else message["value"]
-    if isinstance(content, list):
-        content = "\n".join(part["text"] for part in content if part.get("type") == "text")
-    return {"role": role, "content": "" if content is None else content + ""}
+@dataclass
+class _Source:
+    """What a source holds.
+
+    Attributes:
+        facts: what identifies it.
+        documents: what is in each row or piece, in the order of the seed, with its number in the source.
+        unit: what the numbers count.
+        skipped: numbers of those that cannot be used, with the reasons.
+    """
+
+    facts: dict[str, Any]
+    documents: Iterable[tuple[int, str | Chat | BadRow]]
+    unit: str
+    skipped: list[tuple[int, str]] = field(default_factory=list)
+
+    def told(self) -> str:
+        """How many were skipped, and why the first; empty if none."""
+        if not self.skipped:
+            return ""
+        number, why = min(self.skipped)
+        rows = f"{len(self.skipped):,} row{'s' * (len(self.skipped) > 1)}"
+        return f"{rows} skipped, the first at {self.unit} {number} ({why.rstrip('.')})"
 
 
-def _read(source: str, calibration: Calibration) -> tuple[dict[str, Any], Iterable[Any]]:
-    """What identifies a source, and its documents in the order of the seed."""
-    path = Path(source).expanduser()
+def _read(source: str, calibration: Calibration) -> _Source:
+    """Open a source. Raises HlwqError if it cannot be read."""
     if source == EMBEDDED:
         topics = pydoc_data.topics.topics
         text = "\n".join(topics[topic] for topic in sorted(topics))
-        return {"sha256": sha256(text.encode()).hexdigest()}, _shuffled(_pieces(text, calibration), calibration)
-    if path.suffix not in FILE_KINDS:
+        return _from_text(text, sha256(text.encode()).hexdigest(), calibration)
+    path = _path(source)
+    kind = _kind(source)
+    if kind not in FILE_KINDS:
         if path.exists():
             raise _wrong(f"{source} must be a .txt, .jsonl or .parquet file, or a hub data set.")
         return _from_hub(source, calibration)
-    facts = {"sha256": hash_file(path)}
-    if path.suffix == ".parquet":
-        try:
-            return facts, _datasets().Dataset.from_parquet(str(path)).shuffle(seed=calibration.seed)
-        except Exception as error:  # the library's own, of many kinds
-            raise _wrong(f"{source} cannot be read: {_first_line(error)}") from None
+    _check_file(source)
     try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise _wrong(f"{source} is not a UTF-8 text file.") from None
-    if path.suffix == ".txt":
-        return facts, _shuffled(_pieces(text, calibration), calibration)
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise _wrong(f"{source}, line {number} is not valid JSON ({error}).") from None
-    return facts, _shuffled(rows, calibration)
+        if kind == ".parquet":
+            return _from_table(source, _datasets().Dataset.from_parquet(str(path)), hash_file(path), calibration)
+        data = path.read_bytes()
+    except HlwqError:
+        raise
+    except Exception as error:  # the library's own, of many kinds
+        raise _wrong(f"{source} cannot be read: {reason(error)}.") from None
+    digest = sha256(data).hexdigest()
+    if not data.strip():
+        raise _wrong(f"{source} is empty.")
+    if kind == ".jsonl":
+        return _from_lines(data, digest, calibration)
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        place = len(data) - len(error.object) + error.start  # in the file: what is decoded is without the mark
+        line = data.count(b"\n", 0, place) + 1
+        raise _wrong(f"{source} is not a UTF-8 text file: byte {place}, in line {line}.") from None
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise _wrong(f"{source} is not a text file: line {line} has a NUL character.")
+    return _from_text(text.replace("\r\n", "\n").replace("\r", "\n"), digest, calibration)
 
 
-def _from_hub(name: str, calibration: Calibration) -> tuple[dict[str, Any], Iterable[Any]]:
+def _from_text(text: str, digest: str, calibration: Calibration) -> _Source:
+    pieces = [(number, piece) for number, piece in enumerate(_pieces(text, calibration), 1) if piece.strip()]
+    return _Source({"sha256": digest}, _shuffled(pieces, calibration), "piece")
+
+
+def _from_lines(data: bytes, digest: str, calibration: Calibration) -> _Source:
+    """The rows of a `.jsonl` file."""
+    documents: list[tuple[int, str | Chat]] = []
+    skipped: list[tuple[int, str]] = []
+    for number, line in enumerate(data.split(b"\n"), 1):
+        if not line.strip(b"\r\t \xef\xbb\xbf"):
+            continue
+        try:
+            documents.append((number, read_row(parse_json(line.decode("utf-8-sig")))))
+        except UnicodeDecodeError as error:
+            place = len(line) - len(error.object) + error.start
+            skipped.append((number, f"its byte {place} is not UTF-8"))
+        except BadRow as error:
+            skipped.append((number, str(error)))
+    return _Source({"sha256": digest}, _shuffled(documents, calibration), "line", skipped)
+
+
+def _from_table(source: str, data: Any, digest: str, calibration: Calibration) -> _Source:
+    """The rows of a `datasets.Dataset`, read as they are needed."""
+    columns = [name for name in COLUMNS if name in data.column_names]
+    if not {"messages", "conversations", "text", "content"}.intersection(columns):
+        present = ", ".join(data.column_names)
+        raise _wrong(f"{source}: rows need messages (or conversations) or text (or content), but have {present}.")
+    data = data.select_columns(columns)
+    order = np.random.default_rng(calibration.seed).permutation(len(data))
+    rows = ((int(index) + 1, _row(data, int(index))) for index in order)
+    return _Source({"sha256": digest}, rows, "row")
+
+
+def _row(table: Any, index: int) -> str | Chat | BadRow:
+    """What is in a row of a table, or why it cannot be used."""
+    try:
+        return read_row({column: without_nulls(value) for column, value in table[index].items()})
+    except BadRow as error:
+        return error
+    except Exception as error:  # the library's own, such as of a string that is not UTF-8
+        return BadRow(f"it cannot be read: {reason(error)}")
+
+
+def _from_hub(name: str, calibration: Calibration) -> _Source:
     """Rows of a hub data set's `train` split, or of its only split; no code of its own is ever run."""
     datasets = _datasets()
     try:
         builder = datasets.load_dataset_builder(name)
         splits = list(builder.info.splits or ["train"])
         data = datasets.load_dataset(name, split=splits[0] if len(splits) == 1 else "train")
-        return {"fingerprint": data._fingerprint}, data.shuffle(seed=calibration.seed)
     except Exception as error:  # the library lets many through: of the network, of the hub, of the files
         raise ResourceError(
-            f"`sources` {name} is no file here, and the hub did not give it: {_first_line(error)} "
+            f"`sources` {name} is no file here, and the hub did not give it: {reason(error)}. "
             "Name a local file instead."
         ) from None
+    read = _from_table(name, data, "", calibration)
+    return replace(read, facts={"fingerprint": data._fingerprint})
 
 
 def _pieces(text: str, calibration: Calibration) -> list[str]:
@@ -263,8 +330,29 @@ def _wrong(message: str) -> RequestError:
     return RequestError(f"`sources` {message}")
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _kind(source: str) -> str:
+    """The ending of a source's name, which tells files from hub data sets."""
+    return Path(source).suffix.lower()
+
+
+def _path(source: str) -> Path:
+    try:
+        return Path(source).expanduser()
+    except RuntimeError as error:  # no such user
+        raise _wrong(f"{source} cannot be read: {reason(error)}.") from None
+
+
+def _check_file(source: str) -> None:
+    """Raise RequestError unless a source is a file: reading a pipe or a device might never end."""
+    path = _path(source)
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        raise _wrong(f"{source} does not exist.") from None
+    except (OSError, ValueError) as error:
+        raise _wrong(f"{source} cannot be read: {reason(error)}.") from None
+    if not stat.S_ISREG(mode):
+        raise _wrong(f"{source} is {'a directory' if stat.S_ISDIR(mode) else 'a pipe or a device'}, not a file.")
 
 
 def _datasets() -> Any:

@@ -26,7 +26,7 @@ from hlwq.evaluate.statistics import Estimate, mean_estimate, share_estimate
 from hlwq.families import describe
 from hlwq.files import cache_folder
 from hlwq.sources import locate
-from hlwq.transformers_models import load_tokenizer, quiet_transformers
+from hlwq.transformers_models import encode, load_tokenizer, quiet_transformers
 
 ROWS = 256
 """Tokens whose distributions over the whole vocabulary are held at once."""
@@ -93,7 +93,7 @@ def divergence(
     """
     base, words = locate(against), read_text(text)
     with quiet_transformers():
-        ids = load_tokenizer(base)(words)["input_ids"]
+        ids = encode(load_tokenizer(base), words)
         if _tokens_of(model, words) not in (None, ids):
             raise RequestError(
                 f"{model} was not made from {against}: their tokenizers cut the text differently.", argument="against"
@@ -128,10 +128,9 @@ def _tokens_of(model: str | Path | Endpoint, text: str) -> list[int] | None:
     if isinstance(model, Endpoint):
         return None
     try:
-        ids: list[int] = load_tokenizer(locate(model))(text)["input_ids"]
+        return encode(load_tokenizer(locate(model)), text)
     except HlwqError:
         return None
-    return ids
 
 
 def _compare(

@@ -18,7 +18,7 @@ import torch
 from hlwq.errors import RequestError, ResourceError, UnsupportedError
 from hlwq.evaluate.model import load_for_evaluation
 from hlwq.sources import locate
-from hlwq.transformers_models import load_tokenizer, quiet_transformers
+from hlwq.transformers_models import load_tokenizer, quiet_transformers, render_chat
 
 Generate = Callable[["Request"], "Answer"]
 TRANSFORMERS, PACKED = "transformers", "transformers, packed"
@@ -94,7 +94,7 @@ def transformers_generate(model: str | Path, device: str = "cpu") -> Generate:
             if not getattr(tokenizer, "chat_template", None):
                 raise RequestError(f"{model} has no chat template. Use `prompting='completion'`.", argument="prompting")
             messages = [{"role": "user", "content": request.prompt}]
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            text = render_chat(tokenizer, messages, add_generation_prompt=True)
         inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not request.chat).to(loaded.device)
         options: dict[str, Any] = {"do_sample": False}
         if request.temperature:

@@ -47,7 +47,13 @@ def load_model(path: Path, device: str = "cpu", dtype: torch.dtype = torch.bfloa
     weights = {name: checkpoint.read(name).to(dtype) for name in checkpoint.tensors}
     with quiet_transformers():
         model, loading = type(skeleton).from_pretrained(
-            None, config=skeleton.config, state_dict=weights, dtype=dtype, output_loading_info=True
+            None,
+            config=skeleton.config,
+            state_dict=weights,
+            dtype=dtype,
+            output_loading_info=True,
+            trust_remote_code=False,
+            use_safetensors=True,
         )
     if loading["missing_keys"]:  # transformers would fill them at random
         missing = sorted(loading["missing_keys"])
@@ -79,5 +85,11 @@ def load_packed(path: Path, device: str = "cpu") -> tuple[Any, Any]:
             path=path,
         )
     with quiet_transformers():
-        model = transformers.AutoModelForCausalLM.from_pretrained(path)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            path,
+            trust_remote_code=False,
+            use_safetensors=True,
+            local_files_only=True,
+            attn_implementation="sdpa",  # a file could name a kernel on the hub
+        )
     return model.to(target), load_tokenizer(path)

@@ -17,7 +17,7 @@ from hlwq.evaluate.generation import Endpoint
 from hlwq.evaluate.model import load_for_evaluation
 from hlwq.evaluate.statistics import mean_estimate, standard_error
 from hlwq.sources import locate
-from hlwq.transformers_models import load_tokenizer, quiet_transformers
+from hlwq.transformers_models import encode, load_tokenizer, quiet_transformers
 
 Protocol = Literal["windowed", "chunked"]
 
@@ -96,7 +96,7 @@ def perplexity(
     else:
         loaded, tokenizer = load_for_evaluation(locate(model), device)
     with quiet_transformers():
-        tokens = torch.tensor(tokenizer(contents)["input_ids"])
+        tokens = torch.tensor(encode(tokenizer, contents))
         return perplexity_of_tokens(
             loaded, tokens, protocol=protocol, context=context, stride=stride, limit=limit, progress=progress
         )

@@ -14,7 +14,7 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import ModuleType
 
-from hlwq.errors import HlwqWarning
+from hlwq.errors import HlwqWarning, reason
 
 TABLE = "transformers.quantizers.auto"
 
@@ -52,7 +52,7 @@ def _register() -> None:
         import hlwq.integrations.transformers  # noqa: F401 - importing registers
     except Exception as error:  # whatever an unknown version lacks: transformers itself must go on working
         warnings.warn(
-            f"transformers will not load HLWQ checkpoints ({type(error).__name__}: {error}). "
+            f"transformers will not load HLWQ checkpoints ({type(error).__name__}: {reason(error)}). "
             "hlwq needs transformers 5.16 or later.",
             HlwqWarning,
             stacklevel=2,
