@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from hlwq.errors import ResourceError, UnsupportedError
-from hlwq.evaluate.generation import Endpoint
+from hlwq.evaluate.server import Endpoint
 
 MLX = "0.32.2-0.32.4-macOS-15.5-arm64-arm-64bit-applegpu_g16s"
 MLX_ON_LINUX = "0.32.2-0.32.4-Linux-6.8.0-x86_64-with-glibc2.39-cpu"
@@ -81,14 +81,17 @@ def test_a_server_without_a_model_is_refused() -> None:
         Endpoint(url)
 
 
-@pytest.mark.parametrize("url", ["http://127.0.0.1:9/v1", "127.0.0.1:9/v1", "nonsense"])
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9/v1", "http://localhost:9/v1"])
 def test_an_address_without_a_server_gets_one_clear_line(url: str) -> None:
     with pytest.raises(ResourceError, match=f"The server at {url} does not answer"):
         Endpoint(url)
 
 
 def test_an_answer_that_is_no_object_is_refused() -> None:
-    with served({"/v1/models": ["model"]}) as url, pytest.raises(ResourceError, match="is no JSON object"):
+    with (
+        served({"/v1/models": ["model"]}) as url,
+        pytest.raises(ResourceError, match="a JSON object"),
+    ):
         Endpoint(url)
 
 

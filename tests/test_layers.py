@@ -186,7 +186,7 @@ def test_samples_enter_the_first_layer_as_in_the_model(
     config, architecture = describe_model()
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
-    family = Family(architecture, (architecture,), lambda text: [Layer((), {})] * text["num_hidden_layers"])
+    family = Family(architecture, (architecture,), lambda text: [Layer((), {})] * text["num_hidden_layers"], ())
     values = {**config.to_dict(), "architectures": [architecture]}
     layout = ModelLayout(family, values, "model.", family.layers(values), bool(config.tie_word_embeddings))
     seen: list[Tensor] = []

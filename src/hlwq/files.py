@@ -21,7 +21,7 @@ from hlwq.errors import CheckpointError, RequestError, ResourceError, reason
 
 MOST_JSON_BYTES, MOST_JSON_NESTING = 1 << 27, 50
 """The index of the largest models has some ten megabytes."""
-LFS_BEGINNING = b"version https://git-lfs.github.com/spec/"
+LFS_BEGINNING = b"version https://git-lfs.github.com/spec/v1"
 LONGEST_NAME = 255
 """Bytes in the name of a file."""
 

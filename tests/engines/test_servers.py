@@ -15,8 +15,8 @@ from hlwq.cli import app
 from hlwq.demo import bundled_model, held_out_text
 from hlwq.evaluate import perplexity
 from hlwq.evaluate.divergence import divergence
-from hlwq.evaluate.generation import Endpoint
 from hlwq.evaluate.results import kept
+from hlwq.evaluate.server import Endpoint
 from hlwq.report.compare import Protocols, compare
 
 CHUNKS = {"context": 256, "limit": 4}

@@ -14,7 +14,8 @@ from hlwq.cli.options import Device, flag
 from hlwq.cli.printing import Output, interval, progress
 from hlwq.errors import HlwqWarning, RequestError, ResourceError
 from hlwq.evaluate import results
-from hlwq.evaluate.generation import Endpoint, has_chat_template, transformers_generate
+from hlwq.evaluate.generation import has_chat_template, transformers_generate
+from hlwq.evaluate.server import Endpoint
 from hlwq.sources import locate
 
 if TYPE_CHECKING:

@@ -18,10 +18,10 @@ from torch import Tensor
 from hlwq.decoded import DecodedCheckpoint
 from hlwq.devices import compute_dtype, torch_device
 from hlwq.errors import HlwqError, RequestError
-from hlwq.evaluate.generation import Endpoint
-from hlwq.evaluate.model import load_for_evaluation
-from hlwq.evaluate.perplexity import Perplexity, perplexity_of_losses, read_text, windows_of
+from hlwq.evaluate.model import check_tokens, load_for_evaluation
+from hlwq.evaluate.perplexity import Perplexity, check_loss, perplexity_of_losses, read_text, windows_of
 from hlwq.evaluate.results import fingerprint
+from hlwq.evaluate.server import Endpoint
 from hlwq.evaluate.statistics import Estimate, mean_estimate, share_estimate
 from hlwq.families import describe
 from hlwq.files import cache_folder
@@ -99,6 +99,8 @@ def divergence(
                 f"{model} was not made from {against}: their tokenizers cut the text differently.", argument="against"
             )
     chunks = windows_of(ids, context, context, limit)
+    for path in (base, *([] if isinstance(model, Endpoint) else [locate(model)])):
+        check_tokens(path, ids, context)
     report = progress or (lambda done, total, item: None)
     hidden = _base_states(base, chunks, device, report)
     head = _head(base).to(torch_device(device), hidden.dtype)
@@ -108,7 +110,8 @@ def divergence(
         kl, agree, loss = _compare(hidden[index].to(head.device), head, predictions, chunks[index][1:])
         per_token.append(kl)
         same.append(agree)
-        losses.append(loss)
+        losses.append(check_loss(loss, index))
+        check_loss(float(kl.sum()) / len(kl), index)
     report(2 * len(chunks), 2 * len(chunks), "compared")
     means = tuple(float(each.mean()) for each in per_token)
     return Divergence(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,37 @@ def load_model(path: Path, device: str = "cpu", dtype: torch.dtype = torch.bfloa
         missing = sorted(loading["missing_keys"])
         raise CheckpointError(f"{path}: tensors are missing: {', '.join(missing[:3])}.", path=path, tensor=missing[0])
     return model.eval().to(target), load_tokenizer(path)
+
+
+def longest_context(config: Any) -> int | None:
+    """The tokens that a transformers configuration says a model can be given; None where it does not say."""
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return longest if isinstance(longest, int) else None
+
+
+def check_tokens(path: Path, tokens: Sequence[int], context: int) -> None:
+    """Check that a model can be given windows of these tokens, before it is loaded.
+
+    Args:
+        path: its directory.
+        tokens: those of its own tokenizer.
+        context: tokens in a window.
+
+    Raises:
+        RequestError: windows are longer than what the model is made for.
+        CheckpointError: the tokenizer gives tokens that the model does not have.
+    """
+    checkpoint = DecodedCheckpoint(path)
+    config = describe(checkpoint.config, checkpoint.tensors).text_config
+    longest, vocabulary = config.get("max_position_embeddings"), config["vocab_size"]
+    if longest is not None and context > longest:
+        raise RequestError(f"`context` {context} exceeds the model's own limit of {longest} tokens.")
+    if tokens and max(tokens) >= vocabulary:
+        raise CheckpointError(
+            f"The tokenizer of {path} gives the token {max(tokens)}, but the model has {vocabulary}. They do not "
+            "belong together: copy the original's tokenizer.",
+            path=path,
+        )
 
 
 def load_packed(path: Path, device: str = "cpu") -> tuple[Any, Any]:

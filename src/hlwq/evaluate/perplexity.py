@@ -13,13 +13,16 @@ import torch
 from torch import Tensor
 
 from hlwq.errors import CheckpointError, RequestError
-from hlwq.evaluate.generation import Endpoint
-from hlwq.evaluate.model import load_for_evaluation
+from hlwq.evaluate.model import check_tokens, load_for_evaluation
+from hlwq.evaluate.server import Endpoint
 from hlwq.evaluate.statistics import mean_estimate, standard_error
+from hlwq.files import check_file, exists, expanded
 from hlwq.sources import locate
 from hlwq.transformers_models import encode, load_tokenizer, quiet_transformers
 
 Protocol = Literal["windowed", "chunked"]
+LARGEST_LOSS = 700.0
+"""Nats per token; the exponential of more is no number."""
 
 
 @dataclass(frozen=True)
@@ -92,29 +95,47 @@ def perplexity(
             raise RequestError(
                 "A server does not say how it tokenizes. Name the model's directory too.", argument="tokenizer_of"
             )
-        loaded, tokenizer = model, load_tokenizer(locate(tokenizer_of))
+        loaded, ids = model, _encode(locate(tokenizer_of), contents)
     else:
-        loaded, tokenizer = load_for_evaluation(locate(model), device)
+        path = locate(model)
+        ids = _encode(path, contents)
+        windows_of(ids, context, context, 1)
+        check_tokens(path, ids, context)
+        loaded, _ = load_for_evaluation(path, device)
+    tokens = torch.tensor(ids)
     with quiet_transformers():
-        tokens = torch.tensor(encode(tokenizer, contents))
         return perplexity_of_tokens(
             loaded, tokens, protocol=protocol, context=context, stride=stride, limit=limit, progress=progress
         )
 
 
+def _encode(path: Path, text: str) -> list[int]:
+    with quiet_transformers():
+        return encode(load_tokenizer(path), text)
+
+
 def read_text(file: str | Path) -> str:
-    """The text of a file.
+    """The text of a file, without a byte-order mark.
 
     Raises:
         RequestError: it does not exist.
-        CheckpointError: it is not text in UTF-8.
+        CheckpointError: it is not text in UTF-8, or empty.
     """
+    path = expanded(file)
+    if not exists(path):
+        raise RequestError(f"`text={str(file)!r}` does not exist.", argument="text", path=file)
+    check_file(path)
     try:
-        return Path(file).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise RequestError(f"`text={str(file)!r}` does not exist.", argument="text", path=file) from None
-    except (UnicodeDecodeError, IsADirectoryError):
-        raise CheckpointError(f"`text={str(file)!r}` is not a UTF-8 text file.", argument="text", path=file) from None
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(
+            f"`text={str(file)!r}` is not a UTF-8 text file: byte {error.start} belongs to no character.",
+            argument="text",
+            path=file,
+        ) from None
+    if not text.strip():
+        raise CheckpointError(f"`text={str(file)!r}` is empty.", argument="text", path=file)
+    return text
 
 
 def default_stride(context: int) -> int:
@@ -170,10 +191,20 @@ def perplexity_of_tokens(
     for done, window in enumerate(windows):
         if progress:
             progress(done, len(windows), "chunks")
-        losses.append(score(model, window, scored))
+        losses.append(check_loss(score(model, window, scored), done))
     if progress:
         progress(len(windows), len(windows), "chunks")
     return perplexity_of_losses(losses, scored, tokens, protocol, context, stride)
+
+
+def check_loss(loss: float, chunk: int) -> float:
+    """A chunk's loss as it is. Raises CheckpointError if it is no finite number, or none that has a perplexity."""
+    if not loss < LARGEST_LOSS:  # which a NaN is not either
+        raise CheckpointError(
+            f"The loss of chunk {chunk} is {loss:g}: the weights are damaged, or something overflows on the way. "
+            "`hlwq check` looks at the weights."
+        )
+    return loss
 
 
 def perplexity_of_losses(

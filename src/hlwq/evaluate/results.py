@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import re
@@ -23,8 +24,9 @@ import torch
 
 from hlwq.devices import compute_dtype
 from hlwq.errors import CheckpointError, HlwqWarning, ResourceError
-from hlwq.evaluate.generation import PACKED, TRANSFORMERS, Endpoint
-from hlwq.files import cache_folder, hash_file, is_file, read_json, write_json
+from hlwq.evaluate.generation import PACKED, TRANSFORMERS
+from hlwq.evaluate.server import Endpoint
+from hlwq.files import cache_folder, exists, hash_file, is_file, read_json, write_json
 from hlwq.version import __version__
 
 Progress = Callable[[int, int, str], None]
@@ -62,10 +64,9 @@ def measured(
     """
     weights = fingerprint(directory)
     file = _file_of(directory, kind, setting)
-    if file.is_file():
-        entry = read_json(file)
-        if entry.get("checkpoint") == weights:
-            return entry
+    entry = _read_entry(file) if exists(file) else None
+    if entry and entry["checkpoint"] == weights:
+        return entry
     started = time.monotonic()
     result = measure()
     seconds = time.monotonic() - started
@@ -89,6 +90,7 @@ def keep(
 
     A folder that cannot be written costs a warning, not the measurement.
     """
+    check_figures(result)
     versions = _versions() | ({server.engine: server.version} if server and server.version else {})
     entry: dict[str, Any] = json.loads(
         json.dumps(
@@ -105,21 +107,47 @@ def keep(
             }
         )
     )
-    file = _file_of(directory, kind, setting)
     try:
+        file = _file_of(directory, kind, setting)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, entry)
     except OSError as error:
         warnings.warn(f"the result is not kept: {file} cannot be written ({error.strerror})", HlwqWarning, stacklevel=2)
+    except ResourceError as error:
+        warnings.warn(f"the result is not kept: {error}", HlwqWarning, stacklevel=2)
     return entry
+
+
+def check_figures(result: Any) -> None:
+    """Raise CheckpointError if a result holds NaN or an infinite number, which is none."""
+    if isinstance(result, float) and not math.isfinite(result):
+        raise CheckpointError(f"The measurement gave {result}, which is no result. `hlwq check` looks at the weights.")
+    for each in result.values() if isinstance(result, dict) else result if isinstance(result, list | tuple) else ():
+        check_figures(each)
 
 
 def kept(directory: Path, kind: str) -> list[dict[str, Any]]:
     """The measurements of one kind of a checkpoint as it is now, the latest first."""
     weights = fingerprint(directory)
-    entries = map(read_json, results_folder(directory).glob(f"{kind}-*.json"))
-    current = [entry for entry in entries if entry.get("checkpoint") == weights]
+    try:
+        files = sorted(results_folder(directory).glob(f"{kind}-*.json"))
+    except (OSError, ResourceError):  # a cache that this user cannot read, or has none of
+        return []
+    current = [entry for entry in map(_read_entry, files) if entry and entry["checkpoint"] == weights]
     return sorted(current, key=lambda entry: str(entry["measured"]), reverse=True)
+
+
+def _read_entry(file: Path) -> dict[str, Any] | None:
+    """A measurement as `keep` wrote it, or None, with a warning, if it is damaged: it is made anew."""
+    try:
+        entry = read_json(file)
+        types = {"setting": dict, "result": dict, "checkpoint": str, "hardware": str, "measured": str}
+        if wrong := [key for key, kind in types.items() if not isinstance(entry.get(key), kind)]:
+            raise CheckpointError(f"{file}: {wrong[0]} is missing or damaged.", path=file)
+    except CheckpointError as error:
+        warnings.warn(f"an earlier measurement is left out: {error}", HlwqWarning, stacklevel=3)
+        return None
+    return entry
 
 
 def perplexity_setting(

@@ -19,8 +19,9 @@ import torch
 
 from hlwq.devices import device_peak, peak_memory, peak_of_process, reset_device_peak, torch_device
 from hlwq.errors import RequestError, ResourceError
-from hlwq.evaluate.generation import PACKED, TRANSFORMERS, Endpoint
-from hlwq.evaluate.model import load_model, load_packed
+from hlwq.evaluate.generation import PACKED, TRANSFORMERS
+from hlwq.evaluate.model import load_model, load_packed, longest_context
+from hlwq.evaluate.server import Endpoint
 from hlwq.sources import locate
 from hlwq.transformers_models import quiet_transformers
 
@@ -194,7 +195,12 @@ def speed(
         started = time.monotonic()
         loaded, tokenizer = (load_packed if packed else load_model)(locate(model), device)
         load_seconds = time.monotonic() - started
-        measure = _local_timer(loaded, len(tokenizer), prompt_tokens, new_tokens)
+        longest, vocabulary = longest_context(loaded.config), loaded.get_input_embeddings().num_embeddings
+        if longest is not None and prompt_tokens + new_tokens > longest:
+            raise RequestError(
+                f"`prompt_tokens` {prompt_tokens} and `new_tokens` {new_tokens} exceed the model's limit, {longest}."
+            )
+        measure = _local_timer(loaded, min(len(tokenizer), vocabulary), prompt_tokens, new_tokens)
         engine = PACKED if packed else TRANSFORMERS
     _warm_up(measure, lambda: report(0, runs + 1, "warming up"))
     times = []

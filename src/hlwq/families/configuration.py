@@ -163,7 +163,7 @@ def check_entries(config: dict[str, Any], text_config: dict[str, Any], family: s
 
 def check_model_type(config: dict[str, Any], accepted: tuple[str, ...]) -> None:
     """Raise CheckpointError if a `config.json` has a `model_type` that is not among those of its architecture."""
-    model_type = config.get("model_type")
+    model_type = config.get("model_type", accepted[0])  # without one, only transformers refuses the file
     if not isinstance(model_type, str) or model_type not in accepted:
         raise CheckpointError(
             f"config.json: model_type is {_shown(model_type)}, but architectures is "
