@@ -69,12 +69,13 @@ def check_file(file: Path) -> None:
     """
     try:
         regular = stat.S_ISREG(file.stat().st_mode)
-        pointer = regular and lfs_pointer(file)
+        if regular:
+            file.open("rb").close()
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}.", path=file) from None
     if not regular:
         raise CheckpointError(f"{file} is not a regular file.", path=file)
-    if pointer:
+    if lfs_pointer(file):
         message = f"{file} is a placeholder of Git LFS, not the file. Run `git lfs pull` in {file.parent}."
         raise CheckpointError(message, path=file)
 

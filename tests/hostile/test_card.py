@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
+from checkpoints import make_checkpoint
 from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
@@ -26,7 +27,6 @@ from hlwq.provenance import LONGEST, base_model_of, inherited, origin_of, stated
 from hlwq.report.card import write_card
 from hlwq.report.markdown import inline
 from hlwq.report.tables import markdown_table
-from tests.checkpoints import make_checkpoint
 from tests.hostile.test_side_files import in_hub_cache
 
 MIT = {"license": "mit"}

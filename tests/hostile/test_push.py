@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoints import make_checkpoint
 from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -23,7 +24,6 @@ from hlwq.cli import app
 from hlwq.errors import HlwqError, ResourceError
 from hlwq.report.card import write_card
 from hlwq.report.push import prepare_push, push, stale
-from tests.checkpoints import make_checkpoint
 
 NAME, SECRET = "me/model-INT4", "hf_notARealTokenButSecret"
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from checkpoints import make_checkpoint
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -23,7 +24,6 @@ from hlwq.errors import CheckpointError
 from hlwq.quantize import plan_for
 from hlwq.request import Request
 from hlwq.side_files import LARGEST, is_side_file, side_files
-from tests.checkpoints import make_checkpoint
 
 SECRET = "hf_notARealTokenButSecret"
 WANTED = [
