@@ -20,8 +20,9 @@ import torch
 from checkpoints import make_checkpoint
 from rich.console import Console
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
-from hlwq.cli import main
+from hlwq.cli import app, main
 from hlwq.demo import bundled_model
 
 
@@ -314,3 +315,18 @@ def test_an_interrupted_command_says_that_it_goes_on(model: Path, tmp_path: Path
         ended = hlwq("quantize", model, tmp_path / "out", "--recipe", "rtn")
     assert ended.returncode == 130
     assert "goes on where it stopped" in ended.stderr
+
+
+@pytest.mark.parametrize("option", ["--text", "DIRECTORY"])
+def test_a_tilde_is_the_home_directory_in_every_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "text.txt").write_text("some words " * 200)
+    shutil.copytree(bundled_model(), tmp_path / "model")
+    if option == "--text":
+        arguments = ["eval", "perplexity", "~/model", "--text=~/text.txt", "--context", "64", "--limit", "1"]
+    else:
+        arguments = ["check", "~/model"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.stderr

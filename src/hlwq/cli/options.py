@@ -9,11 +9,13 @@ import shlex
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import wraps
 from inspect import Parameter
+from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
 
+from hlwq.files import expanded
 from hlwq.options import Option, options_of
 
 Command = Callable[..., Any]
@@ -87,11 +89,19 @@ def with_flags(flags: Mapping[str, Parameter], *, required: Collection[str] = ()
 
 
 def with_json(command: Command) -> Command:
-    """A command with `--json`, which is for whoever prints what it returns."""
+    """A command with `--json`, which is for whoever prints what it returns; in its paths, `~` is a home directory.
+
+    A shell leaves `--text=~/wiki.txt` as it is.
+    """
+
+    def at_home(value: Any) -> Any:
+        if isinstance(value, list):
+            return [at_home(each) for each in value]
+        return expanded(value) if isinstance(value, Path) else value
 
     @wraps(command)
     def run(*, as_json: bool | None, **values: Any) -> Any:
-        return command(**values)
+        return command(**{name: at_home(value) for name, value in values.items()})
 
     as_json = parameter("as_json", bool, Option("Print JSON instead of a table.", "--json"))
     return _declared(run, [*inspect.signature(command, eval_str=True).parameters.values(), as_json])

@@ -39,9 +39,10 @@ from hlwq.evaluate.speed import (
     tells_of_format,
 )
 from hlwq.evaluate.statistics import Estimate, Verdict, paired_verdict, verdict
-from hlwq.files import read_json
+from hlwq.files import expanded
 from hlwq.formats import READABLE_FORMATS
 from hlwq.inspect import inspect
+from hlwq.manifest import read_manifest
 from hlwq.sources import locate
 
 Progress = Callable[[int, int, str], None]
@@ -138,7 +139,7 @@ def compare(
         HlwqError: a checkpoint cannot be read or measured.
     """
     source = locate(base)
-    paths = [Path(each) for each in directories]
+    paths = [expanded(each) for each in directories]
     names = [path.resolve().name for path in paths]
     if len(set(names)) < len(names):
         raise RequestError(
@@ -368,9 +369,8 @@ def _tuples(result: dict[str, Any]) -> dict[str, Any]:
 
 def _layer_errors(path: Path) -> dict[int, float]:
     """The largest relative output error by layer, where `hlwq.json` records them."""
-    manifest = read_json(path / "hlwq.json") if (path / "hlwq.json").is_file() else {}
     layers: dict[int, float] = {}
-    for module, entry in manifest.get("modules", {}).items():
+    for module, entry in (read_manifest(path) or {"modules": {}})["modules"].items():
         if "relative_output_error" in entry and ".layers." in module:
             layer = int(module.split(".layers.")[1].split(".")[0])
             layers[layer] = max(layers.get(layer, 0.0), entry["relative_output_error"])
