@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 
-from hlwq.containers import Reader
 from hlwq.decoded import DecodedCheckpoint
 from hlwq.devices import compute_dtype, torch_device
-from hlwq.errors import CheckpointError, RequestError
+from hlwq.errors import CheckpointError, HlwqError, RequestError, reason
 from hlwq.families import describe
-from hlwq.formats import detect_format
+from hlwq.plan import check_tensors
 from hlwq.transformers_models import build_skeleton, load_tokenizer, quiet_transformers, require_transformers
 
 
@@ -105,23 +104,30 @@ def load_packed(path: Path, device: str = "cpu") -> tuple[Any, Any]:
 
     Raises:
         RequestError: the directory is of another format.
-        ResourceError: transformers is not installed, or the device cannot be used.
+        HlwqError: transformers is not installed, the directory cannot be read, or the device cannot be used.
     """
     transformers = require_transformers()
     target = torch_device(device)
-    format_name = detect_format(Reader(path)).name
+    checkpoint = DecodedCheckpoint(path)
+    check_tensors(checkpoint, describe(checkpoint.config, checkpoint.tensors))
+    format_name = checkpoint.format.name
     if format_name != "hlwq":
         raise RequestError(
             f"{path} is in format {format_name}: only format hlwq runs packed. Leave `packed=True` out.",
             argument="packed",
             path=path,
         )
-    with quiet_transformers():
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            path,
-            trust_remote_code=False,
-            use_safetensors=True,
-            local_files_only=True,
-            attn_implementation="sdpa",  # a file could name a kernel on the hub
-        )
+    try:
+        with quiet_transformers():
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                path,
+                trust_remote_code=False,
+                use_safetensors=True,
+                local_files_only=True,
+                attn_implementation="sdpa",  # a file could name a kernel on the hub
+            )
+    except HlwqError:
+        raise
+    except Exception as error:  # of its checks of a configuration that hlwq does not read so far
+        raise CheckpointError(f"{path}: transformers does not load it ({reason(error)}).", path=path) from None
     return model.to(target), load_tokenizer(path)
