@@ -25,8 +25,8 @@ SCRIPT = Path(__file__).with_name("kill_points.py")
         ("rtn", "lose", 9),
         pytest.param("rtn", "kill", 1, marks=pytest.mark.slow),
         pytest.param("rtn", "lose", 1, marks=pytest.mark.slow),
-        pytest.param("hlwq-v7", "kill", 3, marks=pytest.mark.slow),
-        pytest.param("hlwq-v7", "lose", 3, marks=pytest.mark.slow),
+        pytest.param("hlwq-v7", "kill", 11, marks=pytest.mark.slow),
+        pytest.param("hlwq-v7", "lose", 11, marks=pytest.mark.slow),
     ],
 )
 def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path, recipe: str, kind: str, every: int) -> None:

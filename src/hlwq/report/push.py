@@ -160,7 +160,8 @@ def files_to_push(directory: Path) -> Upload:
             argument="directory",
             path=directory,
         )
-    return Upload(dict(sorted(files.items())), tuple(sorted(found.intersection(STAYING))))
+    sent = {name.partition("/")[0] for name in files}
+    return Upload(dict(sorted(files.items())), tuple(sorted(found.intersection(STAYING) - sent)))
 
 
 def stale(remote: Iterable[str], uploaded: Collection[str]) -> list[str]:
