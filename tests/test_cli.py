@@ -259,6 +259,7 @@ def _asymmetric(model: Path, folder: Path) -> Path:
     return folder / "asymmetric"
 
 
+@pytest.mark.slow
 def test_a_calibrated_run_reports_its_layers_and_warns(tmp_path: Path) -> None:
     model, out = tmp_path / "model", tmp_path / "out"
     make_checkpoint(model, "llama", vocab_size=2048)

@@ -60,6 +60,7 @@ def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
     assert errors == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("environment", [{"PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "cp1252"}])
 @pytest.mark.parametrize("form", [[], ["--json"]])
 def test_a_terminal_without_unicode(form: list[str], environment: dict[str, str]) -> None:
@@ -117,6 +118,7 @@ def test_commands_can_be_pasted(tmp_path: Path, name: str, format_name: str, mon
         assert not any(word == name and word.startswith("-") for word in words), command
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_any_name_of_an_output_is_printed_as_it_is(tmp_path: Path, name: str) -> None:
     done = subprocess.run(

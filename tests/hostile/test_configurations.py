@@ -294,7 +294,10 @@ def test_patterns_of_users_that_cannot_be_used_are_refused(models: dict[str, Pat
 @pytest.mark.parametrize("where", ["absent", "top", "text"])
 @pytest.mark.parametrize("stored", ["no head", "its own head"])
 @pytest.mark.parametrize("family", FAMILY_NAMES)
-@pytest.mark.parametrize("format_name", ["dense", "hlwq", "gptq", "compressed-tensors", "mlx"])
+@pytest.mark.parametrize(
+    "format_name",
+    ["hlwq", "mlx", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dense", "gptq", "compressed-tensors"))],
+)
 def test_tying_is_written_as_the_file_is(
     models: dict[str, Path], tmp_path: Path, format_name: str, family: str, stored: str, where: str
 ) -> None:

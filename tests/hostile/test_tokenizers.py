@@ -330,6 +330,7 @@ def error_of(call: Callable[[], Any]) -> str:
     return ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trick", TRICKS)
 def test_code_of_a_checkpoint_never_runs(trick: str, tmp_path: Path, answers: io.StringIO) -> None:
     path = copy_tokenizer(make_checkpoint(tmp_path / "model", "llama", vocab_size=2048, num_hidden_layers=1))
