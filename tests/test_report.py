@@ -136,6 +136,7 @@ def row_of(name: str, nbytes: int, loss: float) -> Row:
     )
 
 
+@pytest.mark.slow
 def test_speeds_and_programs_of_several_engines_are_told_apart(
     checkpoints: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

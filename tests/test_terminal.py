@@ -30,6 +30,7 @@ def run(
     return done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not FULL.exists(), reason="this system has no /dev/full")
 @pytest.mark.parametrize("arguments", [["recipes"], ["recipes", "--json"], ["--help"], ["--version"]])
 def test_a_full_standard_output_is_one_line(arguments: list[str]) -> None:
@@ -70,7 +71,9 @@ def test_a_terminal_without_unicode(form: list[str], environment: dict[str, str]
     assert "512" in output
 
 
-@pytest.mark.parametrize("columns", [20, 40, 60])
+@pytest.mark.parametrize(
+    "columns", [pytest.param(20, marks=pytest.mark.slow), 40, pytest.param(60, marks=pytest.mark.slow)]
+)
 def test_a_narrow_terminal_gets_a_line_for_each_cell(columns: int) -> None:
     plan = ["quantize", str(bundled_model()), "out", "--recipe", "rtn", "--dry-run"]
     _, output, _ = run(*plan, COLUMNS=str(columns))

@@ -250,6 +250,7 @@ def test_a_header_that_is_wrong_is_refused(model: Path, tmp_path: Path, header: 
     refused(model, tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("header", ["a million tensors", "deep", "length of 1 GB", "a placeholder of Git LFS"])
 def test_the_command_line_says_so_in_bounded_memory(model: Path, header: str) -> None:
     (model / "model.safetensors").write_bytes(HEADERS[header])

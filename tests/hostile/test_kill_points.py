@@ -21,8 +21,8 @@ SCRIPT = Path(__file__).with_name("kill_points.py")
 @pytest.mark.parametrize(
     ("recipe", "kind", "every"),
     [
-        ("rtn", "kill", 9),
-        ("rtn", "lose", 9),
+        ("rtn", "kill", 27),
+        ("rtn", "lose", 27),
         pytest.param("rtn", "kill", 1, marks=pytest.mark.slow),
         pytest.param("rtn", "lose", 1, marks=pytest.mark.slow),
         pytest.param("hlwq-v7", "kill", 11, marks=pytest.mark.slow),
