@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -153,7 +154,7 @@ def test_long_work_is_announced_with_what_makes_it_shorter(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clock = iter(range(0, 1000, 10))
-    monkeypatch.setattr(printing.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(printing, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
     with progress("measuring", "--limit makes it shorter.") as report:
         for done in range(20):
             report(done, 100, f"x[/v2] chunk {done}")
