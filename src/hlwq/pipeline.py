@@ -24,7 +24,7 @@ from hlwq.files import locked
 from hlwq.formats import Demand, without_sections
 from hlwq.layerwise import CalibratedLayers
 from hlwq.manifest import MANIFEST
-from hlwq.plan import Plan, PlannedTensor, layer_unit
+from hlwq.plan import REST, Plan, PlannedTensor, layer_unit
 from hlwq.transformers_models import load_tokenizer, quiet_transformers
 from hlwq.version import __version__
 from hlwq.work import Progress, Work, cost
@@ -175,7 +175,11 @@ def _run_units(work: Work, layers: CalibratedLayers | None) -> dict[str, dict[st
                 elif tensor.module not in found:
                     found[tensor.module] = work.quantize(tensor)
             record = {"errors": found, "source": work.checksums(tensors)}
-            writer.commit(unit, [spec.name for tensor in tensors for spec in tensor.outputs], record)
+            shared = plan.shared_tensors() if unit == REST else {}
+            for name, values in shared.items():
+                writer.write(name, values)
+            outputs = [spec.name for tensor in tensors for spec in tensor.outputs]
+            writer.commit(unit, [*outputs, *shared], record)
         else:
             work.report(work.done, work.total, f"{unit}: done by an earlier run")
             _check_unchanged(work, tensors, record["source"])

@@ -7,11 +7,15 @@ from collections.abc import Collection, Container, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
+from torch import Tensor
+
+from hlwq.bases import Hadamard, Identity
 from hlwq.calibration import Calibration, calibration_memory
-from hlwq.containers import DTYPES, TensorSpec
+from hlwq.containers import DTYPES, TensorSpec, spec_of
 from hlwq.errors import CheckpointError, HlwqError, RequestError, UnsupportedError
 from hlwq.families import FLOATS, Matrix, ModelLayout, describe, model_dtype
 from hlwq.formats import FORMATS, Contents, Format, Scheme, format_named
+from hlwq.grids import UniformGrid
 from hlwq.matrix import CHUNK_WEIGHTS
 from hlwq.patterns import matcher
 from hlwq.recipes import Recipe, Stage
@@ -63,7 +67,10 @@ class PlannedTensor:
     def scheme(self) -> Scheme:
         """How it is stored, for `quantize`."""
         grid, solver = self.stages[-1].grid, self.stages[-1].solver
-        return Scheme(grid.bits, grid.group_size, grid.symmetry, solver.scatters_groups)
+        basis = self.stages[-1].basis
+        # The blocks of Lloyd–Max codes are their groups, wherever they are stored.
+        block_size = basis.block_size if isinstance(basis, Hadamard) and isinstance(grid, UniformGrid) else None
+        return Scheme(grid.bits, grid.group_size, grid.symmetry, solver.scatters_groups, block_size)
 
 
 @dataclass(frozen=True)
@@ -102,6 +109,11 @@ class Plan:
         """Every tensor that will be written."""
         for tensor in self.tensors:
             yield from tensor.outputs
+        yield from (spec_of(name, tensor) for name, tensor in self.shared_tensors().items())
+
+    def shared_tensors(self) -> dict[str, Tensor]:
+        """What the format writes beside the tensors of modules."""
+        return self.format.shared_tensors(self.contents())
 
     def contents(self) -> Contents:
         """What the output will hold, as formats see it."""
@@ -178,7 +190,8 @@ def make_plan(
         if spec.name == "lm_head.weight" and layout.tied:
             planned.append(PlannedTensor(spec, "drop", f"tied to {layout.embedding}.weight", unit))
         elif spec.name == f"{module}.weight" and module in chosen:
-            stages = _stages(recipe, spec, output_format, dtype, calibrated=module in matrices)
+            kept_as_is = not output_format.rotates_biased and f"{module}.bias" in source.tensors
+            stages = _stages(recipe, spec, output_format, dtype, calibrated=module in matrices, rotated=not kept_as_is)
             for stage, fitted in zip(recipe.stages, stages, strict=True):
                 remarks |= dict.fromkeys(_fallbacks(stage, fitted, spec.shape[1]))
             outputs = tuple(output_format.outputs(module, (spec.shape[0], spec.shape[1]), stages[-1].grid, dtype))
@@ -328,7 +341,7 @@ def _check_fused(layout: ModelLayout, chosen: set[str]) -> None:
 
 
 def _stages(
-    recipe: Recipe, spec: TensorSpec, output_format: Format, dtype: str, *, calibrated: bool
+    recipe: Recipe, spec: TensorSpec, output_format: Format, dtype: str, *, calibrated: bool, rotated: bool
 ) -> tuple[Stage, ...]:
     """The stages of a recipe for one matrix: groups and blocks that divide it, the last grid as the format has it."""
     shape, stages = (spec.shape[0], spec.shape[1]), []
@@ -339,7 +352,7 @@ def _stages(
             stages.append(replace(stage, grid=grid, basis=basis))
     except HlwqError as error:
         raise error.about(spec.name) from None
-    last = stages[-1]
+    last = stages[-1] if rotated else replace(stages[-1], basis=Identity())
     grid = output_format.hold(spec.name.rpartition(".")[0], shape, last.grid, last.basis, dtype)
     stages[-1] = replace(last, grid=grid, solver=last.solver if calibrated else Nearest())
     return tuple(stages)
@@ -350,7 +363,9 @@ def _fallbacks(stage: Stage, fitted: Stage, width: int) -> Iterator[str]:
     wanted, size = stage.grid.group_size, fitted.grid.group_size
     if wanted != size:
         yield f"group {size} where in_features is {width}, which {wanted} does not divide"
-    if stage.basis.fitted(1 << 30, size) != fitted.basis:
+    if fitted.basis == Identity() != stage.basis:
+        yield "columns as they are in layers with a bias, whose inputs vLLM does not rotate"
+    elif stage.basis.fitted(1 << 30, size) != fitted.basis:
         yield f"columns {fitted.basis.summary} where in_features is {width}"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hlwq.containers.gguf import read_gguf_header
 from hlwq.containers.reader import Reader, refuse_adapter
-from hlwq.containers.tensors import DTYPES, Source, TensorSpec, digest_of, what_is_not_finite
+from hlwq.containers.tensors import DTYPES, Source, TensorSpec, digest_of, spec_of, what_is_not_finite
 from hlwq.containers.writer import DEFAULT_SHARD_BYTES, Writer, partial_of, refuse_unless_empty
 
 __all__ = [
@@ -19,5 +19,6 @@ __all__ = [
     "read_gguf_header",
     "refuse_adapter",
     "refuse_unless_empty",
+    "spec_of",
     "what_is_not_finite",
 ]

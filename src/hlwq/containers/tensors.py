@@ -52,6 +52,12 @@ class TensorSpec:
         return self.parameters * DTYPES[self.dtype].itemsize
 
 
+def spec_of(name: str, tensor: Tensor) -> TensorSpec:
+    """What a header says of a tensor."""
+    dtype = next(spelled for spelled, dtype in DTYPES.items() if dtype == tensor.dtype)
+    return TensorSpec(name, dtype, tuple(tensor.shape))
+
+
 class Source(Protocol):
     """A checkpoint to read from: dense, or decoded as it is read.
 

@@ -1,20 +1,21 @@
-"""compressed-tensors (`pack-quantized`): INT4 or INT8 that vLLM and transformers load, symmetric or not.
+"""compressed-tensors (`pack-quantized`): INT4 or INT8 that vLLM and transformers load, rotated or not.
 
 For a linear of shape (out, in): `weight_packed` int32 (out, in·bits/32), codes packed along `in`; `weight_scale`
 (out, groups) in the model's dtype; `weight_zero_point` int32 (out·bits/32, groups), packed along `out`, in asymmetric
 files only; `weight_shape` int64 (2,). Everything is packed lowest bits first. w = scale · (code − zero), the zero of
-symmetric files being 2^(bits−1).
+symmetric files being 2^(bits−1). What is rotated says so in `transform_config`, see `hlwq.formats.transforms`.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hlwq.bases import Basis
+from hlwq.bases import Basis, Hadamard
 from hlwq.containers import DTYPES, Reader, TensorSpec
 from hlwq.errors import CheckpointError, UnsupportedError
 from hlwq.families import ModelLayout
@@ -30,7 +31,8 @@ from hlwq.formats.base import (
     common_scheme,
     demand,
 )
-from hlwq.formats.patterns import check_pattern, kept_patterns, matches_start, patterns_by_scheme
+from hlwq.formats.patterns import check_pattern, kept_patterns, matches_start, patterns_by_scheme, targets
+from hlwq.formats.transforms import LARGEST_BLOCK, REFUSAL, read_transforms, shared_tensors, transform_config
 from hlwq.formats.uniform import (
     READABLE_BITS,
     WORD_BITS,
@@ -42,6 +44,7 @@ from hlwq.formats.uniform import (
 )
 from hlwq.formats.vllm import VLLM, uniform_demands
 from hlwq.grids import Grid
+from hlwq.hadamard import rotate_blocks
 from hlwq.matrix import QuantizedMatrix
 from hlwq.packing import pack, unpack
 
@@ -53,10 +56,14 @@ def hold(module: str, shape: tuple[int, int], grid: Grid, basis: Basis, dtype: s
     """Integer zeros; scales in the model's dtype.
 
     Raises:
-        UnsupportedError: other than uniform codes of 4 or 8 bits in columns as they are, a group size that Marlin does
-            not have, or a side of the matrix that is no multiple of 32.
+        UnsupportedError: other than uniform codes of 4 or 8 bits, a group size that Marlin does not have, blocks that
+            vLLM does not rotate, or a side of the matrix that is no multiple of 32.
     """
-    held = uniform_grid(NAME, WORD_BITS, "hlwq-int4", grid, basis, integer_zero=True, storage=(DTYPES[dtype],))
+    stored = {"integer_zero": True, "storage": (DTYPES[dtype],)}
+    held = uniform_grid(NAME, WORD_BITS, "hlwq-int4", grid, basis, rotated=True, **stored)
+    if isinstance(basis, Hadamard) and (basis.block_size or 0) > LARGEST_BLOCK:
+        message = f"`block_size` {basis.block_size} exceeds the {LARGEST_BLOCK} columns that vLLM rotates together."
+        raise UnsupportedError(message, argument="block_size")
     check_multiples_of_32(NAME, module, shape)
     return held
 
@@ -99,14 +106,15 @@ def json_files(config: dict[str, Any], contents: Contents) -> dict[str, dict[str
     Both engines look for a module's name before its class, vLLM for fused names too.
     """
     common = common_scheme(contents.quantized)
-    targets = {scheme: _targets(patterns) for scheme, patterns in patterns_by_scheme(contents, common).items()}
-    groups = {**targets, common: ["Linear"]}
+    others = {scheme: targets(patterns) for scheme, patterns in patterns_by_scheme(contents, common).items()}
+    groups = {**others, common: ["Linear"]}
     section = {
         "quant_method": NAME,
         "format": PACKING,
         "quantization_status": "compressed",
         "config_groups": {
             f"group_{index}": {
+                **({REFUSAL: True} if scheme.block_size else {}),
                 "targets": names,
                 "weights": {
                     "num_bits": scheme.bits,
@@ -121,14 +129,11 @@ def json_files(config: dict[str, Any], contents: Contents) -> dict[str, dict[str
             }
             for index, (scheme, names) in enumerate(groups.items())
         },
-        "ignore": _targets(kept_patterns(contents)),
+        "ignore": targets(kept_patterns(contents)),
         "kv_cache_scheme": None,
+        **transform_config(contents),
     }
     return {"config.json": {**config, "quantization_config": section}}
-
-
-def _targets(patterns: list[str]) -> list[str]:
-    return [f"re:{pattern}" for pattern in patterns]
 
 
 def configured_weights(section: dict[str, Any], name: str) -> dict[str, Any] | None:
@@ -168,6 +173,7 @@ def stored_modules(reader: Reader) -> dict[str, StoredModule]:
             f"{reader.path}: compressed-tensors format {section.get('format')} cannot be read, only {PACKING}."
         )
     _check_section(section, where)
+    transforms = read_transforms(reader, section, where)
     modules = {}
     for module in reading.modules_with(reader, "weight_packed"):
         weights = configured_weights(section, module)
@@ -187,6 +193,12 @@ def stored_modules(reader: Reader) -> dict[str, StoredModule]:
         if columns != reading.matrix_shape(reader, f"{module}.weight_scale")[1] * scheme.group_size:
             raise reading.not_as_configured(reader, module)
         reading.check_parts(reader, _parts(module, (rows, columns), scheme, "BF16"))
+        rotations = [each for each in transforms if each.applies(module, where)]
+        if len(rotations) > 1 or any(columns % each.block_size for each in rotations):
+            raise reading.damaged(f"{where}: the transforms of {module} do not fit it.")
+        for each in rotations:
+            scheme = replace(scheme, block_size=each.block_size)
+            parts += (each.tensor_of(module),) * (each.tensor_of(module) in reader.tensors)
         modules[module] = StoredModule(scheme, (rows, columns), parts)
     return modules
 
@@ -211,7 +223,7 @@ def _check_section(section: dict[str, Any], where: str) -> None:
 
 
 def dequantize(reader: Reader, module: str, scheme: Scheme) -> Tensor:
-    """scale · (code − zero).
+    """scale · (code − zero), rotated back.
 
     Raises:
         CheckpointError: `weight_shape` is not the shape of the codes.
@@ -227,7 +239,8 @@ def dequantize(reader: Reader, module: str, scheme: Scheme) -> Tensor:
     if not scheme.symmetric:
         packed = reader.read(f"{module}.weight_zero_point").T.contiguous()
         zeros = unpack(packed.view(torch.uint8), bits).T
-    return decode(codes, reader.read(f"{module}.weight_scale"), zeros, scheme)
+    decoded = decode(codes, reader.read(f"{module}.weight_scale"), zeros, scheme)
+    return rotate_blocks(decoded, scheme.block_size) if scheme.block_size else decoded
 
 
 def demands(reader: Reader, layout: ModelLayout, modules: dict[str, StoredModule]) -> list[Demand]:
@@ -235,7 +248,15 @@ def demands(reader: Reader, layout: ModelLayout, modules: dict[str, StoredModule
     section = reader.config["quantization_config"]
     again = "Quantize again with the defaults of format compressed-tensors."
     rule = "config_groups and ignore agree with the tensors"
+    rotated = {module for module, stored in modules.items() if stored.scheme.block_size}
+    biased = [module for module in rotated if f"{module}.bias" in reader.tensors]
+    rotation = [
+        demand(VLLM, "no bias where inputs are rotated", biased, again),
+        demand(VLLM, "type of transform hadamard, which needs a GPU, and no tensor parallelism", [], ""),
+        demand("transformers", "`import hlwq` before it is loaded, which rotates the inputs", [], ""),
+    ]
     return [
+        *(rotation if rotated else []),
         *uniform_demands(layout, modules, again),
         demand(VLLM, f"{rule}, by its names", _wrong_groups(section, layout, modules, True), again),
         demand("transformers", f"{rule}, by own names", _wrong_groups(section, layout, modules, False), again),
@@ -251,7 +272,7 @@ def _wrong_groups(
         name = layout.family.vllm_name(module) if vllm else module  # vLLM asks for the members of a fused matrix
         stored, weights = modules.get(module), configured_weights(section, name)
         if weights and stored:
-            agrees = scheme_in(weights, stored.shape[1]) == stored.scheme
+            agrees = scheme_in(weights, stored.shape[1]) == replace(stored.scheme, block_size=None)
         else:
             agrees = weights is None and stored is None
         if not agrees:
@@ -259,6 +280,16 @@ def _wrong_groups(
     kept = [f"{prefix}any.linear" for prefix in layout.family.kept]
     outside = ["lm_head", *map(layout.family.vllm_name, kept)] if vllm else ["lm_head", *kept]
     return wrong + [name for name in outside if configured_weights(section, name) is not None]
+
+
+def cautions(contents: Contents) -> list[str]:
+    """Who runs a rotated file."""
+    if not any(scheme.block_size for scheme in contents.quantized.values()):
+        return []
+    return [
+        "the inputs of rotated layers are rotated at run time: by vLLM on one GPU, without tensor parallelism, or by "
+        "transformers after `import hlwq`. transformers without hlwq refuses the result."
+    ]
 
 
 ENGINES = (
@@ -276,4 +307,7 @@ FORMAT = Format(
     outputs=outputs,
     encode=encode,
     json_files=json_files,
+    cautions=cautions,
+    shared_tensors=shared_tensors,
+    rotates_biased=False,
 )

@@ -46,6 +46,11 @@ def matches_start(pattern: str, name: str, where: str) -> bool:
         raise CheckpointError(f"{where}: {json.dumps(pattern)[:80]}: {error}. {reading.AGAIN}") from None
 
 
+def targets(patterns: list[str]) -> list[str]:
+    """Patterns as compressed-tensors spells them."""
+    return [f"re:{pattern}" for pattern in patterns]
+
+
 def outside_the_decoder(layout: ModelLayout) -> list[str]:
     """Patterns of what is never quantized: parts beside the decoder, and the output head.
 

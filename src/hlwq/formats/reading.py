@@ -32,6 +32,11 @@ def modules_with(reader: Reader, part: str) -> list[str]:
     return [name.removesuffix(f".{part}") for name in reader.tensors if name.endswith(f".{part}")]
 
 
+def damaged(what: str) -> CheckpointError:
+    """The error of a file that makes no sense: what is wrong, and what to do."""
+    return CheckpointError(f"{what} {AGAIN}")
+
+
 def not_as_configured(reader: Reader, module: str) -> CheckpointError:
     """The error of a module whose tensors and configuration disagree."""
     message = f"{reader.path}: {module} does not have the bits and group size that config.json gives it."

@@ -23,8 +23,10 @@ GROUP_SIZES = (32, 64, 128)
 """What engines run uniform codes in."""
 
 
-def uniform_grid(name: str, bits: tuple[int, ...], recipe: str, grid: Grid, basis: Basis, **stored: Any) -> UniformGrid:
-    """The grid of a format of uniform codes in columns as they are.
+def uniform_grid(
+    name: str, bits: tuple[int, ...], recipe: str, grid: Grid, basis: Basis, *, rotated: bool = False, **stored: Any
+) -> UniformGrid:
+    """The grid of a format of uniform codes.
 
     Args:
         name: the format's.
@@ -32,6 +34,7 @@ def uniform_grid(name: str, bits: tuple[int, ...], recipe: str, grid: Grid, basi
         recipe: one whose last stage has uniform codes, for those who ask for others.
         grid: what was asked for.
         basis: likewise.
+        rotated: whether columns can be rotated.
         stored: the fields of the grid that the format decides.
 
     Raises:
@@ -43,10 +46,10 @@ def uniform_grid(name: str, bits: tuple[int, ...], recipe: str, grid: Grid, basi
             "dense.",
             argument="format",
         )
-    if basis != Identity():
+    if basis != Identity() and not rotated:
         raise UnsupportedError(
             f"format {name} has no place for a rotation, which engines would have to undo. Use `basis='identity'`, or "
-            "format dense."
+            "format compressed-tensors or dense."
         )
     check_bits(name, grid.bits, bits)
     if grid.group_size not in GROUP_SIZES:

@@ -49,6 +49,7 @@ class _Loader(SourceFileLoader):
 
 def _register() -> None:
     try:
+        import hlwq.integrations.compressed_tensors
         import hlwq.integrations.transformers  # noqa: F401 - importing registers
     except Exception as error:  # whatever an unknown version lacks: transformers itself must go on working
         warnings.warn(
