@@ -318,7 +318,11 @@ def test_a_damaged_matrix_is_named_among_its_siblings(tmp_path: Path) -> None:
         quantize(source, tmp_path / "out", "gptq", calibration=DATA)
 
 
-@pytest.mark.parametrize("options", [{}, {"gptaq_alpha": 0.25}, {"format": "mlx"}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"gptaq_alpha": 0.25}, {"format": "mlx"}, {"format": "compressed-tensors", "basis": "hadamard"}],
+    ids=str,
+)
 def test_an_interrupted_run_goes_on_to_the_same_bytes(options: dict[str, Any], llama: Path, tmp_path: Path) -> None:
     quantize(llama, tmp_path / "whole", "hlwq-v7", calibration=DATA, **options)
     interrupt_after(1, llama, tmp_path / "resumed", **options)

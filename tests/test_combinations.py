@@ -45,7 +45,7 @@ def is_possible(grid: Grid, basis: Basis, format_name: str) -> bool:
         return True
     if format_name == "hlwq":
         return isinstance(grid, LloydGrid) and basis in (Hadamard(), Hadamard(grid.group_size))
-    bits = (2, 3, 4, 5, 6, 8) if format_name == "mlx" else (4, 8)
+    bits = {"gptq": (4, 8), "mlx": (2, 3, 4, 5, 6, 8), "compressed-tensors": tuple(range(2, 9))}[format_name]
     rotated = format_name == "compressed-tensors"
     return isinstance(grid, UniformGrid) and (rotated or basis == Identity()) and grid.bits in bits
 
@@ -85,7 +85,7 @@ def assert_right(source: Path, out: Path) -> None:
     ("stage", "format_name", "argument"),
     [
         (Stage(UniformGrid(4, 128), Hadamard()), "gptq", "basis"),  # was written: recorded as 0.009, decoded to 2.04
-        (Stage(UniformGrid(5, 64), Hadamard(32)), "compressed-tensors", "bits"),
+        (Stage(UniformGrid(5, 64)), "gptq", "bits"),
         (Stage(UniformGrid(4, 64), Hadamard()), "mlx", "basis"),
         (Stage(LloydGrid(5, 128)), "hlwq", "basis"),  # was written, and then decoded as if rotated
         (Stage(LloydGrid(5, 128), Hadamard(64)), "hlwq", "basis"),

@@ -89,7 +89,7 @@ def save(path: Path, format_name: str, matrices: dict[str, QuantizedMatrix], dty
 
 CASES = [
     *(("gptq", bits, group, symmetric) for bits in (4, 8) for group in (32, 64, 128) for symmetric in (True, False)),
-    *((FORMAT, bits, group, sign) for bits in (4, 8) for group in (32, 128) for sign in (True, False)),
+    *((FORMAT, bits, group, sign) for bits in range(2, 9) for group in (32, 128) for sign in (True, False)),
     *(("mlx", bits, group, False) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)),
     *(("mlx", bits, 64, True) for bits in (2, 3, 4, 5, 6, 8)),
     *(("hlwq", bits, group, None) for bits in range(2, 9) for group in (32, 128)),
@@ -199,13 +199,15 @@ def test_compressed_tensors_layout(bits: int, group_size: int, symmetric: bool, 
         "weight_shape": (2,),
         **zeros,
     }
-    codes = words_to_fields(parts["weight_packed"], bits).reshape(ROWS, groups, group_size)
-    zero = 2 ** (bits - 1) if symmetric else words_to_fields(parts["weight_zero_point"].T, bits).T[..., None]
+    codes = stream_to_fields(parts["weight_packed"], bits).reshape(ROWS, groups, group_size)
+    zero = 2 ** (bits - 1) if symmetric else stream_to_fields(parts["weight_zero_point"].T, bits).T[..., None]
     decoded = parts["weight_scale"][..., None] * (codes - zero)
     np.testing.assert_array_equal(decoded.reshape(ROWS, -1), matrix.dequantize().double().numpy())
 
 
-@pytest.mark.parametrize(("bits", "group_size", "symmetric"), [case[1:] for case in CASES if case[0] == FORMAT])
+@pytest.mark.parametrize(
+    ("bits", "group_size", "symmetric"), [case[1:] for case in CASES if case[0] == FORMAT and case[1] in (2, 4, 8)]
+)
 def test_compressed_tensors_itself_decodes_the_same_weights(
     bits: int, group_size: int, symmetric: bool, tmp_path: Path
 ) -> None:
@@ -221,6 +223,21 @@ def test_compressed_tensors_itself_decodes_the_same_weights(
     ours = FORMATS[FORMAT].dequantize(reader, DOWN, stored.scheme)
     assert theirs.dtype == torch.bfloat16
     assert torch.equal(theirs, ours.bfloat16())
+
+
+@pytest.mark.parametrize("bits", [3, 5, 6, 7])
+def test_codes_with_gaps_between_them_are_refused(bits: int, tmp_path: Path) -> None:
+    helpers = pytest.importorskip(
+        "compressed_tensors.compressors.pack_quantized.helpers", reason="compressed-tensors is not installed"
+    )
+    matrix = quantized(FORMAT, bits, 64, True)
+    save(tmp_path / "out", FORMAT, {DOWN: matrix})
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    codes = (matrix.codes.int() - 2 ** (bits - 1)).to(torch.int8)
+    tensors[f"{DOWN}.weight_packed"] = helpers.pack_to_int32(codes, bits)
+    save_file(tensors, tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UnsupportedError, match="with gaps between them"):
+        FORMATS[FORMAT].stored_modules(Reader(tmp_path / "out"))
 
 
 @pytest.mark.parametrize(("bits", "group_size", "symmetric"), [case[1:] for case in CASES if case[0] == "mlx"])
@@ -627,7 +644,8 @@ def regrouped(**entries: Any) -> Callable[[dict[str, Any]], None]:
         (FORMAT, setting("quantization_config", format="int-quantized"), "format int-quantized cannot be read"),
         (FORMAT, setting("quantization_config", ignore=["re:.*down_proj"]), "config.json has no scheme for it"),
         (FORMAT, regrouped(group_size=32), "does not have the bits and group size"),
-        (FORMAT, regrouped(num_bits=3), "has 3-bit codes or scattered groups"),
+        (FORMAT, regrouped(num_bits=3), "has 3-bit codes with gaps between them, or another group size"),
+        (FORMAT, regrouped(num_bits=1), "has 1-bit codes or scattered groups"),
         ("mlx", setting("quantization", mode="mxfp4"), "MLX mode mxfp4 cannot be read"),
         ("mlx", setting("quantization", bits=5), "does not have the bits and group size"),
     ],

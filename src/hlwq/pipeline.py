@@ -24,10 +24,13 @@ from hlwq.files import locked
 from hlwq.formats import Demand, without_sections
 from hlwq.layerwise import CalibratedLayers
 from hlwq.manifest import MANIFEST
-from hlwq.plan import REST, Plan, PlannedTensor, layer_unit
+from hlwq.plan import Plan, PlannedTensor, layer_unit
 from hlwq.transformers_models import load_tokenizer, quiet_transformers
 from hlwq.version import __version__
 from hlwq.work import Progress, Work, cost
+
+SHARED = "shared tensors"
+"""The unit of what a format writes beside the tensors of modules."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,10 @@ def _run(
             HlwqWarning,
             stacklevel=2,
         )
+    if writer.committed(SHARED) is None and (shared := plan.shared_tensors()):
+        for name, values in shared.items():  # first, since what is read back of a layer may need them
+            writer.write(name, values)
+        writer.commit(SHARED, list(shared), {})
     work = Work(source, plan, writer, device, report)
     layers = CalibratedLayers(work, samples.tokens, calibration) if samples and calibration else None
     errors = _run_units(work, layers)
@@ -175,11 +182,7 @@ def _run_units(work: Work, layers: CalibratedLayers | None) -> dict[str, dict[st
                 elif tensor.module not in found:
                     found[tensor.module] = work.quantize(tensor)
             record = {"errors": found, "source": work.checksums(tensors)}
-            shared = plan.shared_tensors() if unit == REST else {}
-            for name, values in shared.items():
-                writer.write(name, values)
-            outputs = [spec.name for tensor in tensors for spec in tensor.outputs]
-            writer.commit(unit, [*outputs, *shared], record)
+            writer.commit(unit, [spec.name for tensor in tensors for spec in tensor.outputs], record)
         else:
             work.report(work.done, work.total, f"{unit}: done by an earlier run")
             _check_unchanged(work, tensors, record["source"])

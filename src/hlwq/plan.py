@@ -190,10 +190,10 @@ def make_plan(
         if spec.name == "lm_head.weight" and layout.tied:
             planned.append(PlannedTensor(spec, "drop", f"tied to {layout.embedding}.weight", unit))
         elif spec.name == f"{module}.weight" and module in chosen:
-            kept_as_is = not output_format.rotates_biased and f"{module}.bias" in source.tensors
-            stages = _stages(recipe, spec, output_format, dtype, calibrated=module in matrices, rotated=not kept_as_is)
+            unrotated = output_format.unrotated(layout, matrices[module]) if module in matrices else ""
+            stages = _stages(recipe, spec, output_format, dtype, calibrated=module in matrices, rotated=not unrotated)
             for stage, fitted in zip(recipe.stages, stages, strict=True):
-                remarks |= dict.fromkeys(_fallbacks(stage, fitted, spec.shape[1]))
+                remarks |= dict.fromkeys(_fallbacks(stage, fitted, spec.shape[1], unrotated))
             outputs = tuple(output_format.outputs(module, (spec.shape[0], spec.shape[1]), stages[-1].grid, dtype))
             planned.append(PlannedTensor(spec, "quantize", "", unit, stages, outputs))
         else:
@@ -358,13 +358,13 @@ def _stages(
     return tuple(stages)
 
 
-def _fallbacks(stage: Stage, fitted: Stage, width: int) -> Iterator[str]:
-    """What a matrix of this width has in place of what a stage asked for."""
+def _fallbacks(stage: Stage, fitted: Stage, width: int, unrotated: str) -> Iterator[str]:
+    """What a matrix of this width has in place of what a stage asked for; if it stays unrotated, what is said of it."""
     wanted, size = stage.grid.group_size, fitted.grid.group_size
     if wanted != size:
         yield f"group {size} where in_features is {width}, which {wanted} does not divide"
     if fitted.basis == Identity() != stage.basis:
-        yield "columns as they are in layers with a bias, whose inputs vLLM does not rotate"
+        yield f"columns as they are in {unrotated}, whose inputs vLLM does not rotate"
     elif stage.basis.fitted(1 << 30, size) != fitted.basis:
         yield f"columns {fitted.basis.summary} where in_features is {width}"
 

@@ -74,8 +74,34 @@ def test_asymmetric_codes_run_in_vllm(
     assert report["text"]
 
 
+@pytest.mark.parametrize("recipe", [{}, {"calibrate": True, "calibration": CALIBRATION, "block_size": 512}], ids=str)
 @pytest.mark.parametrize("name", ["smollm2", "hybrid"])
-@pytest.mark.parametrize("options", [{}, {"symmetric": False}, {"bits": 8}], ids=str)
+def test_vllm_rotates_the_inputs(
+    name: str,
+    recipe: dict[str, Any],
+    models: dict[str, Path],
+    prompts: dict[str, str],
+    tmp_path: Path,
+    run_engine: RunEngine,
+) -> None:
+    directory = tmp_path / "quantized"
+    hlwq.quantize(models[name], directory, "rtn", format="compressed-tensors", basis="hadamard", **recipe)
+    tokens, expected = reference(directory, prompts[name])
+    # The fused kernel of type `hadamard` is for GPUs; on a CPU, vLLM multiplies by the matrix in the file instead.
+    file = directory / "config.json"
+    config = json.loads(file.read_text())
+    for group in config["quantization_config"]["transform_config"]["config_groups"].values():
+        assert group["type"] == "hadamard"
+        group["type"] = "random-hadamard"
+    file.write_text(json.dumps(config))
+    skip_without_int4_kernel()
+    report = run_engine("vllm", "vllm_logprobs.py", directory, tokens)
+    assert difference(report["logprobs"], expected) < TOLERANCE["vllm", name]
+    assert report["text"]
+
+
+@pytest.mark.parametrize("name", ["smollm2", "hybrid"])
+@pytest.mark.parametrize("options", [{}, {"symmetric": False}, {"bits": 8}, {"bits": 2}], ids=str)
 def test_transformers_decodes_compressed_tensors_to_the_same_weights(
     name: str, options: dict[str, Any], models: dict[str, Path], tmp_path: Path
 ) -> None:

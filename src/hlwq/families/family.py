@@ -101,6 +101,7 @@ class Family:
         kept: parts outside the decoder, by the beginning of their tensors' names, and what they are.
         architecture_of: architectures by `model_type`, for configurations that were saved without one.
         vllm_prefixes: beginnings of names, and what vLLM has in their place.
+        vllm_unrotated: fused matrices, by their paths inside a layer, whose inputs vLLM does not rotate.
         vllm_packs_embedding: vLLM's model can hold its embedding as codes.
         mlx: the family in mlx-lm.
     """
@@ -115,6 +116,7 @@ class Family:
     kept: dict[str, str] = field(default_factory=dict)
     architecture_of: dict[str, str] = field(default_factory=dict)
     vllm_prefixes: dict[str, str] = field(default_factory=dict)
+    vllm_unrotated: tuple[str, ...] = ()
     vllm_packs_embedding: bool = True
     mlx: MlxModel = field(default_factory=MlxModel)
 

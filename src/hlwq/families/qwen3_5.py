@@ -113,6 +113,7 @@ QWEN3_5 = Family(
     kept={"model.visual.": "vision tower", "mtp.": "multi-token prediction head"},
     architecture_of={"qwen3_5_text": "Qwen3_5ForCausalLM"},
     vllm_prefixes={"model.language_model.": "language_model.model.", "model.visual.": "visual."},
+    vllm_unrotated=("linear_attn.in_proj_qkvz",),
     vllm_packs_embedding=False,
     mlx=MlxModel(
         model_type="qwen3_5",

@@ -12,7 +12,7 @@ from torch import Tensor
 from hlwq.bases import Basis
 from hlwq.containers import Reader, TensorSpec
 from hlwq.errors import UnsupportedError
-from hlwq.families import ModelLayout, Restoration
+from hlwq.families import Matrix, ModelLayout, Restoration
 from hlwq.grids import Grid
 from hlwq.matrix import QuantizedMatrix
 
@@ -154,10 +154,10 @@ class Format(ReadableFormat):
         encode: a quantized matrix as the tensors of the file, by name, given the model's dtype.
         json_files: `config.json`, and whatever else engines read beside it.
         cautions: what users should know before the work, one line each.
+        unrotated: what is said of a matrix that stays unrotated whatever the basis, or nothing if it does not.
         shared_tensors: what is written beside the tensors of modules, given the checkpoint's contents.
         default_symmetric: whether uniform codes are symmetric where the user does not say.
         fused_alike: engines run some matrices as one, whose members must have one scheme.
-        rotates_biased: a layer with a bias can be rotated.
         holds_embeddings: the embedding and the output head can be stored as codes.
         holds_scattered_groups: groups can be formed of columns anywhere in the matrix.
         stores_decoded: the file holds decoded weights, in the model's dtype.
@@ -170,10 +170,10 @@ class Format(ReadableFormat):
     json_files: Callable[[dict[str, Any], Contents], dict[str, dict[str, Any]]]
     _: KW_ONLY
     cautions: Callable[[Contents], list[str]] = lambda contents: []
+    unrotated: Callable[[ModelLayout, Matrix], str] = lambda layout, matrix: ""
     shared_tensors: Callable[[Contents], dict[str, Tensor]] = lambda contents: {}
     default_symmetric: bool = True
     fused_alike: bool = True
-    rotates_biased: bool = True
     holds_embeddings: bool = False
     holds_scattered_groups: bool = False
     stores_decoded: bool = False

@@ -1,9 +1,13 @@
-"""compressed-tensors (`pack-quantized`): INT4 or INT8 that vLLM and transformers load, rotated or not.
+"""compressed-tensors (`pack-quantized`): integer codes that vLLM and transformers load, rotated or not.
 
 For a linear of shape (out, in): `weight_packed` int32 (out, in·bits/32), codes packed along `in`; `weight_scale`
 (out, groups) in the model's dtype; `weight_zero_point` int32 (out·bits/32, groups), packed along `out`, in asymmetric
 files only; `weight_shape` int64 (2,). Everything is packed lowest bits first. w = scale · (code − zero), the zero of
-symmetric files being 2^(bits−1). What is rotated says so in `transform_config`, see `hlwq.formats.transforms`.
+symmetric files being 2^(bits−1).
+
+Codes of 3, 5, 6 and 7 bits are one stream, as vLLM 0.32 has them (its Humming kernels: read in its source, not run).
+compressed-tensors 0.17 leaves gaps in each word, so that neither package loads what is packed for the other.
+ What is rotated says so in `transform_config`, see `hlwq.formats.transforms`.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from torch import Tensor
 from hlwq.bases import Basis, Hadamard
 from hlwq.containers import DTYPES, Reader, TensorSpec
 from hlwq.errors import CheckpointError, UnsupportedError
-from hlwq.families import ModelLayout
+from hlwq.families import Matrix, ModelLayout
 from hlwq.formats import reading
 from hlwq.formats.base import (
     PIPELINE_COMMAND,
@@ -35,7 +39,6 @@ from hlwq.formats.patterns import check_pattern, kept_patterns, matches_start, p
 from hlwq.formats.transforms import LARGEST_BLOCK, REFUSAL, read_transforms, shared_tensors, transform_config
 from hlwq.formats.uniform import (
     READABLE_BITS,
-    WORD_BITS,
     check_multiples_of_32,
     decode,
     integer_zeros,
@@ -50,17 +53,18 @@ from hlwq.packing import pack, unpack
 
 NAME = "compressed-tensors"
 PACKING = "pack-quantized"
+BITS = (2, 3, 4, 5, 6, 7, 8)
 
 
 def hold(module: str, shape: tuple[int, int], grid: Grid, basis: Basis, dtype: str) -> Grid:
     """Integer zeros; scales in the model's dtype.
 
     Raises:
-        UnsupportedError: other than uniform codes of 4 or 8 bits, a group size that Marlin does not have, blocks that
+        UnsupportedError: other than uniform codes, a group size that Marlin does not have, blocks that
             vLLM does not rotate, or a side of the matrix that is no multiple of 32.
     """
     stored = {"integer_zero": True, "storage": (DTYPES[dtype],)}
-    held = uniform_grid(NAME, WORD_BITS, "hlwq-int4", grid, basis, rotated=True, **stored)
+    held = uniform_grid(NAME, BITS, "hlwq-int4", grid, basis, rotated=True, **stored)
     if isinstance(basis, Hadamard) and (basis.block_size or 0) > LARGEST_BLOCK:
         message = f"`block_size` {basis.block_size} exceeds the {LARGEST_BLOCK} columns that vLLM rotates together."
         raise UnsupportedError(message, argument="block_size")
@@ -74,15 +78,15 @@ def outputs(module: str, shape: tuple[int, int], grid: Grid, dtype: str) -> list
 
 
 def _parts(module: str, shape: tuple[int, int], scheme: Scheme, dtype: str) -> list[TensorSpec]:
-    (rows, columns), per_word = shape, 32 // scheme.bits
+    (rows, columns), bits = shape, scheme.bits
     groups = columns // scheme.group_size
     specs = [
-        TensorSpec(f"{module}.weight_packed", "I32", (rows, columns // per_word)),
+        TensorSpec(f"{module}.weight_packed", "I32", (rows, columns * bits // 32)),
         TensorSpec(f"{module}.weight_scale", dtype, (rows, groups)),
         TensorSpec(f"{module}.weight_shape", "I64", (2,)),
     ]
     if not scheme.symmetric:
-        specs.append(TensorSpec(f"{module}.weight_zero_point", "I32", (rows // per_word, groups)))
+        specs.append(TensorSpec(f"{module}.weight_zero_point", "I32", (rows * bits // 32, groups)))
     return specs
 
 
@@ -180,9 +184,9 @@ def stored_modules(reader: Reader) -> dict[str, StoredModule]:
         if weights is None:
             raise CheckpointError(f"{reader.path}: {module} is stored as codes, but config.json has no scheme for it.")
         bits = weights["num_bits"]
-        if bits not in READABLE_BITS or f"{module}.weight_g_idx" in reader.tensors:
+        if bits not in BITS or f"{module}.weight_g_idx" in reader.tensors:
             raise UnsupportedError(
-                f"{reader.path}: {module} has {bits}-bit codes or scattered groups; files of 2, 4 and 8 bits with "
+                f"{reader.path}: {module} has {bits}-bit codes or scattered groups; files of 2 to 8 bits with "
                 "groups of neighbouring columns can be read."
             )
         rows, words = reading.matrix_shape(reader, f"{module}.weight_packed")
@@ -191,6 +195,11 @@ def stored_modules(reader: Reader) -> dict[str, StoredModule]:
         zeros = () if scheme.symmetric else ("weight_zero_point",)
         parts = reading.require_parts(reader, module, "weight_packed", "weight_scale", "weight_shape", *zeros)
         if columns != reading.matrix_shape(reader, f"{module}.weight_scale")[1] * scheme.group_size:
+            if bits not in READABLE_BITS:
+                raise UnsupportedError(
+                    f"{reader.path}: {module} has {bits}-bit codes with gaps between them, or another group size than "
+                    "config.json says; codes of this width can be read as vLLM reads them, without gaps."
+                )
             raise reading.not_as_configured(reader, module)
         reading.check_parts(reader, _parts(module, (rows, columns), scheme, "BF16"))
         rotations = [each for each in transforms if each.applies(module, where)]
@@ -248,16 +257,18 @@ def demands(reader: Reader, layout: ModelLayout, modules: dict[str, StoredModule
     section = reader.config["quantization_config"]
     again = "Quantize again with the defaults of format compressed-tensors."
     rule = "config_groups and ignore agree with the tensors"
+    widths = {stored.scheme.bits for stored in modules.values()}.difference(READABLE_BITS)
     rotated = {module for module, stored in modules.items() if stored.scheme.block_size}
-    biased = [module for module in rotated if f"{module}.bias" in reader.tensors]
+    wrong = [module for module, matrix in layout.matrices().items() if module in rotated and unrotated(layout, matrix)]
     rotation = [
-        demand(VLLM, "no bias where inputs are rotated", biased, again),
+        demand(VLLM, "rotated are only inputs that it can rotate", wrong, again),
         demand(VLLM, "type of transform hadamard, which needs a GPU, and no tensor parallelism", [], ""),
         demand("transformers", "`import hlwq` before it is loaded, which rotates the inputs", [], ""),
     ]
     return [
         *(rotation if rotated else []),
-        *uniform_demands(layout, modules, again),
+        *uniform_demands(layout, modules, BITS, again),
+        demand("transformers", "2, 4 or 8 bits", sorted({f"{bits} bits" for bits in widths}), again),
         demand(VLLM, f"{rule}, by its names", _wrong_groups(section, layout, modules, True), again),
         demand("transformers", f"{rule}, by own names", _wrong_groups(section, layout, modules, False), again),
     ]
@@ -282,6 +293,16 @@ def _wrong_groups(
     return wrong + [name for name in outside if configured_weights(section, name) is not None]
 
 
+def unrotated(layout: ModelLayout, matrix: Matrix) -> str:
+    """Which inputs vLLM 0.32 does not rotate: its transforms assert that there is no bias, and count parts wrongly.
+
+    A fused matrix with more parts than names, as Qwen3.5's `in_proj_qkvz`, ends in a KeyError.
+    """
+    if matrix.bias:
+        return "layers with a bias"
+    return matrix.fused if matrix.fused in layout.family.vllm_unrotated else ""
+
+
 def cautions(contents: Contents) -> list[str]:
     """Who runs a rotated file."""
     if not any(scheme.block_size for scheme in contents.quantized.values()):
@@ -293,8 +314,8 @@ def cautions(contents: Contents) -> list[str]:
 
 
 ENGINES = (
-    Engine("vLLM", WORD_BITS, "symmetric or asymmetric", "vllm serve {path}{text_only}"),
-    Engine("transformers", WORD_BITS, "symmetric or asymmetric", PIPELINE_COMMAND),
+    Engine("vLLM", BITS, "symmetric or asymmetric", "vllm serve {path}{text_only}"),
+    Engine("transformers", READABLE_BITS, "symmetric or asymmetric", PIPELINE_COMMAND),
 )
 FORMAT = Format(
     name=NAME,
@@ -302,12 +323,12 @@ FORMAT = Format(
     stored_modules=stored_modules,
     dequantize=dequantize,
     demands=demands,
-    bits=WORD_BITS,
+    bits=BITS,
     hold=hold,
     outputs=outputs,
     encode=encode,
     json_files=json_files,
     cautions=cautions,
     shared_tensors=shared_tensors,
-    rotates_biased=False,
+    unrotated=unrotated,
 )

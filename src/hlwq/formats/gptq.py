@@ -203,7 +203,7 @@ def demands(reader: Reader, layout: ModelLayout, modules: dict[str, StoredModule
     return [
         demand(VLLM, "symmetric", asymmetric, remedy),
         demand(VLLM, "desc_act is false", ordered, again),
-        *uniform_demands(layout, modules, again),
+        *uniform_demands(layout, modules, WORD_BITS, again),
         demand(VLLM, "dynamic rules agree with the tensors, by fused names", wrong[VLLM], again),
         demand(GPTQMODEL, "dynamic rules agree with the tensors, by own names", wrong[GPTQMODEL], again),
         demand(GPTQMODEL, "zeros, scales and group indices for every module", unindexed, again),

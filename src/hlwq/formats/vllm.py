@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from hlwq.families import ModelLayout
 from hlwq.formats.base import Demand, StoredModule, demand
-from hlwq.formats.uniform import GROUP_SIZES, WORD_BITS
+from hlwq.formats.uniform import GROUP_SIZES
 
 VLLM = "vLLM"
 
 
-def uniform_demands(layout: ModelLayout, modules: dict[str, StoredModule], again: str) -> list[Demand]:
-    """What vLLM wants of uniform codes in any format."""
-    bits = {f"{stored.scheme.bits} bits" for stored in modules.values() if stored.scheme.bits not in WORD_BITS}
+def uniform_demands(
+    layout: ModelLayout, modules: dict[str, StoredModule], bits: tuple[int, ...], again: str
+) -> list[Demand]:
+    """What vLLM wants of uniform codes, in a format of which it has kernels for these bits."""
+    odd = {f"{stored.scheme.bits} bits" for stored in modules.values() if stored.scheme.bits not in bits}
     groups = [
         f"{name} (group {stored.scheme.group_size})"
         for name, stored in modules.items()
@@ -21,7 +23,7 @@ def uniform_demands(layout: ModelLayout, modules: dict[str, StoredModule], again
         f"{name} {stored.shape}" for name, stored in modules.items() if stored.shape[0] % 32 or stored.shape[1] % 32
     ]
     return [
-        demand(VLLM, "4 or 8 bits (4 on a CPU)", sorted(bits), again),
+        demand(VLLM, f"{' or '.join(map(str, bits))} bits (4 on a CPU)", sorted(odd), again),
         demand(VLLM, "groups of 32, 64 or 128", groups, "Quantize again with `group_size=64`."),
         demand(VLLM, "in and out divisible by 32", uneven, "Quantize again and `exclude` them."),
         demand(VLLM, "fused matrices have one scheme", mixed_fusions(layout, modules), again),
