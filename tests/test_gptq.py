@@ -51,7 +51,15 @@ def test_outputs_change_less_than_by_rounding_to_nearest(grid: Grid, basis: Basi
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"foem_beta": 0.3}, {"gptaq_alpha": 0.5}, {"foem_beta": 0.3, "gptaq_alpha": 0.5}]
+    "options",
+    [
+        {},
+        {"foem_beta": 0.3},
+        {"gptaq_alpha": 0.5},
+        {"foem_beta": 0.3, "gptaq_alpha": 0.5},
+        {"mismatch": 0.5},
+        {"foem_beta": 0.3, "mismatch": 1.0},
+    ],
 )
 @pytest.mark.parametrize("desc_act", [False, True])
 def test_agrees_with_the_textbook(options: dict[str, Any], desc_act: bool) -> None:
@@ -79,6 +87,7 @@ def textbook(weights: Tensor, gram: Gram, grid: Grid, options: Gptq) -> Tensor:
     assert gram.cross is not None
     owed = options.gptaq_alpha * (gram.cross.double()[order][:, order] @ factor.T).triu(1) @ factor
     original = weights.double()[:, order]
+    original = original + options.mismatch * original @ gram.cross.double()[order][:, order] @ torch.linalg.inv(damped)
     latent, decoded = original.clone(), torch.zeros_like(original)
     for column in range(len(order)):
         if column % size == 0:
@@ -116,7 +125,9 @@ def test_rows_can_be_stacked() -> None:
         assert part.codes.shape == rows.shape
 
 
-@pytest.mark.parametrize("options", [{}, {"foem_beta": 0.2}, {"gptaq_alpha": 0.25}, {"desc_act": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"foem_beta": 0.2}, {"gptaq_alpha": 0.25}, {"mismatch": 0.5}, {"desc_act": True}]
+)
 def test_rows_are_solved_in_chunks(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     weights, gram = problem()
     whole = solve(weights, gram, INT4, **options).dequantize()
@@ -138,7 +149,10 @@ def test_calibrated_hlwq_beats_data_free_hlwq_and_its_error_is_the_same_in_eithe
     )
 
 
-@pytest.mark.parametrize("options", [{"foem_beta": 0.2}, {"gptaq_alpha": 0.25}, {"desc_act": True}, {"damping": 0.1}])
+@pytest.mark.parametrize(
+    "options",
+    [{"foem_beta": 0.2}, {"gptaq_alpha": 0.25}, {"mismatch": 0.5}, {"desc_act": True}, {"damping": 0.1}],
+)
 def test_each_option_changes_the_result(options: dict[str, Any]) -> None:
     weights, gram = problem()
     plain = solve(weights, gram, INT4)
@@ -146,15 +160,17 @@ def test_each_option_changes_the_result(options: dict[str, Any]) -> None:
     assert not torch.equal(plain.dequantize(), other.dequantize())
 
 
-def test_gptaq_makes_up_for_the_difference_of_the_inputs() -> None:
-    """Its target is the original model's output: W X̃, not W X."""
+@pytest.mark.parametrize("option", ["gptaq_alpha", "mismatch"])
+@pytest.mark.parametrize("basis", [PLAIN, ROTATED], ids=["plain", "rotated"])
+def test_the_difference_of_the_inputs_is_made_up_for(option: str, basis: Basis) -> None:
+    """The target is the original model's output: W X̃, not W X."""
     inputs, generator = correlated_inputs(128), torch.Generator().manual_seed(7)
     originals = inputs @ (torch.eye(128) + 0.02 * torch.randn(128, 128, generator=generator))
     gram = Gram(inputs.T @ inputs, (originals - inputs).T @ inputs)
     weights = torch.randn(32, 128, generator=generator)
 
-    def distance(alpha: float) -> float:
-        decoded = solve(weights, gram, UniformGrid(8, 32), gptaq_alpha=alpha).dequantize()
+    def distance(share: float) -> float:
+        decoded = solve(weights, gram, UniformGrid(8, 32), basis, **{option: share}).dequantize()
         return float((inputs @ decoded.T - originals @ weights.T).square().sum())
 
     assert distance(1.0) < 0.6 * distance(0.0)
@@ -200,12 +216,25 @@ def test_inputs_that_are_all_zero_leave_rounding_to_nearest() -> None:
     assert (matrix.dequantize() - weights).abs().max() < 0.02
 
 
-@pytest.mark.parametrize("options", [{"foem_beta": 1.5}, {"gptaq_alpha": -0.1}, {"damping": 0.0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"foem_beta": 1.5},
+        {"gptaq_alpha": -0.1},
+        {"mismatch": 2.0},
+        {"damping": 0.0},
+    ],
+)
 def test_terms_out_of_range_are_refused(options: dict[str, Any]) -> None:
     (name,) = options
     with pytest.raises(RequestError, match="must be between") as refused:
         Gptq(**options)
     assert refused.value.argument == name
+
+
+def test_the_difference_is_made_up_for_once() -> None:
+    with pytest.raises(RequestError, match="the same difference twice"):
+        Gptq(mismatch=0.5, gptaq_alpha=0.1)
 
 
 def test_inverse_factor_is_the_upper_factor_of_the_damped_inverse() -> None:

@@ -124,7 +124,10 @@ def test_without_overrides_the_recipe_is_the_same() -> None:
             for size in (0, -64, 64.0, "64", None)
         ),
         (lambda: Hadamard(96), "block_size"),
-        *((lambda name=name: Gptq(**{name: 1.5}), name) for name in ("foem_beta", "gptaq_alpha", "damping")),
+        *(
+            (lambda name=name: Gptq(**{name: 1.5}), name)
+            for name in ("foem_beta", "gptaq_alpha", "mismatch", "damping")
+        ),
         (lambda: changed(RTN, {"bits": 9}), "bits"),
         (lambda: changed(HLWQ, {"bits": 9}), "bits"),
         (lambda: changed(RTN, {"group_size": 0}), "group_size"),

@@ -36,6 +36,10 @@ class Gptq:
             rounded, and how much of its drift is left out of the error that is passed on. 0 is plain GPTQ.
         gptaq_alpha: α of GPTAQ (arXiv 2504.02692): how much of the difference between the inputs of the original model
             and those of the quantized prefix is made up for. 0 leaves it out.
+        mismatch: how much of the same difference is made up for before the loop, by weights that predict the original
+            outputs from the new inputs: W + mismatch · W D (H + λI)⁻¹ with D = (X̃ − X)ᵀX. 1 is the least-squares
+            prediction (Qronos, arXiv 2505.11695), whose outputs vary less than the original's; with 0.5 they vary as
+            much, to first order. 0 leaves it out.
         desc_act: form the groups of columns of similar importance, wherever those stand in the matrix. Otherwise
             groups are runs of neighbouring columns, taken in the order of their importance.
         damping: added to the Hessian's diagonal, as a fraction of its mean.
@@ -52,20 +56,29 @@ class Gptq:
         default=0.0,
         reference="GPTAQ: Li et al., arXiv 2504.02692",
     )
+    mismatch: float = option(
+        "Share of the change of inputs made up for before the loop: 0 to 1.",
+        default=0.0,
+        reference="Qronos: Zhang et al., arXiv 2505.11695",
+    )
     desc_act: bool = option("Groups by importance of columns. vLLM refuses it; GPTQModel does not.", default=False)
     damping: float = option("Share of its mean added to the Hessian's diagonal.", default=0.01)
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name, low, high in (("foem_beta", 0, 1), ("gptaq_alpha", 0, 1), ("damping", 1e-6, 1)):
+        limits = (("foem_beta", 0, 1), ("gptaq_alpha", 0, 1), ("mismatch", 0, 1), ("damping", 1e-6, 1))
+        for name, low, high in limits:
             value = getattr(self, name)
             if not low <= value <= high:
                 raise RequestError(f"`{name}` {value} must be between {low:g} and {high:g}.")
+        if self.gptaq_alpha and self.mismatch:
+            message = "`gptaq_alpha` and `mismatch` make up for the same difference twice. Set one of them to 0."
+            raise RequestError(message, argument="mismatch")
 
     @property
     def needs(self) -> frozenset[str]:
-        """The inputs, and for GPTAQ those of the original model."""
-        return frozenset({INPUTS, ORIGINAL_INPUTS} if self.gptaq_alpha else {INPUTS})
+        """The inputs, and where their change is made up for, those of the original model."""
+        return frozenset({INPUTS, ORIGINAL_INPUTS} if self.gptaq_alpha or self.mismatch else {INPUTS})
 
     @property
     def scatters_groups(self) -> bool:
@@ -101,11 +114,14 @@ class Gptq:
         order = _column_order(hessian.diagonal().contiguous(), run, self.desc_act)
         factor = inverse_factor(hessian, order, self.damping)
         del hessian
-        correction = None
-        if self.gptaq_alpha and cross is not None:  # GPTAQ, eq. 18
-            cross = _rotate_both_sides(cross, basis)
-            correction = self.gptaq_alpha * (cross[order][:, order] @ factor.T).triu_(1) @ factor
-        problem = _Problem(grid, order, factor, correction, self.foem_beta)
+        correction = shift = None
+        if cross is not None and (self.gptaq_alpha or self.mismatch):
+            owed = _rotate_both_sides(cross, basis)[order][:, order] @ factor.T
+            if self.mismatch:
+                shift = self.mismatch * owed @ factor
+            else:  # GPTAQ, eq. 18
+                correction = self.gptaq_alpha * owed.triu_(1) @ factor
+        problem = _Problem(grid, order, factor, correction, shift, self.foem_beta)
         # A processor works best on what fits its cache; a GPU, on as much as there is.
         chunk = max(1, SOLVED_WEIGHTS // len(order)) if weights.device.type == "cpu" else len(weights)
         parts = [_solve_rows(basis.rotate(rows), problem) for rows in weights.split(chunk)]
@@ -131,6 +147,7 @@ class _Problem:
         order: the order in which columns are rounded, (in,).
         factor: factor of the inverse Hessian in that order, see `inverse_factor`.
         correction: GPTAQ's P in that order: what each column adds to the later ones for the difference of its inputs.
+        shift: what makes up for the difference beforehand, D (H + λI)⁻¹ in that order times the share.
         beta: FOEM's.
     """
 
@@ -138,6 +155,7 @@ class _Problem:
     order: Tensor
     factor: Tensor
     correction: Tensor | None
+    shift: Tensor | None
     beta: float
 
 
@@ -146,6 +164,8 @@ def _solve_rows(weights: Tensor, problem: _Problem) -> tuple[Tensor, Parameters]
     run = problem.grid.fit_columns
     # Columns as rows, so that a column is contiguous.
     latent = weights.T[problem.order].contiguous()
+    if problem.shift is not None:
+        latent += problem.shift.T @ latent
     original = latent.clone() if problem.beta else latent
     codes = torch.empty(latent.shape, dtype=torch.uint8, device=weights.device)
     fitted: list[Parameters] = []
