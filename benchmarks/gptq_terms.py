@@ -1,4 +1,4 @@
-"""GPTQ's loop with and without FOEM and GPTAQ, and calibrated HLWQ, over several calibration seeds.
+"""GPTQ's loop with and without its terms, in columns as they are and rotated, and calibrated HLWQ, over several seeds.
 
     python benchmarks/gptq_terms.py MODEL --text wikitext-2-raw.test.txt --calibration FILE.txt --json terms.json
 
@@ -25,12 +25,17 @@ from scipy.special import stdtrit
 import hlwq
 
 INT4: dict[str, Any] = {"recipe": "gptq", "group_size": 64}
+ROTATED: dict[str, Any] = {**INT4, "format": "compressed-tensors", "basis": "hadamard"}
 HLWQ: dict[str, Any] = {"recipe": "hlwq", "calibrate": True}
 VARIANTS: dict[str, dict[str, Any]] = {
     "GPTQ": INT4,
     "FOEM, β 0.2 (hlwq-v7)": {**INT4, "foem_beta": 0.2},
     "GPTAQ, α 0.25": {**INT4, "gptaq_alpha": 0.25},
     "FOEM and GPTAQ": {**INT4, "foem_beta": 0.2, "gptaq_alpha": 0.25},
+    "mismatch 0.5": {**INT4, "mismatch": 0.5},
+    "rotated": ROTATED,
+    "rotated, GPTAQ, α 0.25": {**ROTATED, "gptaq_alpha": 0.25},
+    "rotated, mismatch 0.5": {**ROTATED, "mismatch": 0.5},
     "calibrated HLWQ, 4 bits, without GPTAQ": {**HLWQ, "bits": 4, "gptaq_alpha": 0.0},
     "calibrated HLWQ, 4 bits": {**HLWQ, "bits": 4},
     "calibrated HLWQ, 5 bits, without GPTAQ": {**HLWQ, "bits": 5, "gptaq_alpha": 0.0},
