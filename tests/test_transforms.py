@@ -20,6 +20,7 @@ from hlwq.decoded import DecodedCheckpoint
 from hlwq.errors import CheckpointError, HlwqWarning, UnsupportedError
 from hlwq.formats.transforms import REFUSAL
 from hlwq.hadamard import hadamard_matrix
+from hlwq.usage import commands
 
 pytestmark = pytest.mark.filterwarnings("ignore::hlwq.errors.HlwqWarning")
 FORMAT = "compressed-tensors"
@@ -136,6 +137,30 @@ def test_transformers_with_hlwq_takes_the_matrices_of_the_file(tmp_path: Path) -
         assert not torch.allclose(
             AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)(input_ids=tokens).logits, expected
         )
+
+
+def test_loading_options_of_transformers_go_along(tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+    out, tokens = rotated(tmp_path), torch.arange(4, 40)[None]
+    hlwq.quantize(tmp_path / "source", tmp_path / "plain", "rtn", format=FORMAT)
+    for path in (out, tmp_path / "plain"):
+        given = CompressedTensorsConfig(dequantize=True)
+        with torch.inference_mode():
+            packed, dense = (
+                AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options)(input_ids=tokens).logits
+                for options in ({}, {"quantization_config": given})
+            )
+        # Dequantized weights are rounded to bfloat16 on the way.
+        assert (packed - dense).norm() / packed.norm() < 0.01
+
+
+def test_the_command_for_transformers_imports_hlwq(tmp_path: Path) -> None:
+    out = rotated(tmp_path)
+    assert "import sys, hlwq;" in dict(commands(out, FORMAT))["transformers"]
+    hlwq.quantize(tmp_path / "source", tmp_path / "plain", "rtn", format=FORMAT)
+    assert "hlwq;" not in dict(commands(tmp_path / "plain", FORMAT))["transformers"]
 
 
 def test_transformers_without_hlwq_refuses(tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from hlwq.files import read_json
 from hlwq.formats import READABLE_FORMATS
+from hlwq.formats.base import HLWQ_PIPELINE_COMMAND, PIPELINE_COMMAND
+from hlwq.formats.transforms import SECTION
 from hlwq.manifest import read_manifest
 
 TORCHAO_RECIPE = "hlwq-torchao"
@@ -30,7 +32,8 @@ def commands(
         without: engines that would not load it.
         called: its name in the commands, such as its hub id; by default its path.
     """
-    text_only = " --language-model-only" if "vision_config" in read_json(directory / "config.json") else ""
+    config = read_json(directory / "config.json")
+    text_only = " --language-model-only" if "vision_config" in config else ""
     name = called or str(directory)
     path = shlex.quote(f"./{name}" if name.startswith("-") else name)  # which is no option
     recipe = (read_manifest(directory) or {"recipe": None})["recipe"]
@@ -39,4 +42,6 @@ def commands(
     else:
         engines = READABLE_FORMATS[format_name].engines
         templates = [(engine.name, engine.command) for engine in engines if engine.command]
+    if (config.get("quantization_config") or {}).get(SECTION):  # rotated, which transformers alone refuses
+        templates = [(name, HLWQ_PIPELINE_COMMAND if each == PIPELINE_COMMAND else each) for name, each in templates]
     return [(name, each.format(path=path, text_only=text_only)) for name, each in templates if name not in without]

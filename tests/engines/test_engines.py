@@ -23,6 +23,14 @@ PROMPT = (
 )
 
 
+def assert_computes(engine: str, name: str, directory: Path, prompt: str, run_engine: RunEngine) -> None:
+    """An engine's log-probabilities are those of the decoded weights."""
+    tokens, expected = reference(directory, prompt)
+    report = run_engine(engine, f"{engine}_logprobs.py", directory, tokens)
+    assert difference(report["logprobs"], expected) < TOLERANCE[engine, name]
+    assert report["text"]
+
+
 CALIBRATION = hlwq.Calibration(("embedded",), samples=8, sequence_length=256)
 
 
@@ -53,12 +61,9 @@ def test_engine_computes_what_the_codes_say(
     directory = tmp_path / "quantized"
     # Group 128 does not divide SmolLM2's 576: its modules then differ in their groups.
     hlwq.quantize(models[name], directory, recipe, format=format_name, group_size=128, calibration=calibration)
-    tokens, expected = reference(directory, prompts[name])
     if engine == "vllm":
         skip_without_int4_kernel()
-    report = run_engine(engine, f"{engine}_logprobs.py", directory, tokens)
-    assert difference(report["logprobs"], expected) < TOLERANCE[engine, name]
-    assert report["text"]
+    assert_computes(engine, name, directory, prompts[name], run_engine)
 
 
 @pytest.mark.parametrize("name", ["smollm2", "hybrid"])
@@ -67,11 +72,8 @@ def test_asymmetric_codes_run_in_vllm(
 ) -> None:
     directory = tmp_path / "quantized"
     hlwq.quantize(models[name], directory, "rtn", format="compressed-tensors", group_size=128, symmetric=False)
-    tokens, expected = reference(directory, prompts[name])
     skip_without_int4_kernel()
-    report = run_engine("vllm", "vllm_logprobs.py", directory, tokens)
-    assert difference(report["logprobs"], expected) < TOLERANCE["vllm", name]
-    assert report["text"]
+    assert_computes("vllm", name, directory, prompts[name], run_engine)
 
 
 @pytest.mark.parametrize("recipe", [{}, {"calibrate": True, "calibration": CALIBRATION, "block_size": 512}], ids=str)
@@ -86,7 +88,6 @@ def test_vllm_rotates_the_inputs(
 ) -> None:
     directory = tmp_path / "quantized"
     hlwq.quantize(models[name], directory, "rtn", format="compressed-tensors", basis="hadamard", **recipe)
-    tokens, expected = reference(directory, prompts[name])
     # The fused kernel of type `hadamard` is for GPUs; on a CPU, vLLM multiplies by the matrix in the file instead.
     file = directory / "config.json"
     config = json.loads(file.read_text())
@@ -95,9 +96,7 @@ def test_vllm_rotates_the_inputs(
         group["type"] = "random-hadamard"
     file.write_text(json.dumps(config))
     skip_without_int4_kernel()
-    report = run_engine("vllm", "vllm_logprobs.py", directory, tokens)
-    assert difference(report["logprobs"], expected) < TOLERANCE["vllm", name]
-    assert report["text"]
+    assert_computes("vllm", name, directory, prompts[name], run_engine)
 
 
 @pytest.mark.parametrize("name", ["smollm2", "hybrid"])
@@ -132,10 +131,7 @@ def test_vllm_serves_packed_hlwq(
 ) -> None:
     directory = tmp_path / "quantized"
     hlwq.quantize(models[name], directory, "hlwq", **options)
-    tokens, expected = reference(directory, prompts[name])
-    report = run_engine("vllm", "vllm_logprobs.py", directory, tokens)
-    assert difference(report["logprobs"], expected) < TOLERANCE["vllm", name]
-    assert report["text"]
+    assert_computes("vllm", name, directory, prompts[name], run_engine)
 
 
 def test_vllm_keeps_to_the_schemes_of_the_file(tmp_path: Path, run_engine: RunEngine) -> None:
@@ -156,9 +152,7 @@ def test_vllm_keeps_to_the_schemes_of_the_file(tmp_path: Path, run_engine: RunEn
 def test_chain_runs_in_mlx(prompts: dict[str, str], tmp_path: Path, run_engine: RunEngine) -> None:
     directory = tmp_path / "quantized"
     hlwq.quantize(bundled_model(), directory, "hlwq-mlx")
-    tokens, expected = reference(directory, prompts["hybrid"])
-    report = run_engine("mlx", "mlx_logprobs.py", directory, tokens)
-    assert difference(report["logprobs"], expected) < TOLERANCE["mlx", "hybrid"]
+    assert_computes("mlx", "hybrid", directory, prompts["hybrid"], run_engine)
 
 
 def test_quantized_embedding_runs_in_mlx(
@@ -166,9 +160,7 @@ def test_quantized_embedding_runs_in_mlx(
 ) -> None:
     directory = tmp_path / "quantized"
     hlwq.quantize(models["smollm2"], directory, "rtn", format="mlx", include_embeddings=True)
-    tokens, expected = reference(directory, prompts["smollm2"])
-    report = run_engine("mlx", "mlx_logprobs.py", directory, tokens)
-    assert difference(report["logprobs"], expected) < TOLERANCE["mlx", "smollm2"]
+    assert_computes("mlx", "smollm2", directory, prompts["smollm2"], run_engine)
 
 
 @pytest.mark.parametrize("name", ["smollm2", "hybrid"])

@@ -26,6 +26,10 @@ PIPELINE_COMMAND = (
 """Runs a directory that plain transformers loads. The path is an argument, so that it is quoted for the shell alone."""
 
 
+HLWQ_PIPELINE_COMMAND = PIPELINE_COMMAND.replace("import sys;", "import sys, hlwq;")
+"""Runs a directory that transformers loads after `import hlwq`."""
+
+
 @dataclass(frozen=True)
 class Scheme:
     """How one module is stored.

@@ -4,10 +4,10 @@ For a linear of shape (out, in): `weight_packed` int32 (out, in·bits/32), codes
 (out, groups) in the model's dtype; `weight_zero_point` int32 (out·bits/32, groups), packed along `out`, in asymmetric
 files only; `weight_shape` int64 (2,). Everything is packed lowest bits first. w = scale · (code − zero), the zero of
 symmetric files being 2^(bits−1).
+What is rotated says so in `transform_config`, see `hlwq.formats.transforms`.
 
 Codes of 3, 5, 6 and 7 bits are one stream, as vLLM 0.32 has them (its Humming kernels: read in its source, not run).
 compressed-tensors 0.17 leaves gaps in each word, so that neither package loads what is packed for the other.
- What is rotated says so in `transform_config`, see `hlwq.formats.transforms`.
 """
 
 from __future__ import annotations

@@ -19,7 +19,18 @@ from hlwq.errors import CheckpointError, UnsupportedError
 from hlwq.families import ModelLayout
 from hlwq.files import is_file
 from hlwq.formats import reading
-from hlwq.formats.base import Contents, Demand, Engine, Format, Scheme, StoredModule, check_bits, common_scheme, demand
+from hlwq.formats.base import (
+    HLWQ_PIPELINE_COMMAND,
+    Contents,
+    Demand,
+    Engine,
+    Format,
+    Scheme,
+    StoredModule,
+    check_bits,
+    common_scheme,
+    demand,
+)
 from hlwq.formats.vllm import mixed_fusions
 from hlwq.grids import Grid, LloydGrid, Parameters
 from hlwq.matrix import QuantizedMatrix
@@ -200,8 +211,7 @@ ENGINES = (
         "transformers",
         BITS,
         "Lloyd–Max codes",
-        "python -c 'import sys, hlwq; from transformers import pipeline; "
-        'print(pipeline("text-generation", sys.argv[1])("Hello")[0]["generated_text"])\' {path}',
+        HLWQ_PIPELINE_COMMAND,
     ),
     Engine("vLLM with hlwq", BITS, "Lloyd–Max codes", "vllm serve {path}{text_only}"),
     Engine("hlwq", BITS, "Lloyd–Max codes", "hlwq convert {path} {path}-dense --format dense"),

@@ -132,7 +132,8 @@ def read_transforms(reader: Reader, section: dict[str, Any], where: str) -> list
             for target in (*names["targets"], *names["ignore"]):
                 check_pattern(target.removeprefix("re:") if isinstance(target, str) else target, here)
             transforms.append(InputTransform(name, size, tuple(names["targets"]), tuple(names["ignore"])))
-        _check_matrices(reader, name, size, kind, here)
+        if any(each.name == name for each in transforms):
+            _check_matrices(reader, name, size, kind, here)
     return transforms
 
 

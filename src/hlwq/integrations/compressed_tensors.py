@@ -6,6 +6,7 @@ apply the transforms by compressed-tensors' own public function, whoever made th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers.quantizers import auto
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
-from transformers.utils.quantization_config import CompressedTensorsConfig
+from transformers.utils import quantization_config as own
 
 from hlwq.formats.compressed_tensors import NAME
 from hlwq.formats.transforms import REFUSAL, SECTION
@@ -23,8 +24,11 @@ if TYPE_CHECKING:
     from transformers.modeling_utils import PreTrainedModel
 
 
-class RotatedConfig(CompressedTensorsConfig):
-    """transformers' own, with the transforms of the file."""
+class CompressedTensorsConfig(own.CompressedTensorsConfig):
+    """transformers' own, with the transforms of the file.
+
+    It has the same name, by which `from_pretrained` compares what it is given with what the file has.
+    """
 
     def __init__(
         self,
@@ -35,11 +39,11 @@ class RotatedConfig(CompressedTensorsConfig):
     ) -> None:
         """Take what transformers' own takes, and `transform_config`."""
         self.transform_config = transform_config
-        own = {
+        groups = {
             name: {key: value for key, value in group.items() if key != REFUSAL} if isinstance(group, dict) else group
             for name, group in (config_groups or {}).items()
         }
-        super().__init__(own or config_groups, *args, **kwargs)
+        super().__init__(groups or config_groups, *args, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """The section of `config.json`, with the transforms."""
@@ -50,7 +54,6 @@ class RotatedConfig(CompressedTensorsConfig):
 class RotatedQuantizer(CompressedTensorsHfQuantizer):
     """transformers' own, which applies the transforms of the file to the loaded model."""
 
-    quantization_config: RotatedConfig
     files: Sequence[str] = ()
 
     def _process_model_before_weight_loading(
@@ -58,21 +61,26 @@ class RotatedQuantizer(CompressedTensorsHfQuantizer):
     ) -> None:
         super()._process_model_before_weight_loading(model, checkpoint_files=checkpoint_files, **kwargs)
         self.files = checkpoint_files or ()
-        groups = (self.quantization_config.transform_config or {}).get("config_groups", {})
+        groups = self._transforms.get("config_groups", {})
         model._keys_to_ignore_on_load_unexpected = {
             *(model._keys_to_ignore_on_load_unexpected or ()),
-            *(rf"\.{name}_(input|output)\.(weight|perm)$" for name in groups),
+            *(rf"\.{re.escape(name)}_(input|output)\.(weight|perm)$" for name in groups),
         }
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         model = super()._process_model_after_weight_loading(model, **kwargs) or model
-        if self.quantization_config.transform_config:
-            _apply_transforms(model, self.quantization_config.transform_config, self.files)
+        if self._transforms:
+            _apply_transforms(model, self._transforms, self.files)
         return model
 
     def is_serializable(self) -> bool:
         """What it was loaded from is what would be saved; compressed-tensors' transforms are not saved rightly."""
-        return not self.quantization_config.transform_config
+        return not self._transforms
+
+    @property
+    def _transforms(self) -> dict[str, Any]:
+        """The section of the file; empty too for transformers' own configuration, which a caller may give."""
+        return getattr(self.quantization_config, "transform_config", None) or {}
 
 
 def _apply_transforms(model: PreTrainedModel, section: dict[str, Any], files: Sequence[str]) -> None:
@@ -106,5 +114,5 @@ def _in_layers(name: str) -> str:
     return name.rpartition("layers.")[2]
 
 
-auto.AUTO_QUANTIZATION_CONFIG_MAPPING[NAME] = RotatedConfig
+auto.AUTO_QUANTIZATION_CONFIG_MAPPING[NAME] = CompressedTensorsConfig
 auto.AUTO_QUANTIZER_MAPPING[NAME] = RotatedQuantizer
