@@ -19,17 +19,18 @@ from pathlib import Path
 from hlwq.evaluate import Perplexity, paired_difference, perplexity
 from hlwq.sources import locate
 
+KEPT = ["--no-include-embeddings"]  # as formats gptq and dense do
 RUNS: list[tuple[str, list[str]]] = [
     ("RTN INT4, symmetric, signed full range", ["--recipe", "rtn"]),
     ("RTN INT4, symmetric, absmax/7", ["--recipe", "rtn", "--scale", "absmax"]),
     ("RTN INT4, asymmetric", ["--recipe", "rtn", "--asymmetric"]),
-    ("RTN MLX 4-bit", ["--recipe", "rtn", "--format", "mlx"]),
-    ("HLWQ Q4", ["--recipe", "hlwq", "--bits", "4"]),
-    ("HLWQ Q5", ["--recipe", "hlwq"]),
-    ("HLWQ Q6", ["--recipe", "hlwq", "--bits", "6"]),
+    ("RTN MLX 4-bit", ["--recipe", "rtn", "--format", "mlx", *KEPT]),
+    ("HLWQ Q4", ["--recipe", "hlwq", "--bits", "4", *KEPT]),
+    ("HLWQ Q5", ["--recipe", "hlwq", *KEPT]),
+    ("HLWQ Q6", ["--recipe", "hlwq", "--bits", "6", *KEPT]),
     ("HLWQ Q5 → INT4, symmetric", ["--recipe", "hlwq-int4"]),
     ("HLWQ Q5 → INT4, absmax/7", ["--recipe", "hlwq-int4", "--scale", "absmax"]),
-    ("HLWQ Q5 → MLX 4-bit", ["--recipe", "hlwq-mlx"]),
+    ("HLWQ Q5 → MLX 4-bit", ["--recipe", "hlwq-mlx", *KEPT]),
 ]
 
 

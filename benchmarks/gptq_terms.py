@@ -26,7 +26,7 @@ import hlwq
 
 INT4: dict[str, Any] = {"recipe": "gptq", "group_size": 64}
 ROTATED: dict[str, Any] = {**INT4, "format": "compressed-tensors", "basis": "hadamard"}
-HLWQ: dict[str, Any] = {"recipe": "hlwq", "calibrate": True}
+HLWQ: dict[str, Any] = {"recipe": "hlwq", "calibrate": True, "include_embeddings": False}
 VARIANTS: dict[str, dict[str, Any]] = {
     "GPTQ": INT4,
     "FOEM, β 0.2 (hlwq-v7)": {**INT4, "foem_beta": 0.2},

@@ -9,12 +9,31 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import hlwq
 from hlwq import devices
 from hlwq.demo import bundled_model
-from hlwq.devices import available_memory, device_peak, peak_memory, torch_device
+from hlwq.devices import available_memory, device_peak, peak_memory, torch_device, usual_device
 from hlwq.errors import RequestError, ResourceError
 from hlwq.evaluate.model import load_model
 from hlwq.evaluate.speed import speed
+from hlwq.files import read_json
+
+
+@pytest.mark.parametrize(
+    ("cuda", "mps", "expected"), [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")]
+)
+def test_the_usual_device_is_the_fastest_here(
+    cuda: bool, mps: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert usual_device() == expected
+
+
+def test_a_run_says_where_it_computed(tmp_path: Path) -> None:
+    result = hlwq.quantize(bundled_model(), tmp_path / "out", "rtn")
+    assert result.device == usual_device()
+    assert read_json(tmp_path / "out" / "hlwq.json")["device"] == usual_device()
 
 
 @pytest.mark.parametrize("name", ["meta", "tpu9", "vulkan", "hpu:0", ""])

@@ -69,7 +69,8 @@ def test_every_tensor_is_planned_once_in_order_and_nothing_is_left_over(
     contents = plan.contents()
     assert contents.quantized.keys() == modules_of(plan)
     assert not contents.quantized.keys() & set(contents.kept)
-    assert contents.quantized.keys() | set(contents.kept) == {
+    embeddings = {contents.layout.embedding, "lm_head"} if format_name in ("mlx", "hlwq") else set()
+    assert contents.quantized.keys() | set(contents.kept) == embeddings | {
         contents.layout.layer_prefix(index) + matrix.name
         for index, layer in enumerate(contents.layout.layers)
         for matrix in layer.matrices()
@@ -143,10 +144,14 @@ def test_a_tied_head_is_dropped_and_the_user_told(llama: Reader) -> None:
 
 
 @pytest.mark.parametrize(("tied", "more"), [(False, {"model.embed_tokens", "lm_head"}), (True, {"model.embed_tokens"})])
-def test_embeddings_are_quantized_on_request(tied: bool, more: set[str], llama: Reader) -> None:
+def test_embeddings_are_quantized_where_expected_or_on_request(tied: bool, more: set[str], llama: Reader) -> None:
     source = Source(llama, llama.tensors, tie_word_embeddings=tied)
-    default = make_plan(source, RTN, "mlx")
-    assert modules_of(make_plan(source, RTN, "mlx", Selection(include_embeddings=True))) == modules_of(default) | more
+    without = modules_of(make_plan(source, RTN, "mlx", Selection(include_embeddings=False)))
+    assert modules_of(make_plan(source, RTN, "mlx", Selection(include_embeddings=True))) == without | more
+    assert modules_of(make_plan(source, RTN, "mlx")) == without | more
+    assert modules_of(make_plan(source, HLWQ)) == without | more
+    assert modules_of(make_plan(source, RTN, "gptq")) == without
+    assert modules_of(make_plan(source, RTN, "dense")) == without
 
 
 def test_a_tied_head_cannot_be_quantized(llama: Reader) -> None:
@@ -161,8 +166,9 @@ def test_gptq_refuses_embeddings(options: dict[str, Any], llama: Reader) -> None
 
 
 def test_include_adds_exactly_what_matches(hybrid: Reader) -> None:
-    default = modules_of(make_plan(hybrid, RTN, "mlx"))
-    included = modules_of(make_plan(hybrid, RTN, "mlx", Selection(include=[r"layers\.1\..*in_proj_[ab]$", "lm_head"])))
+    default = modules_of(make_plan(hybrid, RTN, "mlx", Selection(include_embeddings=False)))
+    selection = Selection(include_embeddings=False, include=(r"layers\.1\..*in_proj_[ab]$", "lm_head"))
+    included = modules_of(make_plan(hybrid, RTN, "mlx", selection))
     prefix = "model.language_model.layers.1.linear_attn.in_proj_"
     assert included - default == {prefix + "a", prefix + "b", "lm_head"}
     assert default <= included
@@ -204,7 +210,7 @@ def test_exclude_can_take_back_what_include_or_the_embeddings_option_adds(llama:
 )
 def test_a_pattern_that_changes_nothing_is_an_error(options: dict[str, Any], said: str, hybrid: Reader) -> None:
     with pytest.raises(RequestError, match=said) as refused:
-        make_plan(hybrid, RTN, "mlx", Selection(**options))
+        make_plan(hybrid, RTN, "mlx", Selection(include_embeddings=False, **options))
     assert refused.value.argument == next(iter(options))
 
 

@@ -25,6 +25,7 @@ from hlwq.plan import make_plan
 from hlwq.recipes import recipe_named
 from hlwq.report import compare
 from hlwq.report.compare import Protocols, speeds_of
+from hlwq.request import Selection
 from hlwq.sources import locate
 from hlwq.work import cost
 
@@ -142,7 +143,8 @@ def test_the_parts_of_a_comparison_fill_its_progress(protocol: Any, humaneval: A
 @pytest.mark.parametrize("recipe", ["rtn", "hlwq", "hlwq-int4", "gptq"])
 def test_copies_are_a_small_part_of_the_work(recipe: str) -> None:
     """By their number of weights they were a third of it, and the time left was wrong by as much."""
-    plan = make_plan(Reader(locate(bundled_model())), recipe_named(recipe))
+    selection = Selection(include_embeddings=False)
+    plan = make_plan(Reader(locate(bundled_model())), recipe_named(recipe), None, selection)
     copied = sum(cost(tensor) for tensor in plan.tensors if tensor.action == "copy")
     weights = sum(tensor.spec.parameters for tensor in plan.tensors if tensor.action == "copy")
     everything = sum(tensor.spec.parameters for tensor in plan.tensors)

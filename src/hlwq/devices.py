@@ -14,13 +14,21 @@ from hlwq.errors import RequestError, ResourceError, reason
 DEVICE_TYPES = ("cpu", "cuda", "mps", "xpu")
 
 
-def torch_device(name: str) -> torch.device:
-    """The device of that name: `cpu`, `cuda`, `cuda:1`, `mps`, `xpu`.
+def usual_device() -> str:
+    """Where to compute unless the user says otherwise: `cuda`, else `mps`, else `cpu`, by what torch finds here."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def torch_device(name: str | None = None) -> torch.device:
+    """The device of that name (`cpu`, `cuda`, `cuda:1`, `mps`, `xpu`), or the usual one.
 
     Raises:
         RequestError: there is no such device, or it holds no data.
         ResourceError: it cannot be used here.
     """
+    name = usual_device() if name is None else name
     if name.partition(":")[0] not in DEVICE_TYPES:
         raise RequestError(
             f"`device={name!r}` is none of those that hold data: {', '.join(DEVICE_TYPES)}. Use `device='cpu'`.",

@@ -44,6 +44,7 @@ class QuantizeResult:
         relative_errors: ‖W − Ŵ‖² / ‖W‖² of each quantized module.
         output_errors: ‖(W − Ŵ) X‖² / ‖W X‖² on the calibration data, of each module that was calibrated.
         checks: what each engine demands, and whether it is met.
+        device: where it was computed.
         seconds: wall-clock time of the work.
         peak_memory: the most memory the process has held, in bytes; None where the system does not say.
     """
@@ -54,6 +55,7 @@ class QuantizeResult:
     relative_errors: dict[str, float]
     output_errors: dict[str, float]
     checks: list[Demand]
+    device: str
     seconds: float
     peak_memory: int | None
 
@@ -65,7 +67,7 @@ def run_plan(
     *,
     origin: dict[str, Any],
     calibration: Calibration | None = None,
-    device: str = "cpu",
+    device: str | None = None,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Progress | None = None,
 ) -> QuantizeResult:
@@ -77,7 +79,7 @@ def run_plan(
         out: the directory to make.
         origin: where the checkpoint came from, for `hlwq.json`.
         calibration: which data a calibrated recipe uses.
-        device: where to compute.
+        device: where to compute; by default a GPU if there is one.
         shard_bytes: the most that one safetensors file holds.
         progress: told how far the work is.
 
@@ -161,6 +163,7 @@ def _run(
         relative_errors={module: each["relative_squared_error"] for module, each in errors.items()},
         output_errors={module: each[output] for module, each in errors.items() if output in each},
         checks=checks,
+        device=str(device),
         seconds=time.monotonic() - started,
         peak_memory=peak_memory(),
     )

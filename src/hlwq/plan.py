@@ -165,7 +165,7 @@ def make_plan(
         recipe: what to do to each matrix.
         format_name: what to write; the recipe's usual format if None.
         selection: changes of the family's choice of matrices.
-        modules: what to quantize where `selection` does not say otherwise; None for the family's choice.
+        modules: what to quantize where `selection` does not say otherwise; None for the usual choice.
 
     Raises:
         RequestError: an argument is wrong or changes nothing.
@@ -176,7 +176,10 @@ def make_plan(
     layout = describe(source.config, source.tensors)
     check_tensors(source, layout)
     selection = selection or Selection()
-    chosen = _choose(source, layout, selection, usual_modules(layout) if modules is None else set(modules))
+    usual = usual_modules(layout) if modules is None else set(modules)
+    if modules is None and selection.include_embeddings is None and output_format.includes_embeddings:
+        usual.update(_embeddings(layout))
+    chosen = _choose(source, layout, selection, usual)
     if modules and not output_format.holds_embeddings:  # what the source had as codes is then written decoded
         chosen -= set(_embeddings(layout))
     _check_chosen(layout, output_format, chosen, selection)
@@ -268,6 +271,8 @@ def _choose(source: Headers, layout: ModelLayout, selection: Selection, usual: s
     matrices, embeddings, chosen = layout.matrices(), _embeddings(layout), set(usual)
     if selection.include_embeddings:
         chosen.update(embeddings)
+    elif selection.include_embeddings is False:
+        chosen.difference_update(embeddings)
     for pattern in selection.include:
         kept = {*matrices, *embeddings} - chosen
         chosen |= _matching(pattern, "include", kept, source, chosen, "quantized already")

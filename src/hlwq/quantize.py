@@ -98,7 +98,7 @@ def convert(
     format: str,
     *,
     exclude: str | Sequence[str] = (),
-    device: str = "cpu",
+    device: str | None = None,
     progress: Progress | None = None,
     **changes: Any,
 ) -> QuantizeResult:
@@ -112,7 +112,7 @@ def convert(
         out: the directory to make; absent or empty.
         format: `gptq`, `mlx`, `compressed-tensors` or `dense`.
         exclude: regular expressions of modules to write decoded.
-        device: where to compute.
+        device: where to compute; by default a GPU if there is one.
         progress: told how far the work is.
         changes: options of the codes in the new file: `bits`, `group_size`, `symmetric`, `scale_method`.
 

@@ -19,12 +19,17 @@ class Selection:
     """Which matrices are quantized beside, or instead of, those that the family usually has quantized.
 
     Attributes:
-        include_embeddings: the embedding, and the output head if it is a matrix of its own, too.
+        include_embeddings: the embedding, and the output head if it is a matrix of its own, too; None for what the
+            format's engines expect (formats mlx and hlwq include them).
         include: regular expressions; modules kept by default that match are quantized.
         exclude: regular expressions; modules that match are kept.
     """
 
-    include_embeddings: bool = option("Quantize the embedding and the output head too.", default=False)
+    include_embeddings: bool | None = option(
+        "Quantize the embedding and the output head, or not; formats mlx and hlwq do by default.",
+        default=None,
+        flag="--include-embeddings/--no-include-embeddings",
+    )
     include: tuple[str, ...] = option("Quantize modules matching this regular expression.", default=())
     exclude: tuple[str, ...] = option("Keep modules matching this regular expression.", default=())
 
@@ -47,7 +52,7 @@ class Request:
             basis, and `calibrate`. See `hlwq.recipes.changed`.
         revision: branch, tag or commit of a hub id.
         calibration: which data a calibrated recipe uses; None for the usual ones.
-        device: where to compute: `cpu`, `cuda`, `mps`.
+        device: where to compute: `cuda`, `mps`, `cpu`; None for the first that is here.
         max_shard_size: the most that one safetensors file holds: bytes, or as in `5GB`.
     """
 
@@ -58,7 +63,7 @@ class Request:
     changes: Mapping[str, Any] = field(default_factory=dict)
     revision: str | None = option("Branch, tag or commit of a hub id.", default=None)
     calibration: Calibration | None = None
-    device: str = option("Where to compute: cpu (default), cuda, mps.", default="cpu")
+    device: str | None = option("Where to compute: cuda, mps, cpu; by default the first that is here.", default=None)
     max_shard_size: int | str = option("The most that one safetensors file holds (default 5GB).", default="5GB")
 
     def __post_init__(self) -> None:

@@ -311,7 +311,7 @@ def spoil(directory: Path, name: str, value: float) -> None:
         ("rtn", "compressed-tensors", "model.layers.0.mlp.up_proj.weight_scale"),
         ("rtn", "dense", "model.norm.weight"),
         ("hlwq", "hlwq", "model.layers.0.mlp.up_proj.weight_norms"),
-        ("hlwq", "hlwq", "lm_head.weight"),
+        ("hlwq", "hlwq", "model.norm.weight"),
     ],
 )
 @pytest.mark.parametrize("recorded", [True, False])

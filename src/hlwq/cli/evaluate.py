@@ -12,6 +12,7 @@ from rich.filesize import decimal
 
 from hlwq.cli.options import Device, flag
 from hlwq.cli.printing import Output, interval, progress
+from hlwq.devices import usual_device
 from hlwq.errors import HlwqWarning, RequestError, ResourceError
 from hlwq.evaluate import results
 from hlwq.evaluate.generation import has_chat_template, transformers_generate
@@ -66,6 +67,7 @@ def perplexity(
     lines = [
         f"perplexity {result.perplexity:.4f} ({error}; standard error over {chunks})",
         f"protocol {result.protocol}{stride_note}; {result.tokens:,} tokens scored",
+        setting["engine"],
     ]
     return Output(result, lines, afterwards=lambda: _keep(model, "perplexity", setting, result, subject))
 
@@ -91,6 +93,7 @@ def divergence(
         f"KL(base ‖ model) {least}{interval(result.mean)} nats per token; 99th percentile {result.percentile_99:.4f}",
         f"top-1 agreement {interval(result.top1_agreement)}",
         f"{result.tokens:,} tokens; 95 % intervals over {result.mean.n} chunks of {result.context} tokens",
+        setting["engine"],
     ]
     return Output(result, lines, afterwards=lambda: _keep(model, "divergence", setting, result, subject))
 
@@ -154,6 +157,7 @@ def humaneval(
             **how,
         )
     output = _humaneval_output(result)
+    output = replace(output, lines=[*output.lines, setting["engine"]])
     if model is None or unsafe:
         return output
     checked = model
@@ -206,7 +210,7 @@ def _subject(model: str | None, endpoint: str | None, device: str | None) -> tup
     if not endpoint:
         if model is None:
             raise RequestError("Name a MODEL, or a server with `endpoint`.")
-        return model, device or "cpu"
+        return model, device or usual_device()
     if device:
         text = f"`device={device!r}` changes nothing with `endpoint`: the server computes where it was told to."
         raise RequestError(text)

@@ -30,7 +30,7 @@ def flag(help: str, *spellings: str, **limits: Any) -> Any:
     return typer.Option(*spellings, help=help, **limits)
 
 
-Device = Annotated[str | None, flag("Where to compute: cpu (default), cuda, mps.")]
+Device = Annotated[str | None, flag("Where to compute: cuda, mps, cpu; by default the first that is here.")]
 
 
 def parameter(name: str, annotation: Any, option: Option, default: Any = None) -> Parameter:

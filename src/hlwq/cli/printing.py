@@ -242,7 +242,7 @@ def result_output(result: QuantizeResult) -> Output:
     from hlwq.usage import commands
 
     summary = _plan_summary(result.plan)
-    named = ("out", "seconds", "peak_memory", "relative_errors", "output_errors", "checks")
+    named = ("out", "device", "seconds", "peak_memory", "relative_errors", "output_errors", "checks")
     value = {**summary, "file_bytes": result.nbytes, **{name: getattr(result, name) for name in named}}
     lines: list[Line] = []
     if result.output_errors:
@@ -260,7 +260,7 @@ def result_output(result: QuantizeResult) -> Output:
     made = (
         f"{result.out}: format {result.plan.format.name}, {result.nbytes:,} bytes"
         + (f", {per_weight:.3f} bits per quantized weight" if per_weight else "")
-        + f", {result.seconds:.1f} s"
+        + f", {result.seconds:.1f} s on {result.device}"
         + (f", peak memory {result.peak_memory / 1e9:.2f} GB" if result.peak_memory else "")
     )
     lines.append(Text(made))  # a path may look like an argument

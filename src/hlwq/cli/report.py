@@ -11,6 +11,7 @@ from rich.filesize import decimal
 from hlwq.cli.evaluate import Limit, Protocol, Text
 from hlwq.cli.options import Device, flag
 from hlwq.cli.printing import Cells, Output, interval, progress
+from hlwq.devices import usual_device
 from hlwq.evaluate.perplexity import default_stride
 
 
@@ -41,7 +42,7 @@ def compare(
         limit=limit,
         humaneval=humaneval,
         speed=not no_speed,
-        device=device or "cpu",
+        device=device or usual_device(),
     )
     check_charts()  # before hours of measuring
     with progress("comparing", "--limit and --no-speed make it shorter.") as report:

@@ -69,7 +69,7 @@ def divergence(
     *,
     context: int = 2048,
     limit: int | None = None,
-    device: str = "cpu",
+    device: str | None = None,
     progress: Progress | None = None,
 ) -> Divergence:
     """Compare a model with the one it was made from.
@@ -84,7 +84,7 @@ def divergence(
         text: a UTF-8 file.
         context: tokens in a chunk.
         limit: most chunks to measure, from the start.
-        device: where the models run.
+        device: where the models run; by default a GPU if there is one.
         progress: told how many bytes are hashed, then how many chunks are done.
 
     Raises:
@@ -186,7 +186,7 @@ def _partial_kl(base: Tensor, predictions: list[dict[int, float]]) -> tuple[Tens
 
 @torch.inference_mode()
 def _predictions(
-    model: str | Path | Endpoint, chunks: list[list[int]], device: str
+    model: str | Path | Endpoint, chunks: list[list[int]], device: str | None
 ) -> Iterator[Tensor | list[dict[int, float]]]:
     """Predictions of each token but the first: logits (n, vocabulary), or log-probabilities of a server's likeliest."""
     if isinstance(model, Endpoint):
@@ -200,7 +200,7 @@ def _predictions(
 
 
 @torch.inference_mode()
-def _base_states(base: Path, chunks: list[list[int]], device: str, report: Progress) -> Tensor:
+def _base_states(base: Path, chunks: list[list[int]], device: str | None, report: Progress) -> Tensor:
     """The base's last hidden states, (chunks, n, hidden) in its compute dtype, from the cache or put there."""
     dtype = compute_dtype(torch_device(device))
     key = sha256(repr((fingerprint(base, report), chunks, str(dtype))).encode()).hexdigest()[:24]

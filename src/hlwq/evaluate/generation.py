@@ -70,7 +70,7 @@ def has_chat_template(model: str | Path) -> bool:
     return bool(getattr(load_tokenizer(locate(model)), "chat_template", None))
 
 
-def transformers_generate(model: str | Path, device: str = "cpu") -> Generate:
+def transformers_generate(model: str | Path, device: str | None = None) -> Generate:
     """Load a directory of any format or a hub id, to generate with it.
 
     Raises:

@@ -16,7 +16,7 @@ from hlwq.plan import check_tensors
 from hlwq.transformers_models import build_skeleton, load_tokenizer, quiet_transformers, require_transformers
 
 
-def load_for_evaluation(path: Path, device: str = "cpu") -> tuple[Any, Any]:
+def load_for_evaluation(path: Path, device: str | None = None) -> tuple[Any, Any]:
     """`load_model` in bfloat16, whose weights run in float32 on a CPU without fast kernels for bfloat16.
 
     Raises:
@@ -26,12 +26,12 @@ def load_for_evaluation(path: Path, device: str = "cpu") -> tuple[Any, Any]:
     return model.to(compute_dtype(torch_device(device))), tokenizer
 
 
-def load_model(path: Path, device: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:
+def load_model(path: Path, device: str | None = None, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:
     """Load a dense, hlwq, gptq or mlx directory into transformers, with its codes decoded.
 
     Args:
         path: the directory.
-        device: where the model goes.
+        device: where the model goes; by default a GPU if there is one.
         dtype: dtype of its weights; float32 holds decoded weights exactly.
 
     Returns:
@@ -92,12 +92,12 @@ def check_tokens(path: Path, tokens: Sequence[int], context: int) -> None:
         )
 
 
-def load_packed(path: Path, device: str = "cpu") -> tuple[Any, Any]:
+def load_packed(path: Path, device: str | None = None) -> tuple[Any, Any]:
     """Load an hlwq directory into transformers without decoding it, in the model's own dtype.
 
     Args:
         path: the directory.
-        device: where the model goes.
+        device: where the model goes; by default a GPU if there is one.
 
     Returns:
         The model, in evaluation mode, and its tokenizer.

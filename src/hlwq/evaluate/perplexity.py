@@ -60,7 +60,7 @@ def perplexity(
     context: int = 2048,
     stride: int | None = None,
     limit: int | None = None,
-    device: str = "cpu",
+    device: str | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Perplexity:
     """Measure a model's perplexity on a text file.
@@ -80,7 +80,7 @@ def perplexity(
         stride: tokens between the starts of two windows, for `windowed`; by default 512, or half the context if that is
             less.
         limit: most windows or chunks to measure, from the start.
-        device: where the model runs.
+        device: where the model runs; by default a GPU if there is one.
         progress: told how many chunks are done.
 
     Raises:

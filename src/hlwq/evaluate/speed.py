@@ -154,7 +154,7 @@ def speed(
     prompt_tokens: int = PROMPT_TOKENS,
     new_tokens: int = NEW_TOKENS,
     runs: int = RUNS,
-    device: str = "cpu",
+    device: str | None = None,
     packed: bool = False,
     progress: Progress | None = None,
 ) -> Speed:
@@ -169,7 +169,7 @@ def speed(
         prompt_tokens: tokens of each prompt.
         new_tokens: tokens that each run generates.
         runs: number of runs, after warming up.
-        device: where the model runs.
+        device: where the model runs; by default a GPU if there is one.
         packed: run an hlwq directory on its codes instead of decoding it.
         progress: told how many runs are done.
 
@@ -217,7 +217,7 @@ def speed(
         decode=_spread([each.decode for each in times]),
         load_seconds=load_seconds,
         peak_memory=server_memory(model) if isinstance(model, Endpoint) else peak_memory(),
-        device_memory=None if isinstance(model, Endpoint) else device_peak(torch.device(device)),
+        device_memory=None if isinstance(model, Endpoint) else device_peak(torch_device(device)),
     )
 
 

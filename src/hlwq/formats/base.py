@@ -163,6 +163,7 @@ class Format(ReadableFormat):
         default_symmetric: whether uniform codes are symmetric where the user does not say.
         fused_alike: engines run some matrices as one, whose members must have one scheme.
         holds_embeddings: the embedding and the output head can be stored as codes.
+        includes_embeddings: they are, unless the user says otherwise.
         holds_scattered_groups: groups can be formed of columns anywhere in the matrix.
         stores_decoded: the file holds decoded weights, in the model's dtype.
     """
@@ -179,6 +180,7 @@ class Format(ReadableFormat):
     default_symmetric: bool = True
     fused_alike: bool = True
     holds_embeddings: bool = False
+    includes_embeddings: bool = False
     holds_scattered_groups: bool = False
     stores_decoded: bool = False
 

@@ -202,7 +202,7 @@ def demands(reader: Reader, layout: ModelLayout, modules: dict[str, StoredModule
         demand(vllm, "fused matrices have one scheme", mixed_fusions(layout, modules), again),
     ]
     if not family.vllm_packs_embedding:
-        lines.append(demand(vllm, unpacked, packed, "Quantize again without `include_embeddings`."))
+        lines.append(demand(vllm, unpacked, packed, "Quantize again with `include_embeddings=False`."))
     return lines
 
 
@@ -228,4 +228,5 @@ FORMAT = Format(
     encode=encode,
     json_files=json_files,
     holds_embeddings=True,
+    includes_embeddings=True,
 )

@@ -184,4 +184,5 @@ FORMAT = Format(
     default_symmetric=False,
     fused_alike=False,
     holds_embeddings=True,
+    includes_embeddings=True,
 )

@@ -52,7 +52,11 @@ def quantize_(model: nn.Module, *, bits: int | None = 5, block_size: int = 128, 
     _require_torchao()
     from torchao.quantization import quantize_ as torchao_quantize_
 
-    layout = describe({**_config_of(model), "architectures": [type(model).__name__]}, model.state_dict())
+    tensors = model.state_dict()
+    for name in tensors:
+        if name.endswith(".weight_packed"):
+            raise _quantized_already(name.rpartition(".")[0])
+    layout = describe({**_config_of(model), "architectures": [type(model).__name__]}, tensors)
     weights = {name: _plain_weight(name, model.get_submodule(name)) for name in sorted(usual_modules(layout))}
     widths = {name: weight.shape[1] for name, weight in weights.items()}
     device = next(model.parameters()).device
@@ -98,7 +102,7 @@ def transformers_config(directory: str | Path, *, group_size: int = 128, device:
     reader = open_dense(expanded(directory))
     layout = describe(reader.config, reader.tensors)
     widths = {name: reader.tensors[f"{name}.weight"].shape[1] for name in sorted(usual_modules(layout))}
-    target = torch_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    target = torch_device(device)
     return TorchAoConfig(_int4_config(layout, widths, group_size, target))
 
 
@@ -159,7 +163,7 @@ def _plain_weight(name: str, module: nn.Module) -> Tensor:
     """
     weight = getattr(module, "weight", None)
     if type(weight) is not nn.Parameter or not weight.is_floating_point():
-        raise UnsupportedError(f"{name} is quantized already. Give the model as it was before.", tensor=name)
+        raise _quantized_already(name)
     if weight.is_meta:
         message = f"The weight of {name} is not in memory. Load the model whole, as with device_map='cpu'."
         raise UnsupportedError(message, tensor=name)
@@ -182,3 +186,7 @@ def _require_torchao() -> None:
             import torchao  # noqa: F401
     except ImportError:
         raise ResourceError("This needs torchao. Run: pip install 'hlwq[torchao]'") from None
+
+
+def _quantized_already(module: str) -> UnsupportedError:
+    return UnsupportedError(f"{module} is quantized already. Give the model as it was before.", tensor=module)

@@ -54,7 +54,7 @@ class HLWQConfig(QuantizationConfigMixin):
         bits: int | None = None,
         group_size: int | None = None,
         *,
-        include_embeddings: bool = False,
+        include_embeddings: bool | None = None,
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
         dequantize: bool = False,
@@ -64,7 +64,7 @@ class HLWQConfig(QuantizationConfigMixin):
         Args:
             bits: width of a code, 2 to 8; by default 5.
             group_size: weights that share a norm; by default 128.
-            include_embeddings: quantize the embedding and the output head too.
+            include_embeddings: quantize the embedding and the output head too, as by default, or not.
             include: regular expressions of modules, kept by default, to quantize.
             exclude: regular expressions of modules to keep.
             dequantize: for an HLWQ checkpoint: decode it into ordinary layers.
@@ -80,7 +80,7 @@ class HLWQConfig(QuantizationConfigMixin):
         given = {
             "bits": bits is not None,
             "group_size": group_size is not None,
-            "include_embeddings": include_embeddings,
+            "include_embeddings": include_embeddings is not None,
             "include": bool(include),
             "exclude": bool(exclude),
         }
@@ -364,7 +364,7 @@ def _scale_of(name: str, embedding: nn.Embedding) -> float:
     if not isinstance(scale, int | float):
         raise UnsupportedError(
             f"{name} is a {type(embedding).__name__}, which does more than look rows up, so it cannot be packed. "
-            "Leave `include_embeddings` out.",
+            "Use `include_embeddings=False`.",
             tensor=name,
         )
     return float(scale)

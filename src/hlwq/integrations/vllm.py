@@ -95,8 +95,8 @@ class HLWQQuantizationConfig(QuantizationConfig):
         embedding, family = self._embedding(), family_of({"architectures": hf_config.architectures})
         if embedding and family and not family.vllm_packs_embedding:
             raise UnsupportedError(
-                f"{model_name}: vLLM has no packed embedding for {family.name}. Quantize again without "
-                "`include_embeddings`."
+                f"{model_name}: vLLM has no packed embedding for {family.name}. Quantize again with "
+                "`include_embeddings=False`."
             )
         if embedding and hf_config.get_text_config().tie_word_embeddings:
             self.schemes["lm_head"] = self.schemes[embedding]

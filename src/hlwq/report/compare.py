@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from hlwq.decoded import DecodedCheckpoint
+from hlwq.devices import usual_device
 from hlwq.errors import HlwqWarning, RequestError
 from hlwq.evaluate.divergence import divergence
 from hlwq.evaluate.generation import PACKED, transformers_generate
@@ -114,7 +115,7 @@ class Protocols:
         limit: most chunks to measure, or None for the whole text.
         humaneval: prompting of HumanEval, or None to show only earlier measurements.
         speed: whether to measure speed and memory; earlier measurements are shown in any case.
-        device: where models run.
+        device: where models run; by default a GPU if there is one.
     """
 
     text: Path
@@ -124,7 +125,7 @@ class Protocols:
     limit: int | None = None
     humaneval: Prompting | None = None
     speed: bool = True
-    device: str = "cpu"
+    device: str = field(default_factory=usual_device)
 
 
 def compare(
