@@ -62,7 +62,7 @@ def toy_app() -> typer.Typer:
     toy = typer.Typer()
 
     @toy.command()
-    @with_flags(TOY_FLAGS, required=["whole"])
+    @with_flags(TOY_FLAGS)
     def command(place: str, *, loud: bool = False, **options: Any) -> None:
         print(json.dumps([place, loud, options]))
 
@@ -107,7 +107,6 @@ def test_each_type_and_each_form_of_a_flag(arguments: list[str], given: dict[str
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["--part", "0.5"],  # what is required is missing
         ["--whole", "1.5"],
         ["--whole", "1", "--how", "slowly"],
         ["--whole", "1", "--basis", "other"],

@@ -29,6 +29,7 @@ from hlwq.bases import Basis
 from hlwq.containers import Reader
 from hlwq.formats import FORMATS
 from hlwq.plan import make_plan
+from hlwq.quantize import plan_for
 from hlwq.recipes import CALIBRATED, RECIPES, changed, recipe_named
 from hlwq.request import Selection
 
@@ -59,7 +60,7 @@ def test_named_recipes_are_what_they_are_called(name: str, stages: tuple[Stage, 
 def test_an_unknown_recipe_is_refused_with_the_known_ones() -> None:
     with pytest.raises(
         RequestError,
-        match=r"no recipe awq\. Recipes are: rtn, gptq, foem, hlwq-v7, hlwq, hlwq-mlx, hlwq-int4, hlwq-torchao\.",
+        match=r"no recipe awq\. Recipes are: best, rtn, gptq, foem, hlwq-v7, hlwq, hlwq-mlx, hlwq-int4, hlwq-torchao\.",
     ):
         recipe_named("awq")
 
@@ -76,7 +77,7 @@ def test_every_recipe_can_be_written_in_each_of_its_formats_and_in_no_other(name
         possible.append(format_name)
     # A chain that ends in uniform codes fits whatever holds them; its formats are those it is meant for.
     assert set(RECIPES[name].formats) <= set(possible)
-    assert ("hlwq" in possible) == isinstance(RECIPES[name].stages[-1].grid, LloydGrid)
+    assert ("hlwq" in possible) == isinstance(RECIPES[name].in_format("hlwq").stages[-1].grid, LloydGrid)
     assert make_plan(source, RECIPES[name]).format is FORMATS[RECIPES[name].formats[0]]
 
 
@@ -333,3 +334,29 @@ def test_calibration_data_are_named_as_on_the_command_line(tmp_path: Path) -> No
     assert Request.of("model", "gptq", calibration=Calibration((str(text),)), samples=8, seed=1).calibration == expected
     assert Request.of("model", "gptq").calibration is None
     assert Request.of("model", "rtn", max_shard_size="500MB").shard_bytes == 500 * 10**6
+
+
+# The recipe that is used unless another is named
+
+
+def test_best_takes_the_codes_that_lose_least_in_each_format() -> None:
+    best = RECIPES["best"]
+    bases = {name: best.in_format(name).stages[-1].basis for name in best.formats}
+    assert {name for name, basis in bases.items() if basis != Identity()} == {"compressed-tensors", "hlwq"}
+    assert best.in_format(None) == best.in_format("gptq")
+    assert all(best.in_format(name).calibrated for name in best.formats)
+    changes = {"bits": 8}
+    assert Request.of("model", "best", format="hlwq", **changes).changed_recipe().stages[-1].grid == LloydGrid(8, 128)
+    assert Request.of("model", "best", **changes).changed_recipe().stages[-1].grid == UniformGrid(8, 64)
+
+
+def test_what_can_calibrate_does_and_the_choice_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = make_checkpoint(tmp_path / "model", "llama")
+    _, plan = plan_for(Request(source))
+    assert plan.recipe.name == "best"
+    assert plan.remarks[0] == "recipe best, since none was named; `recipe='rtn'` takes seconds"
+    monkeypatch.setattr("hlwq.request.has_transformers", lambda: False)
+    _, plan = plan_for(Request(source))
+    assert plan.recipe.name == "rtn"
+    assert plan.remarks[0] == "recipe rtn, since none was named; with transformers installed it would be best"
+    assert not any("none was named" in remark for remark in plan_for(Request(source, "rtn"))[1].remarks)

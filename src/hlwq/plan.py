@@ -173,6 +173,7 @@ def make_plan(
         UnsupportedError: the architecture is not supported, or the format cannot hold what is asked for.
     """
     output_format = format_named(recipe.formats[0] if format_name is None else format_name)
+    recipe = recipe.in_format(output_format.name)
     layout = describe(source.config, source.tensors)
     check_tensors(source, layout)
     selection = selection or Selection()

@@ -39,13 +39,16 @@ def plan_for(request: Request) -> tuple[Reader, Plan]:
         require_transformers()
     reader = open_dense(locate(request.source, request.revision))
     plan = make_plan(reader, recipe, request.format, request.selection)
+    if request.recipe is None:
+        other = "`recipe='rtn'` takes seconds" if recipe.calibrated else "with transformers installed it would be best"
+        plan = replace(plan, remarks=(f"recipe {recipe.name}, since none was named; {other}", *plan.remarks))
     return reader, _with_side_files(plan, reader.path)
 
 
 def quantize(
     source: str | Path,
     out: str | Path,
-    recipe: str | Recipe = "rtn",
+    recipe: str | Recipe | None = None,
     *,
     progress: Progress | None = None,
     **options: Any,
@@ -55,7 +58,7 @@ def quantize(
     Args:
         source: a directory, a hub id, or a `.gguf` file that transformers can dequantize.
         out: the directory to make; absent or empty. It appears when it is complete and checked.
-        recipe: a name of `RECIPES`, or a `Recipe` of your own.
+        recipe: a name of `RECIPES`, or a `Recipe` of your own; by default `best`, or `rtn` without transformers.
         progress: told how far the work is.
         options: the fields of `Request`, `Selection` and `Calibration` (`format`, `device`, `exclude`, `samples`, …;
             `calibration` is a `Calibration`, or the texts as they are), and changes of the recipe (`bits`,

@@ -67,17 +67,31 @@ class Stage:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A chain of stages, and the formats it is usually written in, the default first."""
+    """A chain of stages, and the formats it is usually written in, the default first.
+
+    Attributes:
+        name: as users write it.
+        summary: what it does, in one line.
+        stages: the chain.
+        formats: names of formats.
+        stages_in: other chains for some formats, by the format's name: those that hold better codes.
+    """
 
     name: str
     summary: str
     stages: tuple[Stage, ...]
     formats: tuple[str, ...]
+    stages_in: Mapping[str, tuple[Stage, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "formats", several(self.formats))
         if not self.formats:
             raise RequestError(f"Recipe {self.name} names no format.")
+
+    def in_format(self, name: str | None) -> Recipe:
+        """The recipe as it is for a format, or for its default one."""
+        stages = self.stages_in.get(self.formats[0] if name is None else name, self.stages)
+        return replace(self, stages=stages, stages_in={})
 
     @property
     def solver(self) -> Solver:
@@ -97,10 +111,22 @@ _HLWQ5 = Stage(LloydGrid(5, 128), Hadamard())
 _UNIFORM_FORMATS = ("gptq", "compressed-tensors", "mlx", "dense")
 CALIBRATED = Gptq(gptaq_alpha=0.25)
 """What `calibrate` does: of GPTQ, FOEM and GPTAQ, what left the least loss over three seeds (see the README)."""
+BEST = Gptq(mismatch=0.5, damping=0.1)
+"""What `best` does: the loop that left the least divergence from the original (see docs/quality.md)."""
 
 RECIPES = {
     recipe.name: recipe
     for recipe in (
+        Recipe(
+            "best",
+            "what loses least: calibrated, 4 bits, group 64, rotated where a format can say so (hlwq: 5 bits)",
+            (replace(_INT4, solver=BEST),),
+            ("gptq", "compressed-tensors", "mlx", "hlwq", "dense"),
+            {
+                "compressed-tensors": (replace(_INT4, basis=Hadamard(), solver=BEST),),
+                "hlwq": (replace(_HLWQ5, solver=BEST),),
+            },
+        ),
         Recipe("rtn", "round to nearest, 4 bits, group 64", (_INT4,), _UNIFORM_FORMATS),
         Recipe(
             "gptq",

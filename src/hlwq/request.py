@@ -12,6 +12,12 @@ from hlwq.calibration import Calibration
 from hlwq.errors import RequestError
 from hlwq.options import check_types, option, several
 from hlwq.recipes import Recipe, changed, recipe_named, stage_options
+from hlwq.transformers_models import has_transformers
+
+
+def usual_recipe() -> str:
+    """The name of the recipe that is used unless another is named: `best`, or `rtn` where nothing can be calibrated."""
+    return "best" if has_transformers() else "rtn"
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,8 @@ class Request:
 
     Attributes:
         source: a directory, a hub id, or a `.gguf` file that transformers can dequantize.
-        recipe: a name of `RECIPES`, or a `Recipe` of one's own.
+        recipe: a name of `RECIPES`, or a `Recipe` of one's own; None for `best`, or `rtn` where transformers is not
+            installed and so nothing can be calibrated.
         format: what is written; None for the recipe's usual format.
         selection: which matrices are quantized.
         changes: options of the recipe's last stage, by name: of its grid, its basis and its solver; `basis` for another
@@ -57,7 +64,9 @@ class Request:
     """
 
     source: str | Path
-    recipe: str | Recipe = option("See `hlwq recipes`.", default="rtn")
+    recipe: str | Recipe | None = option(
+        "See `hlwq recipes`; by default best, or rtn without transformers.", default=None
+    )
     format: str | None = option("See `hlwq formats`; by default the recipe's usual one.", default=None)
     selection: Selection = field(default_factory=Selection)
     changes: Mapping[str, Any] = field(default_factory=dict)
@@ -84,7 +93,7 @@ class Request:
         return int(float(match[1]) * {"K": 10**3, "M": 10**6, "G": 10**9}[match[2].upper()])
 
     @classmethod
-    def of(cls, source: str | Path, recipe: str | Recipe = "rtn", **options: Any) -> Request:
+    def of(cls, source: str | Path, recipe: str | Recipe | None = None, **options: Any) -> Request:
         """A request from keyword arguments: fields of `Request`, `Selection`, `Calibration`, and changes of the recipe.
 
         None stands for an argument that is not given. Texts to calibrate on may be given as they are: a path, a hub
@@ -116,7 +125,9 @@ class Request:
             RequestError: a change would change nothing or is out of range, or calibration data are given to a recipe
                 that needs none.
         """
-        recipe = changed(recipe_named(self.recipe) if isinstance(self.recipe, str) else self.recipe, self.changes)
+        name = usual_recipe() if self.recipe is None else self.recipe
+        recipe = recipe_named(name) if isinstance(name, str) else name
+        recipe = changed(recipe.in_format(self.format), self.changes)
         if self.calibration is not None and not recipe.calibrated:
             raise RequestError(
                 f"Calibration data changes nothing: recipe {recipe.name} rounds to nearest.", argument="calibration"

@@ -6,6 +6,7 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,11 @@ from hlwq.files import lfs_pointer
 TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".tiktoken", ".jinja")
 CONVERTERS = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf", "tiktoken": "tiktoken"}
 """What transformers reads tokenizers with that have no `tokenizer.json`: packages, and the modules they bring."""
+
+
+def has_transformers() -> bool:
+    """Whether transformers is installed."""
+    return find_spec("transformers") is not None
 
 
 def require_transformers() -> Any:

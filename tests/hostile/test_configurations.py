@@ -81,7 +81,7 @@ TEXT_CONFIGS: tuple[Any, ...] = (None, 5, "text", [], [{}], True, {}, {"hidden_s
 ENDLESS = r"(?:.|.|.|.){1,60}[^a-z._0-9]"
 """A pattern of which it takes ages to find out that a name does not match."""
 READERS: dict[str, Callable[[Path, Path], Any]] = {
-    "quantize": lambda path, out: plan_for(Request(path)),
+    "quantize": lambda path, out: plan_for(Request(path, "rtn")),
     "inspect": lambda path, out: hlwq.inspect(path),
     "check": lambda path, out: check_directory(path),
 }
@@ -154,7 +154,7 @@ def test_a_text_configuration_that_is_none_is_refused(models: dict[str, Path], t
 def test_a_text_configuration_where_none_belongs_is_not_read(models: dict[str, Path], tmp_path: Path) -> None:
     """Transformers does not read it either."""
     config = {**model_config("llama"), "text_config": {**model_config("llama"), "hidden_size": 999}}
-    _, plan = plan_for(Request(with_config(models["llama"], tmp_path / "model", config)))
+    _, plan = plan_for(Request(with_config(models["llama"], tmp_path / "model", config), "rtn"))
     assert plan.layout.text_config["hidden_size"] == 128
 
 
@@ -194,7 +194,7 @@ def test_what_models_have_is_accepted(
     models: dict[str, Path], tmp_path: Path, family: str, entries: dict[str, Any]
 ) -> None:
     path = with_config(models[family], tmp_path / "model", model_config(family, **entries))
-    _, plan = plan_for(Request(path))
+    _, plan = plan_for(Request(path, "rtn"))
     assert plan.quantized()
 
 
@@ -285,7 +285,7 @@ def test_patterns_of_files_that_cannot_be_used_are_refused(
 @pytest.mark.parametrize("option", ["include", "exclude"])
 def test_patterns_of_users_that_cannot_be_used_are_refused(models: dict[str, Path], option: str, pattern: str) -> None:
     with pytest.raises(hlwq.RequestError, match=option):
-        plan_for(Request.of(models["llama"], **{option: pattern}))
+        plan_for(Request.of(models["llama"], "rtn", **{option: pattern}))
 
 
 # Tied heads

@@ -33,7 +33,7 @@ NAME = "model.layers.0.mlp.up_proj.weight"
 INDEX = "model.safetensors.index.json"
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1234\n"
 READERS: dict[str, Callable[[Path, Path], Any]] = {
-    "quantize": lambda path, out: hlwq.quantize(path, out),
+    "quantize": lambda path, out: hlwq.quantize(path, out, "rtn"),
     "inspect": lambda path, out: hlwq.inspect(path),
     "check": lambda path, out: check_directory(path),
     "convert": lambda path, out: hlwq.convert(path, out, "mlx"),
@@ -174,7 +174,7 @@ def test_unknown_tensors_are_told_at_quantize(model: Path, tmp_path: Path) -> No
     file = model / "model.safetensors"
     save_file({**load_file(file), "model.layers.0.extra.weight": torch.ones(4, 4).bfloat16()}, file)
     with pytest.warns(HlwqWarning, match=r"model\.layers\.0\.extra\.weight"):
-        hlwq.quantize(model, tmp_path / "out")
+        hlwq.quantize(model, tmp_path / "out", "rtn")
 
 
 # Headers
@@ -590,7 +590,7 @@ def test_a_gguf_file_that_is_wrong_is_refused(tmp_path: Path, name: str) -> None
     assert "\n" not in str(caught.value)
     assert "model.gguf" in str(caught.value)
     with pytest.raises(HlwqError, match=r"model\.gguf"):
-        hlwq.quantize(file, tmp_path / "out")
+        hlwq.quantize(file, tmp_path / "out", "rtn")
 
 
 @pytest.mark.parametrize(
@@ -601,7 +601,7 @@ def test_a_gguf_file_of_something_else_is_named(tmp_path: Path, key: str, value:
     entries = text(key.encode()) + struct.pack("<I", 8) + text(value)
     file.write_bytes(gguf_header(count=1, entries=entries) + PADDING)
     with pytest.raises(UnsupportedError, match="no language model"):
-        hlwq.quantize(file, tmp_path / "out")
+        hlwq.quantize(file, tmp_path / "out", "rtn")
 
 
 def make_gguf(file: Path, left_out: str = "", value: float | None = None) -> None:
@@ -652,10 +652,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_gguf_file_is_dequantized_once(tmp_path: Path, cache: Path, suffix: str) -> None:
     file = tmp_path / f"model{suffix}"
     make_gguf(file)
-    hlwq.quantize(file, tmp_path / "first")
+    hlwq.quantize(file, tmp_path / "first", "rtn")
     (kept,) = [each for each in cache.iterdir() if each.is_dir()]
     before = (kept / "model.safetensors").stat().st_mtime_ns
-    hlwq.quantize(file, tmp_path / "second")
+    hlwq.quantize(file, tmp_path / "second", "rtn")
     assert (kept / "model.safetensors").stat().st_mtime_ns == before
     assert not list(cache.glob("*.partial*"))
     weights = [load_file(tmp_path / each / "model.safetensors") for each in ("first", "second")]
@@ -667,7 +667,7 @@ def test_a_gguf_file_that_lacks_a_tensor_is_refused_and_not_kept(tmp_path: Path,
     make_gguf(tmp_path / "model.gguf", left_out=name)
     for _ in range(2):
         with pytest.raises(CheckpointError, match="missing"):
-            hlwq.quantize(tmp_path / "model.gguf", tmp_path / "out")
+            hlwq.quantize(tmp_path / "model.gguf", tmp_path / "out", "rtn")
         assert not [each for each in cache.glob("*") if each.is_dir()]
 
 
@@ -675,7 +675,7 @@ def test_a_gguf_file_that_lacks_a_tensor_is_refused_and_not_kept(tmp_path: Path,
 def test_a_gguf_file_with_values_that_are_no_numbers_is_refused(tmp_path: Path, cache: Path, value: float) -> None:
     make_gguf(tmp_path / "model.gguf", value=value)
     with pytest.raises(CheckpointError, match="up_proj"):
-        hlwq.quantize(tmp_path / "model.gguf", tmp_path / "out")
+        hlwq.quantize(tmp_path / "model.gguf", tmp_path / "out", "rtn")
 
 
 def test_a_cache_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -683,4 +683,4 @@ def test_a_cache_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("HF_HOME", str(tmp_path / "file" / "below"))
     make_gguf(tmp_path / "model.gguf")
     with pytest.raises(hlwq.ResourceError, match="HF_HOME"):
-        hlwq.quantize(tmp_path / "model.gguf", tmp_path / "out")
+        hlwq.quantize(tmp_path / "model.gguf", tmp_path / "out", "rtn")

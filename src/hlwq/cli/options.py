@@ -6,7 +6,7 @@ import ast
 import inspect
 import re
 import shlex
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from inspect import Parameter
 from pathlib import Path
@@ -65,12 +65,11 @@ def one_of(names: Iterable[str]) -> Any:
     return literal[tuple(names)]
 
 
-def with_flags(flags: Mapping[str, Parameter], *, required: Collection[str] = ()) -> Callable[[Command], Command]:
+def with_flags(flags: Mapping[str, Parameter]) -> Callable[[Command], Command]:
     """A decorator for a command that takes `**options`: typer sees these flags in their place, after the arguments.
 
     Args:
         flags: by the name of the argument. The command gets those that are given on the command line.
-        required: names of flags that must be given.
     """
 
     def decorate(command: Command) -> Command:
@@ -80,9 +79,8 @@ def with_flags(flags: Mapping[str, Parameter], *, required: Collection[str] = ()
             return command(**{name: value for name, value in values.items() if name not in unset})
 
         own = inspect.signature(command, eval_str=True).parameters.values()
-        made = [each.replace(default=Parameter.empty) if name in required else each for name, each in flags.items()]
         parameters = [each for each in own if each.kind is Parameter.POSITIONAL_OR_KEYWORD]
-        parameters += [*made, *(each for each in own if each.kind is Parameter.KEYWORD_ONLY)]
+        parameters += [*flags.values(), *(each for each in own if each.kind is Parameter.KEYWORD_ONLY)]
         return _declared(run, parameters)
 
     return decorate

@@ -33,7 +33,7 @@ Out = Annotated[Path, typer.Argument(help="The directory to make.")]
 Directory = Annotated[Path, typer.Argument(help="A model directory of any format.")]
 
 
-@with_flags(QUANTIZE_FLAGS, required=["recipe"])
+@with_flags(QUANTIZE_FLAGS)
 def quantize(
     source: Annotated[str, typer.Argument(help="A model directory, a hub id, or a .gguf file.")],
     out: Out,
@@ -48,7 +48,9 @@ def quantize(
     if dry_run:
         _, plan = plan_for(request)
         return plan_output(plan, request.calibration)
-    shorter = "Fewer --samples make it shorter." if request.changed_recipe().calibrated else ""
+    shorter = (
+        "Fewer --samples make it shorter; --recipe rtn takes seconds." if request.changed_recipe().calibrated else ""
+    )
     with progress("quantizing", shorter) as report:
         result = run_request(request, out, report)
     return result_output(result)
