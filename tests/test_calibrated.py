@@ -135,6 +135,7 @@ def test_it_is_worth_the_trouble(tmp_path: Path) -> None:
         {"foem_beta": 0.0},
         {"gptaq_alpha": 0.25},
         {"mismatch": 0.5},
+        {"stream_change": 0.5},
         {"damping": 0.05},
         {"desc_act": True},
         {"symmetric": False},

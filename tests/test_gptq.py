@@ -30,8 +30,10 @@ def correlated_inputs(width: int, tokens: int = 2000, seed: int = 0) -> Tensor:
 def problem(rows: int = 48, width: int = 128, seed: int = 0) -> tuple[Tensor, Gram]:
     inputs = correlated_inputs(width, seed=seed)
     weights = torch.randn(rows, width, generator=torch.Generator().manual_seed(seed + 1))
-    noise = torch.randn(inputs.shape, generator=torch.Generator().manual_seed(seed + 2)) * 0.1 * inputs.std(0)
-    return weights, Gram(inputs.T @ inputs, noise.T @ inputs)
+    generator = torch.Generator().manual_seed(seed + 2)
+    noise = torch.randn(inputs.shape, generator=generator) * 0.1 * inputs.std(0)
+    drift = inputs @ torch.randn(width, rows, generator=generator) * 0.01
+    return weights, Gram(inputs.T @ inputs, noise.T @ inputs, drift.T @ inputs)
 
 
 def solve(weights: Tensor, gram: Gram, grid: Grid, basis: Basis = PLAIN, **options: Any) -> QuantizedMatrix:
@@ -59,6 +61,8 @@ def test_outputs_change_less_than_by_rounding_to_nearest(grid: Grid, basis: Basi
         {"foem_beta": 0.3, "gptaq_alpha": 0.5},
         {"mismatch": 0.5},
         {"foem_beta": 0.3, "mismatch": 1.0},
+        {"stream_change": 0.5},
+        {"mismatch": 0.5, "stream_change": 1.0},
     ],
 )
 @pytest.mark.parametrize("desc_act", [False, True])
@@ -85,9 +89,11 @@ def textbook(weights: Tensor, gram: Gram, grid: Grid, options: Gptq) -> Tensor:
     damped = hessian + options.damping * hessian.diagonal().mean() * torch.eye(len(order))
     factor = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
     assert gram.cross is not None
+    assert gram.stream is not None
     owed = options.gptaq_alpha * (gram.cross.double()[order][:, order] @ factor.T).triu(1) @ factor
     original = weights.double()[:, order]
-    original = original + options.mismatch * original @ gram.cross.double()[order][:, order] @ torch.linalg.inv(damped)
+    changes = options.mismatch * original @ gram.cross.double()[order][:, order]
+    original = original + (changes + options.stream_change * gram.stream.double()[:, order]) @ damped.inverse()
     latent, decoded = original.clone(), torch.zeros_like(original)
     for column in range(len(order)):
         if column % size == 0:
@@ -126,7 +132,15 @@ def test_rows_can_be_stacked() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"foem_beta": 0.2}, {"gptaq_alpha": 0.25}, {"mismatch": 0.5}, {"desc_act": True}]
+    "options",
+    [
+        {},
+        {"foem_beta": 0.2},
+        {"gptaq_alpha": 0.25},
+        {"mismatch": 0.5},
+        {"stream_change": 0.5},
+        {"desc_act": True},
+    ],
 )
 def test_rows_are_solved_in_chunks(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     weights, gram = problem()
@@ -151,7 +165,14 @@ def test_calibrated_hlwq_beats_data_free_hlwq_and_its_error_is_the_same_in_eithe
 
 @pytest.mark.parametrize(
     "options",
-    [{"foem_beta": 0.2}, {"gptaq_alpha": 0.25}, {"mismatch": 0.5}, {"desc_act": True}, {"damping": 0.1}],
+    [
+        {"foem_beta": 0.2},
+        {"gptaq_alpha": 0.25},
+        {"mismatch": 0.5},
+        {"stream_change": 0.5},
+        {"desc_act": True},
+        {"damping": 0.1},
+    ],
 )
 def test_each_option_changes_the_result(options: dict[str, Any]) -> None:
     weights, gram = problem()
@@ -174,6 +195,22 @@ def test_the_difference_of_the_inputs_is_made_up_for(option: str, basis: Basis) 
         return float((inputs @ decoded.T - originals @ weights.T).square().sum())
 
     assert distance(1.0) < 0.6 * distance(0.0)
+
+
+@pytest.mark.parametrize("basis", [PLAIN, ROTATED], ids=["plain", "rotated"])
+def test_the_change_of_the_stream_is_made_up_for(basis: Basis) -> None:
+    """The target is what stands after the addition: W X + R̃ − R, R having gone its own way."""
+    inputs, generator = correlated_inputs(128), torch.Generator().manual_seed(8)
+    change = inputs @ torch.randn(128, 32, generator=generator) * 0.05
+    gram = Gram(inputs.T @ inputs, torch.zeros(128, 128), change.T @ inputs)
+    weights = torch.randn(32, 128, generator=generator)
+
+    def distance(share: float) -> float:
+        decoded = solve(weights, gram, UniformGrid(8, 32), basis, stream_change=share).dequantize()
+        return float((inputs @ (decoded - weights).T - change).square().sum())
+
+    assert distance(1.0) < 0.1 * distance(0.0)
+    assert distance(0.5) < 0.5 * distance(0.0)
 
 
 def test_desc_act_groups_columns_of_like_importance() -> None:
@@ -222,6 +259,7 @@ def test_inputs_that_are_all_zero_leave_rounding_to_nearest() -> None:
         {"foem_beta": 1.5},
         {"gptaq_alpha": -0.1},
         {"mismatch": 2.0},
+        {"stream_change": 1.5},
         {"damping": 0.0},
     ],
 )

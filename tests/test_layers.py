@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from hlwq.calibration import LayerRunner
 from hlwq.containers import Reader
 from hlwq.evaluate.model import load_model
 from hlwq.families import Family, Layer, ModelLayout, describe
-from hlwq.solvers import INPUTS, ORIGINAL_INPUTS, Gram
+from hlwq.solvers import INPUTS, ORIGINAL_INPUTS, STREAM, Gram
 
 TOKENS = torch.randint(0, 96, (5, 70), generator=torch.Generator().manual_seed(0))
 every_family = pytest.mark.parametrize("family", FAMILY_NAMES)
@@ -80,8 +81,29 @@ def test_members_of_a_step_share_their_input(source: Reader) -> None:
             assert all(torch.equal(first, other) for other in others)
 
 
+def test_outputs_are_added_to_the_stream_that_the_family_names(source: Reader) -> None:
+    model, (_, layout) = whole_model(source), runner_of(source)
+    seen: dict[str, Tensor] = {}
+    for index, layer in enumerate(layout.layers):
+        module = model.get_decoder().layers[index]
+        for name in {m.stream for m in layer.matrices() if m.stream}:
+            hook = partial(lambda name, _, inputs: seen.__setitem__(name, inputs[0]), name)
+            module.get_submodule(name).register_forward_pre_hook(hook)
+        writers = [m for m in layer.matrices() if m.stream]
+        for m in writers:
+            hook = partial(lambda name, _, inputs, outputs: seen.__setitem__(name, outputs), m.name)
+            module.get_submodule(m.name).register_forward_hook(hook)
+        module.register_forward_hook(lambda _, inputs, outputs: seen.__setitem__("end", outputs))
+        with torch.no_grad():
+            model(input_ids=TOKENS)
+        mixer, mlp = writers
+        end = seen["end"][0] if isinstance(seen["end"], tuple) else seen["end"]
+        assert torch.allclose(seen[mixer.stream] + seen[mixer.name], seen[mlp.stream], atol=1e-5)
+        assert torch.allclose(seen[mlp.stream] + seen[mlp.name], end, atol=1e-5)
+
+
 @pytest.mark.parametrize("options", [{}, {"batch_size": 2}])
-@pytest.mark.parametrize("needs", [{INPUTS}, {INPUTS, ORIGINAL_INPUTS}], ids=len)
+@pytest.mark.parametrize("needs", [{INPUTS}, {INPUTS, ORIGINAL_INPUTS}, {INPUTS, ORIGINAL_INPUTS, STREAM}], ids=len)
 def test_steps_are_given_what_the_quantized_part_makes(
     source: Reader, options: dict[str, Any], needs: set[str]
 ) -> None:
@@ -96,7 +118,9 @@ def test_steps_are_given_what_the_quantized_part_makes(
             parameter.data = parameter / 2
 
     for index in range(2):
-        runner.quantize(source.read, [[m.name for m in step] for step in layout.layers[index].steps], halve)
+        described = layout.layers[index]
+        streams = {m.name: m.stream for m in described.matrices() if m.stream} if STREAM in needs else {}
+        runner.quantize(source.read, [[m.name for m in step] for step in described.steps], halve, streams)
     model, original = whole_model(source), whole_model(source)
     for index in range(2):
         layer, layer_before = (each.get_decoder().layers[index] for each in (model, original))
@@ -109,6 +133,11 @@ def test_steps_are_given_what_the_quantized_part_makes(
             assert (gram.cross is not None) == (ORIGINAL_INPUTS in needs)
             if gram.cross is not None:
                 assert torch.allclose(gram.cross, (originals - inputs).T @ inputs, rtol=1e-2, atol=1e-2)
+            assert (gram.stream is not None) == (STREAM in needs and bool(step[0].stream))
+            if gram.stream is not None:
+                stream = inputs_of(model, layer, step[0].stream)
+                original_stream = inputs_of(original, layer_before, step[0].stream)
+                assert torch.allclose(gram.stream, (original_stream - stream).T @ inputs, rtol=1e-2, atol=1e-2)
             for matrix in step:
                 layer.get_parameter(f"{matrix.name}.weight").data /= 2
     assert not grams

@@ -127,7 +127,7 @@ def test_without_overrides_the_recipe_is_the_same() -> None:
         (lambda: Hadamard(96), "block_size"),
         *(
             (lambda name=name: Gptq(**{name: 1.5}), name)
-            for name in ("foem_beta", "gptaq_alpha", "mismatch", "damping")
+            for name in ("foem_beta", "gptaq_alpha", "mismatch", "stream_change", "damping")
         ),
         (lambda: changed(RTN, {"bits": 9}), "bits"),
         (lambda: changed(HLWQ, {"bits": 9}), "bits"),

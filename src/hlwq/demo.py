@@ -23,9 +23,12 @@ JOBS = [
     for recipe in RECIPES.values()
     for calibrate in ((False, True) if recipe.name == "hlwq" else (False,))
     for format_name in recipe.formats
-    if format_name not in ("dense", "compressed-tensors")
+    if format_name not in ("dense", "compressed-tensors") or format_name in recipe.stages_in
 ]
-"""Recipe, format, and whether a recipe that rounds to nearest is calibrated. compressed-tensors would repeat gptq."""
+"""Recipe, format, and whether a recipe that rounds to nearest is calibrated.
+
+Formats dense and compressed-tensors would repeat the others, but where a recipe has stages of its own for them.
+"""
 
 
 @dataclass(frozen=True)

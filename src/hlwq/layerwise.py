@@ -13,7 +13,7 @@ from hlwq.decoded import DecodedCheckpoint
 from hlwq.errors import HlwqError, ResourceError
 from hlwq.files import check_disk
 from hlwq.plan import PlannedTensor
-from hlwq.solvers import ORIGINAL_INPUTS, Gram, output_error
+from hlwq.solvers import ORIGINAL_INPUTS, STREAM, Gram, output_error
 from hlwq.work import Work, check_finite, quantize_matrix, sum_of_squares
 
 SPILL_FILE = "activations"
@@ -46,9 +46,12 @@ class CalibratedLayers:
             errors.update(self._solve(layer, {name: planned[name] for name in names}, gram))
 
         steps = [[matrix.name for matrix in step if matrix.name in planned] for step in layout.layers[index].steps]
+        streams = {}
+        if STREAM in work.plan.recipe.solver.needs:
+            streams = {m.name: m.stream for m in layout.layers[index].matrices() if m.stream and m.name in planned}
         work.report(work.done, work.total, f"layer {index}")
         try:
-            runner.quantize(work.read, [step for step in steps if step], solve)
+            runner.quantize(work.read, [step for step in steps if step], solve, streams)
         except torch.OutOfMemoryError:
             raise ResourceError(f"layer {index}: the device has too little memory. Lower `batch_size`.") from None
         return errors

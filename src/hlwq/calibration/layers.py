@@ -6,10 +6,12 @@ linear attention are those of the real model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +140,9 @@ class LayerRunner:
         self.index += 1
 
     @torch.no_grad()
-    def quantize(self, read: Read, steps: Sequence[Sequence[str]], solve: Solve) -> None:
+    def quantize(
+        self, read: Read, steps: Sequence[Sequence[str]], solve: Solve, streams: Mapping[str, str] | None = None
+    ) -> None:
         """Run the next layer, and have the modules of each step quantized when the forward pass reaches them.
 
         The last batch runs through the layer once and pauses at each step, while the step's inputs, which depend on
@@ -149,27 +153,36 @@ class LayerRunner:
             read: where the layer's weights come from.
             steps: paths of modules inside the layer that share an input, in the order of evaluation.
             solve: called for each step.
+            streams: by the first module of a step, the module whose inputs are the hidden states that the step's
+                outputs are added to; for a solver that needs to know how those differ from the original model's.
         """
         *others, last = self._batches
-        original_states = self._originals
+        original_states, streams = self._originals, streams or {}
         with quiet_transformers(), self._loaded(read) as layer:
             original = layer if original_states is None else deepcopy(layer)
-            original_inputs: dict[str, Tensor] = {}
+            passed: dict[str, Tensor] = {}
+            original_passed: dict[str, Tensor] = {}
+            for stream in streams.values():
+                _before(layer, [stream], partial(passed.__setitem__, stream))
             if original_states is not None:
-                for step in steps:
-                    _before(original, step, partial(original_inputs.__setitem__, step[0]))
+                for module in (*(step[0] for step in steps), *streams.values()):
+                    _before(original, [module], partial(original_passed.__setitem__, module))
                 original_outputs = self._run(original, original_states, last)
 
             def gather(module: str, inputs: Tensor) -> Gram:
-                width = inputs.shape[-1]
+                width, stream = inputs.shape[-1], streams.get(module)
                 hessian = torch.zeros(width, width, device=self._device)
                 gram = Gram(hessian, None if original_states is None else torch.zeros_like(hessian))
-                _accumulate(gram, inputs, original_inputs.pop(module, None))
+                if stream is not None:
+                    gram.stream = torch.zeros(passed[stream].shape[-1], width, device=self._device)
+                wanted = None
+                if original_states is not None:
+                    wanted = _Given(original_passed.pop(module), original_passed.pop(stream) if stream else None)
+                _accumulate(gram, _Given(inputs, passed.pop(stream) if stream else None), wanted)
                 for batch in others:
-                    wanted = None
                     if original_states is not None:
-                        wanted = self._inputs(original, original_states, batch, module)
-                    _accumulate(gram, self._inputs(layer, self._states, batch, module), wanted)
+                        wanted = self._given(original, original_states, batch, module, stream)
+                    _accumulate(gram, self._given(layer, self._states, batch, module, stream), wanted)
                 _mirror(hessian)
                 return gram
 
@@ -210,17 +223,20 @@ class LayerRunner:
         for batch in batches:
             states.write(batch, self._run(layer, states, batch))
 
-    def _inputs(self, layer: nn.Module, states: _States, batch: slice, module: str) -> Tensor:
-        """What a module of the layer is given; the pass ends there."""
+    def _given(self, layer: nn.Module, states: _States, batch: slice, module: str, stream: str | None) -> _Given:
+        """What a module of the layer is given, and what the module named by its stream; the pass ends there."""
+        passed: list[Tensor] = []
 
         def stop(inputs: Tensor) -> None:
             raise _Reached(inputs)
 
+        if stream is not None:
+            _before(layer, [stream], passed.append)
         _before(layer, [module], stop)
         try:
             self._run(layer, states, batch)
         except _Reached as reached:
-            return reached.inputs
+            return _Given(reached.inputs, passed[0] if passed else None)
         raise AssertionError(f"{module} was not reached")
 
 
@@ -258,6 +274,21 @@ def calibration_memory(layout: ModelLayout, calibration: Calibration, solver: So
     return transformers + copies * weights + stored + max(activations, problem)
 
 
+@dataclass(frozen=True)
+class _Given:
+    """What a batch gives a module: its inputs (…, in), and the hidden states (…, out) that its outputs are added to."""
+
+    inputs: Tensor
+    stream: Tensor | None
+
+    def rows(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Both in float32, as rows, some at a time."""
+        inputs = self.inputs.flatten(0, -2).split(GRAM_TOKENS)
+        streams = [None] * len(inputs) if self.stream is None else self.stream.flatten(0, -2).split(GRAM_TOKENS)
+        for values, stream in zip(inputs, streams, strict=True):
+            yield values.float(), None if stream is None else stream.float()
+
+
 class _Reached(Exception):
     def __init__(self, inputs: Tensor) -> None:
         self.inputs = inputs
@@ -275,19 +306,19 @@ def _before(layer: nn.Module, modules: Sequence[str], act: Callable[[Tensor], No
     handles += [layer.get_submodule(module).register_forward_pre_hook(hook) for module in modules]
 
 
-def _accumulate(gram: Gram, inputs: Tensor, originals: Tensor | None = None) -> None:
-    """Add inputs, (…, in), to the upper part of the Hessian, and what the originals differ by to the cross moments."""
-    width = inputs.shape[-1]
+def _accumulate(gram: Gram, given: _Given, originals: _Given | None = None) -> None:
+    """Add inputs to the upper part of the Hessian, and what the originals differ by to the other moments."""
+    width = given.inputs.shape[-1]
     stripe = -(-width // GRAM_STRIPES)
-    rows = inputs.reshape(-1, width).split(GRAM_TOKENS)
-    original_rows = [None] * len(rows) if originals is None else originals.reshape(-1, width).split(GRAM_TOKENS)
-    for part, original in zip(rows, original_rows, strict=True):
-        values = part.float()
+    original_rows = repeat((None, None)) if originals is None else originals.rows()
+    for (values, stream), (original, original_stream) in zip(given.rows(), original_rows, strict=False):
         for start in range(0, width, stripe):  # XᵀX is symmetric: half of it is enough
             columns = slice(start, start + stripe)
             gram.hessian[columns, start:] += values[:, columns].T @ values[:, start:]
         if original is not None and gram.cross is not None:
-            gram.cross += (original.float() - values).T @ values
+            gram.cross += (original - values).T @ values
+        if stream is not None and original_stream is not None and gram.stream is not None:
+            gram.stream += (original_stream - stream).T @ values
 
 
 def _mirror(matrix: Tensor) -> None:

@@ -22,6 +22,7 @@ class Matrix:
             of a fused matrix must have one scheme.
         bias: whether a bias vector goes with it.
         keep: why it stays in its own dtype unless the user includes it; empty if it is quantized.
+        stream: the module whose inputs are the hidden states that its outputs are added to; empty if they are not.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Matrix:
     fused: str = ""
     bias: bool = False
     keep: str = ""
+    stream: str = ""
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,7 @@ def attention(
                 Matrix("self_attn.k_proj", (keys, hidden), fused, qkv_bias),
                 Matrix("self_attn.v_proj", (keys, hidden), fused, qkv_bias),
             ),
-            (Matrix("self_attn.o_proj", (hidden, queries), bias=o_bias),),
+            (Matrix("self_attn.o_proj", (hidden, queries), bias=o_bias, stream="input_layernorm"),),
         ),
         others={"self_attn.q_norm.weight": (width,), "self_attn.k_norm.weight": (width,)} if head_norms else {},
     )
@@ -176,7 +178,7 @@ def with_mlp(mixer: Layer, config: dict[str, Any], *, bias: bool = False) -> Lay
                 Matrix("mlp.gate_proj", (intermediate, hidden), fused, bias),
                 Matrix("mlp.up_proj", (intermediate, hidden), fused, bias),
             ),
-            (Matrix("mlp.down_proj", (hidden, intermediate), bias=bias),),
+            (Matrix("mlp.down_proj", (hidden, intermediate), bias=bias, stream="post_attention_layernorm"),),
         ),
         others={
             **mixer.others,

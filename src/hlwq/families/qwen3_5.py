@@ -26,7 +26,7 @@ def _linear_attention(config: dict[str, Any]) -> Layer:
                 Matrix("linear_attn.in_proj_b", (heads, hidden), "linear_attn.in_proj_ba", keep=_GATES),
                 Matrix("linear_attn.in_proj_a", (heads, hidden), "linear_attn.in_proj_ba", keep=_GATES),
             ),
-            (Matrix("linear_attn.out_proj", (hidden, values)),),
+            (Matrix("linear_attn.out_proj", (hidden, values), stream="input_layernorm"),),
         ),
         others={
             "linear_attn.conv1d.weight": (channels, 1, config["linear_conv_kernel_dim"]),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from hlwq.solvers.base import INPUTS, ORIGINAL_INPUTS, Gram, Solver, output_error
+from hlwq.solvers.base import INPUTS, ORIGINAL_INPUTS, STREAM, Gram, Solver, output_error
 from hlwq.solvers.gptq import Gptq
 from hlwq.solvers.nearest import Nearest
 
-__all__ = ["INPUTS", "ORIGINAL_INPUTS", "SOLVERS", "Gptq", "Gram", "Nearest", "Solver", "output_error"]
+__all__ = ["INPUTS", "ORIGINAL_INPUTS", "SOLVERS", "STREAM", "Gptq", "Gram", "Nearest", "Solver", "output_error"]
 
 SOLVERS: dict[str, type[Nearest] | type[Gptq]] = {solver.name: solver for solver in (Nearest, Gptq)}

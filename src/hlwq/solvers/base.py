@@ -12,9 +12,9 @@ from hlwq.bases import Basis
 from hlwq.grids import Grid
 from hlwq.matrix import QuantizedMatrix
 
-INPUTS, ORIGINAL_INPUTS = "inputs", "original inputs"
-"""Needs of a solver: what the calibration data give a matrix as inputs, and what they gave it in the original model."""
-
+INPUTS, ORIGINAL_INPUTS, STREAM = "inputs", "original inputs", "stream"
+"""Needs of a solver: what the calibration data give a matrix as inputs, what they gave it in the original model, and
+how the hidden states that its outputs are added to differ from the original model's."""
 
 ERROR_ROWS = 2048
 """Rows that `output_error` looks at."""
@@ -27,10 +27,13 @@ class Gram:
     Attributes:
         hessian: XᵀX, float32 (in, in), X being the inputs (tokens, in) that the quantized prefix gives.
         cross: (X̃ − X)ᵀX, float32 (in, in), X̃ being those of the original model; None unless a solver needs it.
+        stream: (R̃ − R)ᵀX, float32 (out, in), R̃ and R being the hidden states (tokens, out) that the outputs are added
+            to, in the original model and after the quantized prefix; None unless a solver needs it and there are such.
     """
 
     hessian: Tensor
     cross: Tensor | None = None
+    stream: Tensor | None = None
 
 
 class Solver(Protocol):
@@ -42,7 +45,7 @@ class Solver(Protocol):
 
     @property
     def needs(self) -> frozenset[str]:
-        """What it must know beside the weights: none, or some of `INPUTS` and `ORIGINAL_INPUTS`."""
+        """What it must know beside the weights: none, or some of `INPUTS`, `ORIGINAL_INPUTS` and `STREAM`."""
 
     @property
     def scatters_groups(self) -> bool:

@@ -19,7 +19,7 @@ from hlwq.errors import CheckpointError, RequestError
 from hlwq.grids import Grid, Parameters, fit_weighted
 from hlwq.matrix import QuantizedMatrix
 from hlwq.options import check_types, option
-from hlwq.solvers.base import INPUTS, ORIGINAL_INPUTS, Gram
+from hlwq.solvers.base import INPUTS, ORIGINAL_INPUTS, STREAM, Gram
 
 SOLVED_WEIGHTS = 1 << 23
 """Weights per chunk of rows solved together on a CPU."""
@@ -40,6 +40,8 @@ class Gptq:
             outputs from the new inputs: W + mismatch · W D (H + λI)⁻¹ with D = (X̃ − X)ᵀX. 1 is the least-squares
             prediction (Qronos, arXiv 2505.11695), whose outputs vary less than the original's; with 0.5 they vary as
             much, to first order. 0 leaves it out.
+        stream_change: the same for how the hidden states that the outputs are added to differ from the original
+            model's: stream_change · S (H + λI)⁻¹ with S = (R̃ − R)ᵀX is added to the weights before the loop.
         desc_act: form the groups of columns of similar importance, wherever those stand in the matrix. Otherwise
             groups are runs of neighbouring columns, taken in the order of their importance.
         damping: added to the Hessian's diagonal, as a fraction of its mean.
@@ -61,13 +63,18 @@ class Gptq:
         default=0.0,
         reference="Qronos: Zhang et al., arXiv 2505.11695",
     )
+    stream_change: float = option(
+        "Share of the residual stream's change made up for by the matrices that write into it: 0 to 1.",
+        default=0.0,
+        reference="LoaQ: Lin & Wan, arXiv 2509.06297",
+    )
     desc_act: bool = option("Groups by importance of columns. vLLM refuses it; GPTQModel does not.", default=False)
     damping: float = option("Share of its mean added to the Hessian's diagonal.", default=0.01)
 
     def __post_init__(self) -> None:
         check_types(self)
-        limits = (("foem_beta", 0, 1), ("gptaq_alpha", 0, 1), ("mismatch", 0, 1), ("damping", 1e-6, 1))
-        for name, low, high in limits:
+        shares = ("foem_beta", "gptaq_alpha", "mismatch", "stream_change")
+        for name, low, high in (*((share, 0, 1) for share in shares), ("damping", 1e-6, 1)):
             value = getattr(self, name)
             if not low <= value <= high:
                 raise RequestError(f"`{name}` {value} must be between {low:g} and {high:g}.")
@@ -77,8 +84,13 @@ class Gptq:
 
     @property
     def needs(self) -> frozenset[str]:
-        """The inputs, and where their change is made up for, those of the original model."""
-        return frozenset({INPUTS, ORIGINAL_INPUTS} if self.gptaq_alpha or self.mismatch else {INPUTS})
+        """The inputs, and where changes are made up for, what the original model has instead."""
+        needs = {INPUTS}
+        if self.gptaq_alpha or self.mismatch or self.stream_change:
+            needs.add(ORIGINAL_INPUTS)
+        if self.stream_change:
+            needs.add(STREAM)
+        return frozenset(needs)
 
     @property
     def scatters_groups(self) -> bool:
@@ -86,8 +98,8 @@ class Gptq:
         return self.desc_act
 
     def memory(self, rows: int, columns: int) -> int:
-        """Float32 of the Hessian, its damped copy, factor and inverse; of the weights, their latent form and errors."""
-        return 4 * columns * (5 * columns + 4 * rows)
+        """Float32 of the Hessian, its damped copy, factor and inverse; of the weights, what they become, and errors."""
+        return 4 * columns * (5 * columns + 6 * rows)
 
     def solve(self, weights: Tensor, grid: Grid, basis: Basis, gram: Gram | None = None) -> QuantizedMatrix:
         """Quantize a matrix so that its outputs on the calibration data change least.
@@ -110,21 +122,19 @@ class Gptq:
         run = grid.fit_columns
         if self.desc_act and run != grid.group_size:
             raise RequestError("`desc_act` needs a grid whose groups are fitted one by one.")
-        hessian, cross = _rotate_both_sides(gram.hessian, basis), gram.cross
+        hessian = _rotate_both_sides(gram.hessian, basis)
         order = _column_order(hessian.diagonal().contiguous(), run, self.desc_act)
         factor = inverse_factor(hessian, order, self.damping)
         del hessian
-        correction = shift = None
-        if cross is not None and (self.gptaq_alpha or self.mismatch):
-            owed = _rotate_both_sides(cross, basis)[order][:, order] @ factor.T
-            if self.mismatch:
-                shift = self.mismatch * owed @ factor
-            else:  # GPTAQ, eq. 18
-                correction = self.gptaq_alpha * owed.triu_(1) @ factor
-        problem = _Problem(grid, order, factor, correction, shift, self.foem_beta)
+        correction = None
+        if gram.cross is not None and self.gptaq_alpha:  # GPTAQ, eq. 18
+            cross = _rotate_both_sides(gram.cross, basis)[order][:, order]
+            correction = self.gptaq_alpha * (cross @ factor.T).triu_(1) @ factor
+        rotated = self._with_changes_made_up_for(basis.rotate(weights), gram, basis, order, factor)
+        problem = _Problem(grid, order, factor, correction, self.foem_beta)
         # A processor works best on what fits its cache; a GPU, on as much as there is.
         chunk = max(1, SOLVED_WEIGHTS // len(order)) if weights.device.type == "cpu" else len(weights)
-        parts = [_solve_rows(basis.rotate(rows), problem) for rows in weights.split(chunk)]
+        parts = [_solve_rows(rows, problem) for rows in rotated.split(chunk)]
         codes = torch.cat([codes for codes, _ in parts])
         parameters = Parameters.joined([parameters for _, parameters in parts], 0)
         place = order.argsort()
@@ -137,6 +147,19 @@ class Gptq:
         columns = (solved[:, None] + torch.arange(groups, device=solved.device)).flatten()
         return QuantizedMatrix(codes, parameters.apply(lambda values: values[:, columns]), grid, basis)
 
+    def _with_changes_made_up_for(
+        self, rotated: Tensor, gram: Gram, basis: Basis, order: Tensor, factor: Tensor
+    ) -> Tensor:
+        """W + (mismatch · W D + stream_change · S) (H + λI)⁻¹, all in rotated coordinates."""
+        owed = torch.zeros_like(rotated)
+        if gram.cross is not None and self.mismatch:
+            owed += self.mismatch * rotated @ _rotate_both_sides(gram.cross, basis)
+        if gram.stream is not None and self.stream_change:
+            owed += self.stream_change * basis.rotate(gram.stream)
+        if not owed.any():
+            return rotated
+        return rotated + (owed[:, order] @ factor.T @ factor)[:, order.argsort()]
+
 
 @dataclass(frozen=True)
 class _Problem:
@@ -147,7 +170,6 @@ class _Problem:
         order: the order in which columns are rounded, (in,).
         factor: factor of the inverse Hessian in that order, see `inverse_factor`.
         correction: GPTAQ's P in that order: what each column adds to the later ones for the difference of its inputs.
-        shift: what makes up for the difference beforehand, D (H + λI)⁻¹ in that order times the share.
         beta: FOEM's.
     """
 
@@ -155,7 +177,6 @@ class _Problem:
     order: Tensor
     factor: Tensor
     correction: Tensor | None
-    shift: Tensor | None
     beta: float
 
 
@@ -164,8 +185,6 @@ def _solve_rows(weights: Tensor, problem: _Problem) -> tuple[Tensor, Parameters]
     run = problem.grid.fit_columns
     # Columns as rows, so that a column is contiguous.
     latent = weights.T[problem.order].contiguous()
-    if problem.shift is not None:
-        latent += problem.shift.T @ latent
     original = latent.clone() if problem.beta else latent
     codes = torch.empty(latent.shape, dtype=torch.uint8, device=weights.device)
     fitted: list[Parameters] = []
