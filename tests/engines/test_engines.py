@@ -119,7 +119,8 @@ def test_transformers_decodes_compressed_tensors_to_the_same_weights(
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [("smollm2", {}), ("smollm2", {"include_embeddings": True}), ("hybrid", {"bits": 4})]
+    ("name", "options"),
+    [("smollm2", {}), ("smollm2", {"include_embeddings": False}), ("hybrid", {"bits": 4, "include_embeddings": False})],
 )
 def test_vllm_serves_packed_hlwq(
     name: str,
@@ -136,7 +137,9 @@ def test_vllm_serves_packed_hlwq(
 
 def test_vllm_keeps_to_the_schemes_of_the_file(tmp_path: Path, run_engine: RunEngine) -> None:
     directory = tmp_path / "quantized"
-    hlwq.quantize(bundled_model(), directory, "hlwq", exclude=[r"layers\.1\.mlp"], group_size=512)
+    hlwq.quantize(
+        bundled_model(), directory, "hlwq", exclude=[r"layers\.1\.mlp"], group_size=512, include_embeddings=False
+    )
     output = run_engine("vllm", "vllm_packed.py", directory)
     decoded = DecodedCheckpoint(directory)
     layout = describe(decoded.config, decoded.tensors)
@@ -159,7 +162,7 @@ def test_quantized_embedding_runs_in_mlx(
     models: dict[str, Path], prompts: dict[str, str], tmp_path: Path, run_engine: RunEngine
 ) -> None:
     directory = tmp_path / "quantized"
-    hlwq.quantize(models["smollm2"], directory, "rtn", format="mlx", include_embeddings=True)
+    hlwq.quantize(models["smollm2"], directory, "rtn", format="mlx")
     assert_computes("mlx", "smollm2", directory, prompts["smollm2"], run_engine)
 
 
