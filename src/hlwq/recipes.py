@@ -112,7 +112,7 @@ _UNIFORM_FORMATS = ("gptq", "compressed-tensors", "mlx", "dense")
 CALIBRATED = Gptq(gptaq_alpha=0.25)
 """What `calibrate` does: of GPTQ, FOEM and GPTAQ, what left the least loss over three seeds (see the README)."""
 BEST = Gptq(mismatch=0.5, stream_change=0.5, damping=0.1)
-"""What `best` does: the loop that left the least divergence from the original (see docs/quality.md)."""
+"""What `best` does."""
 
 RECIPES = {
     recipe.name: recipe
