@@ -131,17 +131,16 @@ def test_rows_can_be_stacked() -> None:
         assert part.codes.shape == rows.shape
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"foem_beta": 0.2},
-        {"gptaq_alpha": 0.25},
-        {"mismatch": 0.5},
-        {"stream_change": 0.5},
-        {"desc_act": True},
-    ],
-)
+TERMS: list[dict[str, Any]] = [
+    {"foem_beta": 0.2},
+    {"gptaq_alpha": 0.25},
+    {"mismatch": 0.5},
+    {"stream_change": 0.5},
+    {"desc_act": True},
+]
+
+
+@pytest.mark.parametrize("options", [{}, *TERMS])
 def test_rows_are_solved_in_chunks(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     weights, gram = problem()
     whole = solve(weights, gram, INT4, **options).dequantize()
@@ -163,17 +162,7 @@ def test_calibrated_hlwq_beats_data_free_hlwq_and_its_error_is_the_same_in_eithe
     )
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"foem_beta": 0.2},
-        {"gptaq_alpha": 0.25},
-        {"mismatch": 0.5},
-        {"stream_change": 0.5},
-        {"desc_act": True},
-        {"damping": 0.1},
-    ],
-)
+@pytest.mark.parametrize("options", [*TERMS, {"damping": 0.1}])
 def test_each_option_changes_the_result(options: dict[str, Any]) -> None:
     weights, gram = problem()
     plain = solve(weights, gram, INT4)

@@ -119,7 +119,7 @@ RECIPES = {
     for recipe in (
         Recipe(
             "best",
-            "what loses least: calibrated, 4 bits, group 64, rotated where a format can say so (hlwq: 5 bits)",
+            "calibrated, 4 bits, group 64, rotated in compressed-tensors; HLWQ, 5 bits, in hlwq",
             (replace(_INT4, solver=BEST),),
             ("gptq", "compressed-tensors", "mlx", "hlwq", "dense"),
             {

@@ -177,8 +177,8 @@ class LayerRunner:
                     gram.stream = torch.zeros(passed[stream].shape[-1], width, device=self._device)
                 wanted = None
                 if original_states is not None:
-                    wanted = _Given(original_passed.pop(module), original_passed.pop(stream) if stream else None)
-                _accumulate(gram, _Given(inputs, passed.pop(stream) if stream else None), wanted)
+                    wanted = _Given(original_passed.pop(module), original_passed[stream] if stream else None)
+                _accumulate(gram, _Given(inputs, passed[stream] if stream else None), wanted)
                 for batch in others:
                     if original_states is not None:
                         wanted = self._given(original, original_states, batch, module, stream)

@@ -15,6 +15,7 @@ def demo(
     out: Annotated[Path, typer.Argument(help="Where the checkpoints are left.")] = Path("hlwq-demo"),
 ) -> Output:
     """Quantize the bundled model with each recipe into each format, and measure them all."""
+    from hlwq.check import check_directory
     from hlwq.demo import BASELINE, run_demo
     from hlwq.usage import commands
 
@@ -43,7 +44,9 @@ def demo(
     ]
     for row in rows:
         if row.recipe != BASELINE:
-            for engine, command in commands(Path(row.directory), row.format):
+            directory = Path(row.directory)
+            refusing = {each.engine for each in check_directory(directory) if not each.passed}
+            for engine, command in commands(directory, row.format, without=refusing):
                 lines.append(Text.assemble("  ", (f"{engine:>12}", "dim"), f"  {command}"))
     return Output(rows, lines)
 

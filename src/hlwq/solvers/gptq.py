@@ -151,13 +151,13 @@ class Gptq:
         self, rotated: Tensor, gram: Gram, basis: Basis, order: Tensor, factor: Tensor
     ) -> Tensor:
         """W + (mismatch · W D + stream_change · S) (H + λI)⁻¹, all in rotated coordinates."""
+        if not (self.mismatch or self.stream_change):
+            return rotated
         owed = torch.zeros_like(rotated)
         if gram.cross is not None and self.mismatch:
             owed += self.mismatch * rotated @ _rotate_both_sides(gram.cross, basis)
         if gram.stream is not None and self.stream_change:
             owed += self.stream_change * basis.rotate(gram.stream)
-        if not owed.any():
-            return rotated
         return rotated + (owed[:, order] @ factor.T @ factor)[:, order.argsort()]
 
 
