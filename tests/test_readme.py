@@ -145,6 +145,12 @@ NOT_RUN = {
 }
 UNDOCUMENTED = {
     "python benchmarks/data_free.py --text FILE": Run("--model MODEL --limit 2", slow=True),
+    "python benchmarks/quality.py MODEL --text FILE --calibration FILE --json quality.json": Run(
+        f"--seeds 0 1 {SAMPLES} {CHUNKS} --only 'best, [cm]|nearest'", slow=True
+    ),
+    "python benchmarks/quality.py MODEL --text FILE --calibration FILE --json q.json --mlx .venvs/mlx/bin/python": Run(
+        f"{SAMPLES} {CHUNKS} --only mlx", engine="mlx"
+    ),
     "python benchmarks/kernel_speed.py": Run("--matrix 64 256 --product 256 128 --bits 5 --rounds 1", slow=True),
 }
 """Benchmarks that no document names, or that are documented with an engine and run without one as well."""
@@ -322,7 +328,7 @@ def test_every_benchmark_runs() -> None:
     runs = {
         word for line in (*RUNS, *UNDOCUMENTED, *NOT_RUN) for word in line.split() if word.startswith("benchmarks/")
     }
-    helpers = {"benchmarks/gptqmodel_quantize.py"}  # run by calibrated.py
+    helpers = {"benchmarks/gptqmodel_quantize.py", "benchmarks/autoround_quantize.py"}  # run by others
     assert runs | helpers == {str(file.relative_to(ROOT)) for file in SCRIPTS if file.parent.name == "benchmarks"}
 
 

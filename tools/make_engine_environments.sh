@@ -39,7 +39,11 @@ install_polarquant() {
     "$1" -m pip install -q -c "$2" polarquant torch transformers accelerate
 }
 
-for engine in mlx vllm gptqmodel polarquant; do
+install_autoround() {
+    "$1" -m pip install -q -c "$2" auto-round torch
+}
+
+for engine in mlx vllm gptqmodel polarquant autoround; do
     make_environment "$engine"
 done
 # What the CPU builds lack is declared whenever Python starts: of torchvision, two operators that Qwen3.5 imports and
