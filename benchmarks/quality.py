@@ -43,16 +43,16 @@ BEST = {
     "best, hlwq, 5 bits": ["--format", "hlwq", "--bits", "5", KEPT],
     "best, mlx": ["--format", "mlx"],
 }
-PLAIN = ["--mismatch", "0", "--stream-change", "0", "--damping", "0.01"]
+NO_MISMATCH, NO_STREAM_CHANGE, LESS_DAMPING = ["--mismatch", "0"], ["--stream-change", "0"], ["--damping", "0.01"]
 INGREDIENTS = {
     "rotated, rounded to nearest": [*ROTATED, "--recipe", "rtn", "--basis", "hadamard"],
-    "rotated, GPTQ": [*ROTATED, *PLAIN],
-    "rotated, GPTQ + damping 0.1": [*ROTATED, *PLAIN[:4]],
-    "rotated, GPTQ + mismatch": [*ROTATED, *PLAIN[2:]],
-    "rotated, GPTQ + stream change": [*ROTATED, *PLAIN[:2], *PLAIN[4:]],
-    "best without damping 0.1": [*ROTATED, *PLAIN[4:]],
-    "best without mismatch": [*ROTATED, *PLAIN[:2]],
-    "best without stream change": [*ROTATED, *PLAIN[2:4]],
+    "rotated, GPTQ": [*ROTATED, *NO_MISMATCH, *NO_STREAM_CHANGE, *LESS_DAMPING],
+    "rotated, GPTQ + damping 0.1": [*ROTATED, *NO_MISMATCH, *NO_STREAM_CHANGE],
+    "rotated, GPTQ + mismatch": [*ROTATED, *NO_STREAM_CHANGE, *LESS_DAMPING],
+    "rotated, GPTQ + stream change": [*ROTATED, *NO_MISMATCH, *LESS_DAMPING],
+    "best without damping 0.1": [*ROTATED, *LESS_DAMPING],
+    "best without mismatch": [*ROTATED, *NO_MISMATCH],
+    "best without stream change": [*ROTATED, *NO_STREAM_CHANGE],
     "best without rotation": [*ROTATED, "--basis", "identity"],
 }
 AUTOROUND, GPTQMODEL, MLX = "AutoRound, 200 iterations", "GPTQModel, FOEM", "mlx-lm convert"
@@ -87,6 +87,10 @@ def main() -> None:
     peers = {AUTOROUND: options.autoround, GPTQMODEL: options.gptqmodel, MLX: options.mlx}
     names = [*BEST, *INGREDIENTS, *(name for name, python in peers.items() if python)]
     work = [(name, seed) for seed in options.seeds for name in names if re.search(options.only, name)]
+    if not work:
+        parser.error(f"--only {options.only} names none of: {'; '.join(names)}")
+    if len({Path(text).name for text in options.text}) < len(options.text):
+        parser.error("two --text files have one name, by which figures are kept")
     for name, seed in track(work, "measuring", console=Console(stderr=True)):
         run = figures["runs"].setdefault(f"{name}, seed {seed}", {})
         texts = [text for text in options.text if Path(text).name not in run.get("texts", {})]

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# One virtual environment per engine below the directory given, with the packages of constraints-ENGINE.txt beside this
-# script. An environment that was made with the same constraints is kept.
+# One virtual environment per engine below the directory given, for the engines named or else those that tests use, with
+# the packages of constraints-ENGINE.txt beside this script. An environment made with the same constraints is kept.
 set -euo pipefail
 
-root=${1:?usage: $0 DIRECTORY}
+root=${1:?usage: $0 DIRECTORY [ENGINE ...]}
+engines=("${@:2}")
+((${#engines[@]})) || engines=(mlx vllm gptqmodel polarquant) # autoround serves benchmarks/quality.py alone
 python=${PYTHON:-python3}
 here=$(cd "$(dirname "$0")" && pwd)
 mkdir -p "$root"
@@ -43,9 +45,10 @@ install_autoround() {
     "$1" -m pip install -q -c "$2" auto-round torch
 }
 
-for engine in mlx vllm gptqmodel polarquant autoround; do
+for engine in "${engines[@]}"; do
     make_environment "$engine"
 done
+[[ " ${engines[*]} " == *" vllm "* ]] || exit 0
 # What the CPU builds lack is declared whenever Python starts: of torchvision, two operators that Qwen3.5 imports and
 # text never calls; of vLLM, the product that a run-time transform takes of its matrix, which only linear layers have.
 cat > "$("$root/vllm/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/sitecustomize.py" <<'PY'
