@@ -44,15 +44,18 @@ BEST = {
     "best, mlx": ["--format", "mlx"],
 }
 NO_MISMATCH, NO_STREAM_CHANGE, LESS_DAMPING = ["--mismatch", "0"], ["--stream-change", "0"], ["--damping", "0.01"]
+NO_GENERATED = ["--generated-samples", "0"]
 INGREDIENTS = {
     "rotated, rounded to nearest": [*ROTATED, "--recipe", "rtn", "--basis", "hadamard"],
-    "rotated, GPTQ": [*ROTATED, *NO_MISMATCH, *NO_STREAM_CHANGE, *LESS_DAMPING],
-    "rotated, GPTQ + damping 0.1": [*ROTATED, *NO_MISMATCH, *NO_STREAM_CHANGE],
-    "rotated, GPTQ + mismatch": [*ROTATED, *NO_STREAM_CHANGE, *LESS_DAMPING],
-    "rotated, GPTQ + stream change": [*ROTATED, *NO_MISMATCH, *LESS_DAMPING],
+    "rotated, GPTQ": [*ROTATED, *NO_MISMATCH, *NO_STREAM_CHANGE, *LESS_DAMPING, *NO_GENERATED],
+    "rotated, GPTQ + damping 0.1": [*ROTATED, *NO_MISMATCH, *NO_STREAM_CHANGE, *NO_GENERATED],
+    "rotated, GPTQ + mismatch": [*ROTATED, *NO_STREAM_CHANGE, *LESS_DAMPING, *NO_GENERATED],
+    "rotated, GPTQ + stream change": [*ROTATED, *NO_MISMATCH, *LESS_DAMPING, *NO_GENERATED],
+    "rotated, GPTQ + generated samples": [*ROTATED, *NO_MISMATCH, *NO_STREAM_CHANGE, *LESS_DAMPING],
     "best without damping 0.1": [*ROTATED, *LESS_DAMPING],
     "best without mismatch": [*ROTATED, *NO_MISMATCH],
     "best without stream change": [*ROTATED, *NO_STREAM_CHANGE],
+    "best without generated samples": [*ROTATED, *NO_GENERATED],
     "best without rotation": [*ROTATED, "--basis", "identity"],
 }
 AUTOROUND, GPTQMODEL, MLX = "AutoRound, 200 iterations", "GPTQModel, FOEM", "mlx-lm convert"

@@ -89,11 +89,13 @@ def peak_of_process(process: int | str) -> int | None:
     return None if peak is None else int(peak.split()[1]) * 1024
 
 
-def available_memory() -> int | None:
-    """Memory that can be had now, in bytes.
+def available_memory(device: torch.device | None = None) -> int | None:
+    """Memory that can be had now, in bytes: the machine's, or a GPU's own where torch tells of it.
 
     Where only psutil or sysconf tell: what psutil says, else all that the machine has. None where nothing tells.
     """
+    if device is not None and device.type in ("cuda", "xpu"):
+        return int(torch.get_device_module(device).mem_get_info(device)[0])
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():
         line = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:"))

@@ -7,18 +7,32 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from hlwq.calibration import Calibration, Samples, default_batch_size, load_samples
+from hlwq.cache import cached_tensor
+from hlwq.calibration import (
+    GENERATION_BYTES,
+    Calibration,
+    Samples,
+    cache_bytes,
+    continued,
+    default_batch_size,
+    load_samples,
+    prompts_from,
+)
 from hlwq.check import check_directory, has_tokenizer, refuse_unless_usable
 from hlwq.containers import DEFAULT_SHARD_BYTES, Source, Writer, partial_of
-from hlwq.devices import available_memory, peak_memory, torch_device
-from hlwq.errors import CheckpointError, HlwqWarning, RequestError
+from hlwq.devices import available_memory, compute_dtype, peak_memory, torch_device
+from hlwq.errors import CheckpointError, HlwqWarning, RequestError, ResourceError
+from hlwq.evaluate.model import load_model
+from hlwq.evaluate.results import fingerprint
 from hlwq.families import with_tying
 from hlwq.files import locked
 from hlwq.formats import Demand, without_sections
@@ -31,6 +45,8 @@ from hlwq.work import Progress, Work, cost
 
 SHARED = "shared tensors"
 """The unit of what a format writes beside the tensors of modules."""
+CACHED_BATCHES = 64
+"""Batches of generated samples that the cache holds: some hundred kilobytes each."""
 
 
 @dataclass(frozen=True)
@@ -115,12 +131,24 @@ def _run(
     check_dropped(source, plan)
     samples = None
     if plan.recipe.calibrated:
-        calibration = calibration or Calibration()
+        asked = calibration or Calibration()
+        calibration = plan.settled(asked, device)
+        if plan.recipe.generates and asked.generated_samples is None and not calibration.generated_samples:
+            warnings.warn(
+                "the whole model does not fit in the memory that is available, so it writes no calibration samples "
+                "itself, and the texts are all there is.",
+                HlwqWarning,
+                stacklevel=2,
+            )
+        _warn_of_memory(plan, calibration)
         report(0, 1, "reading calibration data")
         samples = _samples_for(plan, calibration, load_tokenizer(source.path))
+        if calibration.generated_samples:
+            samples = _with_generated(samples, source, plan, calibration, device, report)
         batch_size = calibration.batch_size or default_batch_size(plan.layout, calibration.sequence_length)
         calibration = replace(calibration, batch_size=min(batch_size, len(samples.tokens)))
-    _warn_of_memory(plan, calibration)
+    else:
+        _warn_of_memory(plan, calibration)
     made_by = _made_by(plan, origin, device, samples, calibration)
     arguments = {
         **made_by,
@@ -237,6 +265,47 @@ def _samples_for(plan: Plan, calibration: Calibration, tokenizer: Any) -> Sample
     if samples.warning:
         warnings.warn(samples.warning, HlwqWarning, stacklevel=3)
     return samples
+
+
+def _with_generated(
+    samples: Samples, source: Source, plan: Plan, calibration: Calibration, device: torch.device, report: Progress
+) -> Samples:
+    """Samples of texts, and behind them those that the model writes, from the cache where an earlier run left them."""
+    count, length, seed = calibration.generated_samples or 0, calibration.sequence_length, calibration.seed
+    prompts = prompts_from(samples.tokens, count)
+    dtype = compute_dtype(device)
+    made_with = fingerprint(source.path), str(dtype), device.type, length, seed
+    model: Any = None
+    written: list[Tensor] = []
+    together = max(1, GENERATION_BYTES // (cache_bytes(plan.layout) * length))
+
+    def write(prompts: Tensor, start: int) -> Tensor:
+        nonlocal model
+        report(start * length, count * length, "loading the whole model, which writes samples")
+        model = model or load_model(source.path, str(device), dtype)[0]
+        return continued(
+            model,
+            prompts,
+            length,
+            seed + start,
+            lambda tokens: report(
+                start * length + len(prompts) * tokens, count * length, f"the model writes {count} samples"
+            ),
+        )
+
+    try:
+        for start in range(0, count, together):
+            batch = prompts[start : start + together]
+            key = sha256(repr((made_with, start, batch.tolist())).encode()).hexdigest()[:24]
+            written.append(cached_tensor("generated-samples", key, partial(write, batch, start), keep=CACHED_BATCHES))
+    except torch.OutOfMemoryError:
+        raise ResourceError(
+            "The device has too little memory for the whole model, which writes calibration samples. Use "
+            "`generated_samples=0`."
+        ) from None
+    tokens = torch.cat([samples.tokens, *written])
+    facts = {"generated_samples": count, "tokens_sha256": sha256(tokens.numpy().tobytes()).hexdigest()}
+    return replace(samples, tokens=tokens, origin=samples.origin | facts)
 
 
 def _warn_of_memory(plan: Plan, calibration: Calibration | None) -> None:

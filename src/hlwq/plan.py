@@ -7,11 +7,13 @@ from collections.abc import Collection, Container, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from hlwq.bases import Hadamard, Identity
-from hlwq.calibration import Calibration, calibration_memory
+from hlwq.calibration import GENERATION_BYTES, MOST_GENERATED, Calibration, cache_bytes, calibration_memory
 from hlwq.containers import DTYPES, TensorSpec, spec_of
+from hlwq.devices import available_memory
 from hlwq.errors import CheckpointError, HlwqError, RequestError, UnsupportedError
 from hlwq.families import FLOATS, Matrix, ModelLayout, describe, model_dtype
 from hlwq.formats import FORMATS, Contents, Format, Scheme, format_named
@@ -132,6 +134,26 @@ class Plan:
         everything = sum(tensor.spec.parameters for tensor in self.tensors if tensor.action != "drop")
         return 8 * stored / weights if weights else None, 8 * self.output_bytes() / everything
 
+    def generation_memory(self, calibration: Calibration) -> int:
+        """Bytes that the whole model takes while it writes calibration samples, in float32."""
+        weights = sum(tensor.spec.parameters for tensor in self.tensors if tensor.action != "drop")
+        sample = cache_bytes(self.layout) * calibration.sequence_length
+        return 4 * weights + max(GENERATION_BYTES, sample)
+
+    def settled(self, calibration: Calibration, device: torch.device | None = None) -> Calibration:
+        """A calibration with what it leaves open decided.
+
+        `generated_samples` becomes as many as `samples`, at most `MOST_GENERATED`, where the recipe wants them and the
+        memory that is available now holds the whole model; else 0.
+        """
+        if calibration.generated_samples is not None:
+            return calibration
+        wanted = self.recipe.generates and calibration.sequence_length > 1  # a prompt and what follows it
+        count = min(calibration.samples, MOST_GENERATED) if wanted else 0
+        available = available_memory(device) if count else None
+        fits = available is None or self.generation_memory(calibration) <= available
+        return replace(calibration, generated_samples=count if fits else 0)
+
     def peak_memory(self, calibration: Calibration | None = None) -> int:
         """Bytes that the work will need at most, estimated; for a calibrated recipe, with this calibration."""
         interpreter, chunk = 400 << 20, 60 * CHUNK_WEIGHTS  # measured: Python with torch; float32 work per chunk
@@ -145,8 +167,10 @@ class Plan:
                 largest = max(largest, need)
         if self.recipe.calibrated:
             width = DTYPES[self.dtype].itemsize
-            needed = calibration_memory(self.layout, calibration or Calibration(), self.recipe.solver, width)
-            largest = max(largest, needed)
+            settled = self.settled(calibration or Calibration())
+            largest = max(largest, calibration_memory(self.layout, settled, self.recipe.solver, width))
+            if settled.generated_samples:
+                largest = max(largest, self.generation_memory(settled))
         return interpreter + chunk + largest
 
 

@@ -75,6 +75,7 @@ class Recipe:
         stages: the chain.
         formats: names of formats.
         stages_in: other chains for some formats, by the format's name: those that hold better codes.
+        generates: whether the model writes calibration samples itself, beside those of the texts.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Recipe:
     stages: tuple[Stage, ...]
     formats: tuple[str, ...]
     stages_in: Mapping[str, tuple[Stage, ...]] = field(default_factory=dict)
+    generates: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "formats", several(self.formats))
@@ -126,6 +128,7 @@ RECIPES = {
                 "compressed-tensors": (replace(_INT4, basis=Hadamard(), solver=BEST),),
                 "hlwq": (replace(_HLWQ5, solver=BEST),),
             },
+            generates=True,
         ),
         Recipe("rtn", "round to nearest, 4 bits, group 64", (_INT4,), _UNIFORM_FORMATS),
         Recipe(

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from hlwq.calibration.generated import GENERATION_BYTES, cache_bytes, continued, prompts_from
 from hlwq.calibration.layers import LayerRunner, calibration_memory, default_batch_size
-from hlwq.calibration.texts import EMBEDDED, HUB_DEFAULT, Calibration, Samples, load_samples
+from hlwq.calibration.texts import EMBEDDED, HUB_DEFAULT, MOST_GENERATED, Calibration, Samples, load_samples
 
 __all__ = [
     "EMBEDDED",
+    "GENERATION_BYTES",
     "HUB_DEFAULT",
+    "MOST_GENERATED",
     "Calibration",
     "LayerRunner",
     "Samples",
+    "cache_bytes",
     "calibration_memory",
+    "continued",
     "default_batch_size",
     "load_samples",
+    "prompts_from",
 ]

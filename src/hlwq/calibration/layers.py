@@ -262,9 +262,10 @@ def calibration_memory(layout: ModelLayout, calibration: Calibration, solver: So
     """
     transformers = 300 << 20
     copies = 2 if ORIGINAL_INPUTS in solver.needs else 1
-    states = calibration.samples * calibration.sequence_length * layout.text_config["hidden_size"] * width
+    samples = calibration.samples + (calibration.generated_samples or 0)
+    states = samples * calibration.sequence_length * layout.text_config["hidden_size"] * width
     batch = calibration.batch_size or default_batch_size(layout, calibration.sequence_length)
-    activations = activation_bytes(layout, calibration.sequence_length) * min(batch, calibration.samples)
+    activations = activation_bytes(layout, calibration.sequence_length) * min(batch, samples)
     weights = problem = 0
     for layer in layout.layers:
         weights = max(weights, width * sum(matrix.shape[0] * matrix.shape[1] for matrix in layer.matrices()))

@@ -25,6 +25,8 @@ HUB_DEFAULT = "neuralmagic/LLM_compression_calibration"
 EMBEDDED = "embedded"
 """Stands for the texts that every Python installation has: its reference documentation, some 460 KB of English."""
 FILE_KINDS = (".txt", ".jsonl", ".parquet")
+MOST_GENERATED = 128
+"""Samples that a model writes unless more are asked for."""
 CHARACTERS_PER_TOKEN = 8
 """More than most texts have, so that a piece of so many characters per token fills a sample."""
 
@@ -36,7 +38,8 @@ class Calibration:
     Attributes:
         sources: `.txt`, `.jsonl` or `.parquet` files, hub data sets, or `embedded`. Several contribute alike. Without
             any: the hub's `neuralmagic/LLM_compression_calibration`, or the embedded texts if it cannot be reached.
-        samples: their number.
+        samples: the number of samples of these texts.
+        generated_samples: samples beside them that the model writes itself; None for what `Plan.settled` says.
         sequence_length: tokens in a sample.
         seed: seed of the choice of texts.
         batch_size: samples that run through a layer together, whose activations are in memory at once; None for as
@@ -50,6 +53,11 @@ class Calibration:
         flag="--calibration",
     )
     samples: int = option("Calibration samples (default 512).", default=512)
+    generated_samples: int | None = option(
+        "Samples that the model writes itself, beside those of the texts (recipe best: as many as of the texts, up to "
+        f"{MOST_GENERATED}, if the whole model fits in memory; others: 0).",
+        default=None,
+    )
     sequence_length: int = option("Tokens in a sample (default 512).", default=512)
     seed: int = option("Seed of the choice of samples (default 0).", default=0)
     batch_size: int | None = option(
@@ -60,7 +68,13 @@ class Calibration:
     def __post_init__(self) -> None:
         object.__setattr__(self, "sources", several(self.sources))
         check_types(self)
-        for name, least in (("samples", 1), ("sequence_length", 1), ("batch_size", 1), ("seed", 0)):
+        for name, least in (
+            ("samples", 1),
+            ("sequence_length", 1),
+            ("batch_size", 1),
+            ("seed", 0),
+            ("generated_samples", 0),
+        ):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise RequestError(f"`{name}` {value} must be at least {least}.")

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hlwq.cache import cached_tensor
 from hlwq.decoded import DecodedCheckpoint
 from hlwq.devices import compute_dtype, torch_device
 from hlwq.errors import HlwqError, RequestError
@@ -24,7 +21,6 @@ from hlwq.evaluate.results import fingerprint
 from hlwq.evaluate.server import Endpoint
 from hlwq.evaluate.statistics import Estimate, mean_estimate, share_estimate
 from hlwq.families import describe
-from hlwq.files import cache_folder
 from hlwq.sources import locate
 from hlwq.transformers_models import encode, load_tokenizer, quiet_transformers
 
@@ -204,31 +200,19 @@ def _base_states(base: Path, chunks: list[list[int]], device: str | None, report
     """The base's last hidden states, (chunks, n, hidden) in its compute dtype, from the cache or put there."""
     dtype = compute_dtype(torch_device(device))
     key = sha256(repr((fingerprint(base, report), chunks, str(dtype))).encode()).hexdigest()[:24]
-    folder = cache_folder() / "hidden-states"
-    file = folder / f"{key}.safetensors"
-    with suppress(FileNotFoundError, SafetensorError):
-        hidden = load_file(file)["hidden"]
-        with suppress(OSError):  # the cache may be another user's
-            os.utime(file)  # the least recently used are removed first
-        return hidden
-    model, _ = load_for_evaluation(base, device)
-    states = []
-    for index, chunk in enumerate(chunks):
-        report(index, 2 * len(chunks), "running the base")
-        with quiet_transformers():
-            outputs = model.get_decoder()(input_ids=torch.tensor([chunk[:-1]], device=model.device), use_cache=False)
-        states.append(outputs.last_hidden_state[0].cpu())
-    hidden = torch.stack(states)
-    partial = file.with_suffix(f".{os.getpid()}.partial")  # another process may write the same
-    with suppress(OSError, SafetensorError):  # a cache that cannot be written does no harm
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({"hidden": hidden}, partial)
-        partial.replace(file)
-        for old in sorted(folder.glob("*.safetensors"), key=lambda each: each.stat().st_mtime)[:-CACHED_RUNS]:
-            old.unlink()  # which another process may have done
-    with suppress(OSError):
-        partial.unlink(missing_ok=True)  # what a full disk left
-    return hidden
+
+    def run() -> Tensor:
+        model, _ = load_for_evaluation(base, device)
+        states = []
+        for index, chunk in enumerate(chunks):
+            report(index, 2 * len(chunks), "running the base")
+            ids = torch.tensor([chunk[:-1]], device=model.device)
+            with quiet_transformers():
+                outputs = model.get_decoder()(input_ids=ids, use_cache=False)
+            states.append(outputs.last_hidden_state[0].cpu())
+        return torch.stack(states)
+
+    return cached_tensor("hidden-states", key, run, keep=CACHED_RUNS)
 
 
 def _head(base: Path) -> Tensor:

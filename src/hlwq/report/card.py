@@ -236,9 +236,11 @@ def _details(manifest: dict[str, Any]) -> list[str]:
     if calibration:
         sources = ", ".join(inline(Path(each["source"]).name) for each in calibration["sources"])
         digest = inline(calibration["tokens_sha256"][:16])
+        generated = calibration.get("generated_samples")
+        own = f" and {generated} that the model wrote" if generated else ""
         lines.append(
             f"- calibrated on {calibration['samples']} samples of {calibration['sequence_length']} tokens from "
-            f"{sources}, seed {calibration['seed']} (SHA-256 of the tokens {digest}…)"
+            f"{sources}{own}, seed {calibration['seed']} (SHA-256 of the tokens {digest}…)"
         )
     versions = ", ".join(f"{name} {value}" for name, value in manifest["versions"].items())
     return [*lines, f"- {inline(versions)}; everything is in `hlwq.json`"]
