@@ -39,12 +39,13 @@ class Calibration:
         sources: `.txt`, `.jsonl` or `.parquet` files, hub data sets, or `embedded`. Several contribute alike. Without
             any: the hub's `neuralmagic/LLM_compression_calibration`, or the embedded texts if it cannot be reached.
         samples: the number of samples of these texts.
-        generated_samples: samples beside them that the model writes itself; None for what `Plan.settled` says.
         sequence_length: tokens in a sample.
         seed: seed of the choice of texts.
         batch_size: samples that run through a layer together, whose activations are in memory at once; None for as
             many as 2 GB hold. With fewer than all, layers run several times.
         offload_activations: keep the inputs of the next layer on disk, inside `OUT.partial`, instead of in memory.
+        generated_samples: samples beside those of the texts that the model writes itself; None for what
+            `Plan.settled` says.
     """
 
     sources: tuple[str, ...] = option(
@@ -53,17 +54,17 @@ class Calibration:
         flag="--calibration",
     )
     samples: int = option("Calibration samples (default 512).", default=512)
-    generated_samples: int | None = option(
-        "Samples that the model writes itself, beside those of the texts (recipe best: as many as of the texts, up to "
-        f"{MOST_GENERATED}, if the whole model fits in memory; others: 0).",
-        default=None,
-    )
     sequence_length: int = option("Tokens in a sample (default 512).", default=512)
     seed: int = option("Seed of the choice of samples (default 0).", default=0)
     batch_size: int | None = option(
         "Samples run together: more is faster and takes more memory (default: 2 GB).", default=None
     )
     offload_activations: bool = option("Keep samples on disk between layers, not in memory.", default=False)
+    generated_samples: int | None = option(
+        "Samples that the model writes itself, beside those of the texts (recipe best: as many as of the texts, up to "
+        f"{MOST_GENERATED}, if the whole model fits in memory; others: 0).",
+        default=None,
+    )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sources", several(self.sources))
