@@ -61,8 +61,7 @@ class Calibration:
     )
     offload_activations: bool = option("Keep samples on disk between layers, not in memory.", default=False)
     generated_samples: int | None = option(
-        "Samples that the model writes itself, beside those of the texts (recipe best: as many as of the texts, up to "
-        f"{MOST_GENERATED}, if the whole model fits in memory; others: 0).",
+        f"Samples that the model writes itself, besides (default: 0; recipe best: up to {MOST_GENERATED}).",
         default=None,
     )
 
