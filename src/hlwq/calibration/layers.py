@@ -83,8 +83,9 @@ class LayerRunner:
         rows = embed(ids).to(self._dtype)
         self._set_embedding(rows)
         samples, length = tokens.shape
-        starts = range(0, samples, batch_size)
-        self._batches = [slice(start, min(start + batch_size, samples)) for start in starts]
+        # A smaller one comes first: the last one runs once, the others as often as there are steps in a layer.
+        ends = range(samples, 0, -batch_size)
+        self._batches = [slice(max(0, end - batch_size), end) for end in reversed(ends)]
         self._arguments: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         shape = (samples, length, rows.shape[1])
         self._states = _States(shape, self._dtype, spill)
