@@ -138,7 +138,8 @@ class Plan:
         """Bytes that the whole model takes while it writes calibration samples, in float32."""
         weights = sum(tensor.spec.parameters for tensor in self.tensors if tensor.action != "drop")
         sample = cache_bytes(self.layout) * calibration.sequence_length
-        return 4 * weights + max(GENERATION_BYTES, sample)
+        count = MOST_GENERATED if calibration.generated_samples is None else calibration.generated_samples
+        return 4 * weights + min(max(GENERATION_BYTES, sample), count * sample)
 
     def settled(self, calibration: Calibration, device: torch.device | None = None) -> Calibration:
         """A calibration with what it leaves open decided.
