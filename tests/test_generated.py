@@ -10,15 +10,20 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import FAMILY_NAMES, make_checkpoint
+from safetensors.torch import save_file
 
-from hlwq import Calibration, CheckpointError, HlwqError, Request, RequestError
-from hlwq.calibration import MOST_GENERATED, cache_bytes, continued, prompts_from
+from hlwq import Calibration, CheckpointError, HlwqError, Request, RequestError, ResourceError
+from hlwq.calibration import MOST_GENERATED, continued, kv_bytes_per_token, prompts_from
 from hlwq.demo import bundled_model
+from hlwq.devices import compute_dtype
 from hlwq.errors import HlwqWarning
 from hlwq.evaluate.model import load_model
 from hlwq.files import cache_folder, hash_file, read_json
+from hlwq.plan import Plan
 from hlwq.quantize import plan_for, quantize
 
+CPU = torch.device("cpu")
+DTYPE = compute_dtype(CPU)
 DATA: dict[str, Any] = {"calibration": "embedded", "samples": 6, "sequence_length": 48}
 
 
@@ -103,20 +108,23 @@ def test_every_family_writes_samples_and_they_change_the_codes(family: str, tmp_
 def test_samples_are_kept_and_what_is_kept_is_what_would_be_written(tmp_path: Path) -> None:
     source = make_model(tmp_path / "model", "llama")
     quantize(source, tmp_path / "first", "best", **DATA)
-    kept = list((cache_folder() / "generated-samples").glob("*.safetensors"))
-    assert len(kept) == 1
-    times = kept[0].stat().st_ino
+    folder = cache_folder() / "generated-samples"
+    (kept,) = folder.iterdir()
+    inode = kept.stat().st_ino
     quantize(source, tmp_path / "second", "best", **DATA)
-    assert [file.stat().st_ino for file in (cache_folder() / "generated-samples").iterdir()] == [times]
-    kept[0].write_bytes(b"damaged")
+    assert [file.stat().st_ino for file in folder.iterdir()] == [inode]
+    kept.write_bytes(b"damaged")
     quantize(source, tmp_path / "third", "best", **DATA)
-    assert len({weights_of(tmp_path / name) for name in ("first", "second", "third")}) == 1
+    save_file({"hidden": torch.zeros(1)}, kept)  # as another version may have named it
+    quantize(source, tmp_path / "fourth", "best", **DATA)
+    assert len({weights_of(tmp_path / name) for name in ("first", "second", "third", "fourth")}) == 1
 
 
 def test_batches_are_as_large_as_the_keys_and_values_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = make_model(tmp_path / "model", "llama")
     _, plan = plan_for(Request(source))
-    monkeypatch.setattr(sys.modules["hlwq.pipeline"], "GENERATION_BYTES", 4 * 48 * cache_bytes(plan.layout))
+    held = 4 * 48 * kv_bytes_per_token(plan.layout, DTYPE)
+    monkeypatch.setattr(sys.modules["hlwq.pipeline"], "GENERATION_BYTES", held)
     quantize(source, tmp_path / "out", "best", **DATA)
     assert len(list((cache_folder() / "generated-samples").iterdir())) == 2
 
@@ -125,17 +133,59 @@ def test_how_many_unless_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     source = make_model(tmp_path / "model", "llama")
     _, best = plan_for(Request(source))
     _, other = plan_for(Request(source, "gptq"))
-    assert best.settled(Calibration(samples=5)).generated_samples == 5
-    assert best.settled(Calibration(samples=500)).generated_samples == MOST_GENERATED
-    assert best.settled(Calibration(generated_samples=3)).generated_samples == 3
-    assert best.settled(Calibration(sequence_length=1)).generated_samples == 0
-    assert other.settled(Calibration()).generated_samples == 0
+
+    def count(plan: Plan, **options: Any) -> int | None:
+        return plan.with_generated_samples(Calibration(**options), CPU).generated_samples
+
+    assert count(best, samples=5) == 5
+    assert count(best, samples=500) == MOST_GENERATED
+    assert count(best, generated_samples=3) == 3
+    assert count(best, sequence_length=1) == 0
+    assert count(other) == 0
     monkeypatch.setattr(sys.modules["hlwq.plan"], "available_memory", lambda device: 10**6)
-    assert best.settled(Calibration()).generated_samples == 0
-    assert best.settled(Calibration(generated_samples=3)).generated_samples == 3
+    assert count(best) == 0
+    assert count(best, generated_samples=3) == 3
     with pytest.warns(HlwqWarning, match="the whole model does not fit in the memory"):
         quantize(source, tmp_path / "out", **DATA)
     assert "generated_samples" not in read_json(tmp_path / "out" / "hlwq.json")["calibration"]
+
+
+def test_both_the_machine_and_the_gpu_must_hold_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, plan = plan_for(Request(make_model(tmp_path / "model", "llama")))
+    gpu = torch.device("cuda")
+    needed = plan.generation_memory(Calibration(samples=5, generated_samples=5), gpu)
+    assert needed < plan.generation_memory(Calibration(samples=5, generated_samples=6), gpu)
+    for on_gpu, on_machine, count in ((needed, needed, 5), (needed - 1, 10**12, 0), (10**12, needed - 1, 0)):
+        found = {gpu: on_gpu, None: on_machine}
+        monkeypatch.setattr(sys.modules["hlwq.plan"], "available_memory", found.get)
+        assert plan.with_generated_samples(Calibration(samples=5), gpu).generated_samples == count
+
+
+def test_a_run_that_goes_on_has_as_many_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = make_model(tmp_path / "model", "llama")
+    quantize(source, tmp_path / "whole", "best", **DATA)
+
+    def stop(done: int, total: int, item: str) -> None:
+        if "layers.1" in item:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(source, tmp_path / "out", "best", progress=stop, **DATA)
+    monkeypatch.setattr(sys.modules["hlwq.plan"], "available_memory", lambda device: 10**6)
+    quantize(source, tmp_path / "out", "best", **DATA)
+    assert weights_of(tmp_path / "out") == weights_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, RuntimeError])
+def test_a_model_that_does_not_fit_after_all_is_one_line(
+    kind: type[RuntimeError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any) -> Any:
+        raise kind("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(sys.modules["hlwq.pipeline"], "load_model", fail)
+    with pytest.raises(ResourceError, match=r"too little memory for the whole model.*`generated_samples=0`"):
+        quantize(make_model(tmp_path / "model", "llama"), tmp_path / "out", "best", **DATA)
 
 
 def test_other_recipes_have_them_when_they_are_asked_for(tmp_path: Path) -> None:

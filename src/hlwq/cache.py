@@ -24,7 +24,7 @@ def cached_tensor(kind: str, key: str, make: Callable[[], Tensor], *, keep: int)
     """
     folder = cache_folder() / kind
     file = folder / f"{key}.safetensors"
-    with suppress(FileNotFoundError, SafetensorError):
+    with suppress(OSError, SafetensorError, KeyError):  # or it is an older version's
         found = load_file(file)["tensor"]
         with suppress(OSError):  # the cache may be another user's
             os.utime(file)

@@ -95,7 +95,9 @@ def available_memory(device: torch.device | None = None) -> int | None:
     Where only psutil or sysconf tell: what psutil says, else all that the machine has. None where nothing tells.
     """
     if device is not None and device.type in ("cuda", "xpu"):
-        return int(torch.get_device_module(device).mem_get_info(device)[0])
+        module = torch.get_device_module(device)
+        # What torch holds of it and does not use can be had too.
+        return int(module.mem_get_info(device)[0] + module.memory_reserved(device) - module.memory_allocated(device))
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():
         line = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:"))
@@ -106,6 +108,12 @@ def available_memory(device: torch.device | None = None) -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # there is no sysconf on Windows
         return None
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch means that memory is lacking, which has a type of its own only on some devices."""
+    told = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(each in str(error) for each in told)
 
 
 def _psutil() -> ModuleType | None:

@@ -17,6 +17,13 @@ def reason(error: BaseException) -> str:
     return next((line.rstrip(".") for line in lines if line.strip(".")), type(error).__name__)
 
 
+def was_interrupted(error: BaseException | None) -> bool:
+    """Whether an error is Ctrl-C, or what another library made of it: imports inside imports raise their own."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
 class HlwqError(Exception):
     """A request that cannot be met: the message says what is wrong, where, and what to do.
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hlwq.calibration import Calibration, LayerRunner
 from hlwq.containers import DTYPES
 from hlwq.decoded import DecodedCheckpoint
+from hlwq.devices import is_out_of_memory
 from hlwq.errors import HlwqError, ResourceError
 from hlwq.files import check_disk
 from hlwq.plan import PlannedTensor
@@ -52,7 +53,9 @@ class CalibratedLayers:
         work.report(work.done, work.total, f"layer {index}")
         try:
             runner.quantize(work.read, [step for step in steps if step], solve, streams)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             raise ResourceError(f"layer {index}: the device has too little memory. Lower `batch_size`.") from None
         return errors
 

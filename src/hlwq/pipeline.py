@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -21,15 +21,15 @@ from hlwq.calibration import (
     GENERATION_BYTES,
     Calibration,
     Samples,
-    cache_bytes,
     continued,
     default_batch_size,
+    kv_bytes_per_token,
     load_samples,
     prompts_from,
 )
 from hlwq.check import check_directory, has_tokenizer, refuse_unless_usable
-from hlwq.containers import DEFAULT_SHARD_BYTES, Source, Writer, partial_of
-from hlwq.devices import available_memory, compute_dtype, peak_memory, torch_device
+from hlwq.containers import DEFAULT_SHARD_BYTES, Source, Writer, arguments_before, partial_of
+from hlwq.devices import available_memory, compute_dtype, is_out_of_memory, peak_memory, torch_device
 from hlwq.errors import CheckpointError, HlwqWarning, RequestError, ResourceError
 from hlwq.evaluate.model import load_model
 from hlwq.evaluate.results import fingerprint
@@ -131,24 +131,17 @@ def _run(
     check_dropped(source, plan)
     samples = None
     if plan.recipe.calibrated:
-        asked = calibration or Calibration()
-        calibration = plan.settled(asked, device)
-        if plan.recipe.generates and asked.generated_samples is None and not calibration.generated_samples:
-            warnings.warn(
-                "the whole model does not fit in the memory that is available, so it writes no calibration samples "
-                "itself, and the texts are all there is.",
-                HlwqWarning,
-                stacklevel=2,
-            )
-        _warn_of_memory(plan, calibration)
+        calibration = calibration or Calibration()
         report(0, 1, "reading calibration data")
         samples = _samples_for(plan, calibration, load_tokenizer(source.path))
+        calibration = _with_generated_count(replace(calibration, samples=len(samples.tokens)), plan, out, device)
+        _warn_of_memory(plan, calibration, device)
         if calibration.generated_samples:
             samples = _with_generated(samples, source, plan, calibration, device, report)
         batch_size = calibration.batch_size or default_batch_size(plan.layout, calibration.sequence_length)
         calibration = replace(calibration, batch_size=min(batch_size, len(samples.tokens)))
     else:
-        _warn_of_memory(plan, calibration)
+        _warn_of_memory(plan, calibration, device)
     made_by = _made_by(plan, origin, device, samples, calibration)
     arguments = {
         **made_by,
@@ -267,6 +260,21 @@ def _samples_for(plan: Plan, calibration: Calibration, tokenizer: Any) -> Sample
     return samples
 
 
+def _with_generated_count(calibration: Calibration, plan: Plan, out: Path, device: torch.device) -> Calibration:
+    """A calibration that says how many samples the model writes: as an interrupted run had it, or as memory allows."""
+    if calibration.generated_samples is None and (before := arguments_before(out).get("calibration")):
+        return replace(calibration, generated_samples=before.get("generated_samples", 0))
+    decided = plan.with_generated_samples(calibration, device)
+    if plan.recipe.generates and calibration.generated_samples is None and not decided.generated_samples:
+        warnings.warn(
+            "the whole model does not fit in the memory that is available, so it writes no calibration samples itself, "
+            "and the texts are all there is.",
+            HlwqWarning,
+            stacklevel=4,
+        )
+    return decided
+
+
 def _with_generated(
     samples: Samples, source: Source, plan: Plan, calibration: Calibration, device: torch.device, report: Progress
 ) -> Samples:
@@ -274,33 +282,33 @@ def _with_generated(
     count, length, seed = calibration.generated_samples or 0, calibration.sequence_length, calibration.seed
     prompts = prompts_from(samples.tokens, count)
     dtype = compute_dtype(device)
-    made_with = fingerprint(source.path), str(dtype), device.type, length, seed
-    model: Any = None
+    depends_on = fingerprint(source.path, report), str(dtype), device.type, length, seed
+    together = max(1, GENERATION_BYTES // (kv_bytes_per_token(plan.layout, dtype) * length))
+    starts = range(0, count, together)
+
+    @cache
+    def model() -> Any:
+        report(0, 1, "loading the whole model, which writes samples")
+        return load_model(source.path, str(device), dtype)[0]
+
+    def write(batch: Tensor, start: int) -> Tensor:
+        def told(tokens: int) -> None:
+            report(start * length + len(batch) * tokens, count * length, f"the model writes {count} samples")
+
+        return continued(model(), batch, length, seed + start, told)
+
     written: list[Tensor] = []
-    together = max(1, GENERATION_BYTES // (cache_bytes(plan.layout) * length))
-
-    def write(prompts: Tensor, start: int) -> Tensor:
-        nonlocal model
-        report(start * length, count * length, "loading the whole model, which writes samples")
-        model = model or load_model(source.path, str(device), dtype)[0]
-        return continued(
-            model,
-            prompts,
-            length,
-            seed + start,
-            lambda tokens: report(
-                start * length + len(prompts) * tokens, count * length, f"the model writes {count} samples"
-            ),
-        )
-
     try:
-        for start in range(0, count, together):
+        for start in starts:
             batch = prompts[start : start + together]
-            key = sha256(repr((made_with, start, batch.tolist())).encode()).hexdigest()[:24]
-            written.append(cached_tensor("generated-samples", key, partial(write, batch, start), keep=CACHED_BATCHES))
-    except torch.OutOfMemoryError:
+            key = sha256(repr((depends_on, start, batch.tolist())).encode()).hexdigest()[:24]
+            keep = max(CACHED_BATCHES, len(starts))
+            written.append(cached_tensor("generated-samples", key, partial(write, batch, start), keep=keep))
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise ResourceError(
-            "The device has too little memory for the whole model, which writes calibration samples. Use "
+            "There is too little memory for the whole model, which writes calibration samples. Use "
             "`generated_samples=0`."
         ) from None
     tokens = torch.cat([samples.tokens, *written])
@@ -308,17 +316,21 @@ def _with_generated(
     return replace(samples, tokens=tokens, origin=samples.origin | facts)
 
 
-def _warn_of_memory(plan: Plan, calibration: Calibration | None) -> None:
+def _warn_of_memory(plan: Plan, calibration: Calibration | None, device: torch.device) -> None:
     """An estimate is no reason to refuse, but one to be told before hours of work."""
-    needed, available = plan.peak_memory(calibration), available_memory()
-    if available is not None and needed > available:
-        lower = "Lower `batch_size` or `samples`, or use `offload_activations=True`."
-        remedy = lower if calibration else "Close programs."
-        warnings.warn(
-            f"this may need {needed / 1e9:.1f} GB of memory, and {available / 1e9:.1f} GB are available. {remedy}",
-            HlwqWarning,
-            stacklevel=3,
-        )
+    needed, available = plan.peak_memory(calibration, device), available_memory()
+    if available is None or needed <= available:
+        return
+    remedy = "Close programs."
+    if calibration:
+        remedy = "Lower `batch_size` or `samples`, or use `offload_activations=True`."
+        if calibration.generated_samples and plan.generation_memory(calibration, device) > available:
+            remedy = "Use `generated_samples=0`."
+    warnings.warn(
+        f"this may need {needed / 1e9:.1f} GB of memory, and {available / 1e9:.1f} GB are available. {remedy}",
+        HlwqWarning,
+        stacklevel=3,
+    )
 
 
 def _made_by(

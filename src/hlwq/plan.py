@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from hlwq.bases import Hadamard, Identity
-from hlwq.calibration import GENERATION_BYTES, MOST_GENERATED, Calibration, cache_bytes, calibration_memory
+from hlwq.calibration import GENERATION_BYTES, MOST_GENERATED, Calibration, calibration_memory, kv_bytes_per_token
 from hlwq.containers import DTYPES, TensorSpec, spec_of
-from hlwq.devices import available_memory
+from hlwq.devices import available_memory, compute_dtype, torch_device
 from hlwq.errors import CheckpointError, HlwqError, RequestError, UnsupportedError
 from hlwq.families import FLOATS, Matrix, ModelLayout, describe, model_dtype
 from hlwq.formats import FORMATS, Contents, Format, Scheme, format_named
@@ -134,29 +134,37 @@ class Plan:
         everything = sum(tensor.spec.parameters for tensor in self.tensors if tensor.action != "drop")
         return 8 * stored / weights if weights else None, 8 * self.output_bytes() / everything
 
-    def generation_memory(self, calibration: Calibration) -> int:
-        """Bytes that the whole model takes while it writes calibration samples, in float32."""
+    def generation_memory(self, calibration: Calibration, device: torch.device) -> int:
+        """Bytes that the whole model takes on a device while it writes the `generated_samples` of a calibration."""
+        dtype = compute_dtype(device)
         weights = sum(tensor.spec.parameters for tensor in self.tensors if tensor.action != "drop")
-        sample = cache_bytes(self.layout) * calibration.sequence_length
-        count = MOST_GENERATED if calibration.generated_samples is None else calibration.generated_samples
-        return 4 * weights + min(max(GENERATION_BYTES, sample), count * sample)
+        sample = kv_bytes_per_token(self.layout, dtype) * calibration.sequence_length
+        together = min(calibration.generated_samples or 0, max(1, GENERATION_BYTES // sample))
+        return dtype.itemsize * weights + together * sample
 
-    def settled(self, calibration: Calibration, device: torch.device | None = None) -> Calibration:
-        """A calibration with what it leaves open decided.
+    def with_generated_samples(self, calibration: Calibration, device: torch.device) -> Calibration:
+        """A calibration that says how many samples the model writes itself.
 
-        `generated_samples` becomes as many as `samples`, at most `MOST_GENERATED`, where the recipe wants them and the
-        memory that is available now holds the whole model; else 0.
+        Unless it does already, as many as `samples` and at most `MOST_GENERATED`, where the recipe wants them and the
+        the memory that is available now holds the whole model; else 0.
         """
         if calibration.generated_samples is not None:
             return calibration
         wanted = self.recipe.generates and calibration.sequence_length > 1  # a prompt and what follows it
-        count = min(calibration.samples, MOST_GENERATED) if wanted else 0
-        available = available_memory(device) if count else None
-        fits = available is None or self.generation_memory(calibration) <= available
-        return replace(calibration, generated_samples=count if fits else 0)
+        decided = replace(calibration, generated_samples=min(calibration.samples, MOST_GENERATED) if wanted else 0)
+        needed = self.generation_memory(decided, device)
+        # A model goes to a GPU by way of the machine's memory.
+        if wanted and any(each is not None and each < needed for each in map(available_memory, (device, None))):
+            return replace(calibration, generated_samples=0)
+        return decided
 
-    def peak_memory(self, calibration: Calibration | None = None) -> int:
-        """Bytes that the work will need at most, estimated; for a calibrated recipe, with this calibration."""
+    def peak_memory(self, calibration: Calibration | None = None, device: torch.device | None = None) -> int:
+        """Bytes that the work will need at most, estimated; for a calibrated recipe, with this calibration.
+
+        Args:
+            calibration: its data.
+            device: where to compute; by default a GPU if there is one.
+        """
         interpreter, chunk = 400 << 20, 60 * CHUNK_WEIGHTS  # measured: Python with torch; float32 work per chunk
         largest = 0
         for tensor in self.tensors:
@@ -168,10 +176,11 @@ class Plan:
                 largest = max(largest, need)
         if self.recipe.calibrated:
             width = DTYPES[self.dtype].itemsize
-            settled = self.settled(calibration or Calibration())
-            largest = max(largest, calibration_memory(self.layout, settled, self.recipe.solver, width))
-            if settled.generated_samples:
-                largest = max(largest, self.generation_memory(settled))
+            device = device or torch_device()
+            decided = self.with_generated_samples(calibration or Calibration(), device)
+            largest = max(largest, calibration_memory(self.layout, decided, self.recipe.solver, width))
+            if decided.generated_samples:
+                largest = max(largest, self.generation_memory(decided, device))
         return interpreter + chunk + largest
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from hlwq.errors import CheckpointError, RequestError, ResourceError, UnsupportedError, reason
+from hlwq.errors import CheckpointError, RequestError, ResourceError, UnsupportedError, reason, was_interrupted
 from hlwq.files import lfs_pointer
 
 TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".tiktoken", ".jinja")
@@ -114,14 +114,17 @@ def render_chat(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) 
         message = f"The model's chat template is not valid (line {error.lineno}: {reason(error)}). Copy the original's."
         raise CheckpointError(message, path=getattr(tokenizer, "name_or_path", None)) from None
     except Exception as error:  # a template raises what it likes
+        _let_interrupts_pass(error)
         raise RequestError(f"The model's chat template refuses a chat: {reason(error)}.") from None
     return text
 
 
 def _let_interrupts_pass(error: BaseException) -> None:
     """Raise it again if it ends the program: a panic of tokenizers' Rust code is no Exception, and must not."""
-    if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
+    if isinstance(error, SystemExit | GeneratorExit):
         raise error
+    if was_interrupted(error):
+        raise KeyboardInterrupt from error
 
 
 def build_skeleton(config: dict[str, Any], *, tied: bool) -> Any:
@@ -147,6 +150,7 @@ def build_skeleton(config: dict[str, Any], *, tied: bool) -> Any:
         with quiet_transformers(), _WithoutWeights():
             skeleton = transformers.AutoModelForCausalLM.from_config(parsed, trust_remote_code=False)
     except Exception as error:  # of its checks, or of the model's own code
+        _let_interrupts_pass(error)
         message = f"config.json: transformers makes no {model_type} model of it ({reason(error)}). Correct the file."
         raise CheckpointError(message) from None
     skeleton.config.tie_word_embeddings = tied

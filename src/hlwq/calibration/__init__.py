@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hlwq.calibration.generated import GENERATION_BYTES, cache_bytes, continued, prompts_from
+from hlwq.calibration.generated import GENERATION_BYTES, continued, kv_bytes_per_token, prompts_from
 from hlwq.calibration.layers import LayerRunner, calibration_memory, default_batch_size
 from hlwq.calibration.texts import EMBEDDED, HUB_DEFAULT, MOST_GENERATED, Calibration, Samples, load_samples
 
@@ -14,10 +14,10 @@ __all__ = [
     "Calibration",
     "LayerRunner",
     "Samples",
-    "cache_bytes",
     "calibration_memory",
     "continued",
     "default_batch_size",
+    "kv_bytes_per_token",
     "load_samples",
     "prompts_from",
 ]

@@ -22,13 +22,13 @@ GENERATION_BYTES = 2 << 30
 """What the keys and values of samples that are written together may take."""
 
 
-def cache_bytes(layout: ModelLayout) -> int:
-    """Bytes at most of the keys and values of one token, in float32."""
+def kv_bytes_per_token(layout: ModelLayout, dtype: torch.dtype) -> int:
+    """Bytes at most of the keys and values of one token."""
     config = layout.text_config
     heads = config["num_attention_heads"]
     width = config.get("head_dim") or config["hidden_size"] // heads
     values: int = len(layout.layers) * (config.get("num_key_value_heads") or heads) * width
-    return 8 * values
+    return 2 * dtype.itemsize * values
 
 
 def prompts_from(tokens: Tensor, count: int) -> Tensor:

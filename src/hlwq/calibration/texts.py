@@ -45,7 +45,7 @@ class Calibration:
             many as 2 GB hold. With fewer than all, layers run several times.
         offload_activations: keep the inputs of the next layer on disk, inside `OUT.partial`, instead of in memory.
         generated_samples: samples beside those of the texts that the model writes itself; None for what
-            `Plan.settled` says.
+            `Plan.with_generated_samples` says.
     """
 
     sources: tuple[str, ...] = option(

@@ -14,7 +14,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from hlwq.cli import evaluate, listing, printing, quantize, report
 from hlwq.cli.options import spelled, with_json
-from hlwq.errors import HlwqError, HlwqWarning
+from hlwq.errors import HlwqError, HlwqWarning, was_interrupted
 from hlwq.version import __version__
 
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
@@ -29,6 +29,8 @@ class Command(TyperCommand):
         try:
             output = super().invoke(ctx)
         except HlwqError as error:
+            if was_interrupted(error):
+                raise KeyboardInterrupt from None
             self._show("[red]error:[/red]", error)
             raise typer.Exit(1) from None
         output.show(ctx.params["as_json"], self._spelled)

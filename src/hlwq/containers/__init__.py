@@ -5,7 +5,7 @@ from __future__ import annotations
 from hlwq.containers.gguf import read_gguf_header
 from hlwq.containers.reader import Reader, refuse_adapter
 from hlwq.containers.tensors import DTYPES, Source, TensorSpec, digest_of, spec_of, what_is_not_finite
-from hlwq.containers.writer import DEFAULT_SHARD_BYTES, Writer, partial_of, refuse_unless_empty
+from hlwq.containers.writer import DEFAULT_SHARD_BYTES, Writer, arguments_before, partial_of, refuse_unless_empty
 
 __all__ = [
     "DEFAULT_SHARD_BYTES",
@@ -14,6 +14,7 @@ __all__ = [
     "Source",
     "TensorSpec",
     "Writer",
+    "arguments_before",
     "digest_of",
     "partial_of",
     "read_gguf_header",

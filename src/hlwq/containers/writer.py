@@ -25,6 +25,12 @@ MODEL, ARGUMENTS, JOURNAL = "model", "arguments.json", "journal.jsonl"
 """Inside `OUT.partial`: the checkpoint, what determines its bytes, and which units are done."""
 
 
+def arguments_before(out: Path) -> dict[str, Any]:
+    """What determined the bytes of an interrupted run into `out`; empty where there was none."""
+    file = partial_of(out.absolute()) / ARGUMENTS
+    return read_json(file) if file.is_file() else {}
+
+
 class Writer:
     """Writes a checkpoint whose tensors are known in advance, in any order, into `OUT.partial`.
 
