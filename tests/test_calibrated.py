@@ -137,6 +137,8 @@ def test_it_is_worth_the_trouble(tmp_path: Path) -> None:
         {"mismatch": 0.5},
         {"stream_change": 0.5},
         {"damping": 0.05},
+        {"scale_candidates": 2},
+        {"sweeps": 1},
         {"desc_act": True},
         {"symmetric": False},
         {"scale_method": "absmax"},

@@ -102,7 +102,7 @@ def test_every_family_writes_samples_and_they_change_the_codes(family: str, tmp_
     none, own, few = (tmp_path / name for name in ("none", "own", "few"))
     assert len({weights_of(out) for out in (none, own, few)}) == 3
     recorded = [read_json(out / "hlwq.json")["calibration"].get("generated_samples") for out in (none, own, few)]
-    assert recorded == [None, 6, 2]
+    assert recorded == [None, 12, 2]
 
 
 def test_samples_are_kept_and_what_is_kept_is_what_would_be_written(tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_how_many_unless_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def count(plan: Plan, **options: Any) -> int | None:
         return plan.with_generated_samples(Calibration(**options), CPU).generated_samples
 
-    assert count(best, samples=5) == 5
+    assert count(best, samples=5) == 10
     assert count(best, samples=500) == MOST_GENERATED
     assert count(best, generated_samples=3) == 3
     assert count(best, sequence_length=1) == 0
@@ -153,9 +153,9 @@ def test_how_many_unless_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_both_the_machine_and_the_gpu_must_hold_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, plan = plan_for(Request(make_model(tmp_path / "model", "llama")))
     gpu = torch.device("cuda")
-    needed = plan.generation_memory(Calibration(samples=5, generated_samples=5), gpu)
-    assert needed < plan.generation_memory(Calibration(samples=5, generated_samples=6), gpu)
-    for on_gpu, on_machine, count in ((needed, needed, 5), (needed - 1, 10**12, 0), (10**12, needed - 1, 0)):
+    needed = plan.generation_memory(Calibration(samples=5, generated_samples=10), gpu)
+    assert needed < plan.generation_memory(Calibration(samples=5, generated_samples=11), gpu)
+    for on_gpu, on_machine, count in ((needed, needed, 10), (needed - 1, 10**12, 0), (10**12, needed - 1, 0)):
         found = {gpu: on_gpu, None: on_machine}
         monkeypatch.setattr(sys.modules["hlwq.plan"], "available_memory", found.get)
         assert plan.with_generated_samples(Calibration(samples=5), gpu).generated_samples == count

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -137,6 +138,8 @@ TERMS: list[dict[str, Any]] = [
     {"mismatch": 0.5},
     {"stream_change": 0.5},
     {"desc_act": True},
+    {"scale_candidates": 8},
+    {"sweeps": 1},
 ]
 
 
@@ -250,6 +253,9 @@ def test_inputs_that_are_all_zero_leave_rounding_to_nearest() -> None:
         {"mismatch": 2.0},
         {"stream_change": 1.5},
         {"damping": 0.0},
+        {"scale_candidates": 0},
+        {"scale_candidates": 9},
+        {"sweeps": -1},
     ],
 )
 def test_terms_out_of_range_are_refused(options: dict[str, Any]) -> None:
@@ -264,12 +270,67 @@ def test_the_difference_is_made_up_for_once() -> None:
         Gptq(mismatch=0.5, gptaq_alpha=0.1)
 
 
+def test_sweeps_would_undo_gptaq() -> None:
+    with pytest.raises(RequestError, match="undo what `gptaq_alpha` does") as refused:
+        Gptq(gptaq_alpha=0.25, sweeps=1)
+    assert refused.value.argument == "sweeps"
+
+
+@every_grid
+def test_more_scales_and_sweeps_leave_less(grid: Grid, basis: Basis) -> None:
+    weights, gram = problem(width=256)
+    plain, tried, swept = (
+        loss(weights, gram, grid, basis, scale_candidates=candidates, sweeps=sweeps)
+        for candidates, sweeps in ((1, 0), (8, 0), (8, 2))
+    )
+    assert swept < tried < plain
+
+
+@every_grid
+@pytest.mark.parametrize("desc_act", [False, True])
+def test_no_sweep_raises_the_loss(grid: Grid, basis: Basis, desc_act: bool) -> None:
+    """The damped loss, which they go by; the weights that they go for are the given ones, for want of other moments."""
+    weights, gram = problem(width=256)
+    damped = gram.hessian + 0.01 * gram.hessian.diagonal().mean() * torch.eye(256)
+    losses = []
+    for sweeps in range(4):
+        matrix = solve(weights, gram, grid, basis, desc_act=desc_act, sweeps=sweeps)
+        losses.append(output_error(weights - matrix.dequantize(), damped))
+    assert all(later < before for before, later in pairwise(losses[:3]))
+    assert losses[3] <= losses[2] * (1 + 1e-6)
+
+
+def test_after_many_sweeps_no_single_code_or_scale_is_better() -> None:
+    weights, gram = problem(rows=4, width=64)
+    grid = replace(INT4, storage=())
+    matrix = solve(weights, gram, grid, sweeps=60)
+    damped = (gram.hessian + 0.01 * gram.hessian.diagonal().mean() * torch.eye(64)).double()
+
+    def rows_loss(decoded: Tensor) -> Tensor:
+        error = (decoded - weights).double()
+        return ((error @ damped) * error).sum(1)
+
+    best = rows_loss(matrix.dequantize())
+    for column in range(64):
+        for step in (-1, 1):
+            codes = matrix.codes.to(torch.int16)
+            codes[:, column] = (codes[:, column] + step).clamp(0, 15)
+            assert (rows_loss(replace(matrix, codes=codes.to(torch.uint8)).dequantize()) > best * (1 - 1e-5)).all()
+    for group in range(2):
+        for factor in (0.999, 1.001):
+            scale = torch.ones(2).index_fill(0, torch.tensor(group), factor)
+            other = replace(matrix, parameters=matrix.parameters.apply(lambda values, scale=scale: values * scale))
+            assert (rows_loss(other.dequantize()) > best * (1 - 1e-5)).all()
+
+
 def test_inverse_factor_is_the_upper_factor_of_the_damped_inverse() -> None:
     hessian = problem()[1].hessian.double()
-    factor = inverse_factor(hessian.float(), torch.arange(len(hessian)), 0.01).double()
+    factor, damping = inverse_factor(hessian.float(), torch.arange(len(hessian)), 0.01)
+    assert damping == 0.01
     assert torch.equal(factor, factor.triu())
     damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian))
-    assert torch.allclose(factor.T @ factor @ damped, torch.eye(len(hessian), dtype=torch.float64), atol=1e-4)
+    whole = torch.eye(len(hessian), dtype=torch.float64)
+    assert torch.allclose(factor.double().T @ factor.double() @ damped, whole, atol=1e-4)
 
 
 def test_output_error_is_that_of_the_outputs() -> None:

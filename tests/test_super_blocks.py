@@ -49,6 +49,9 @@ class SuperBlocks:
         ]
         return self._stored((shares[0] / shares[1].clamp(min=1e-20)).clamp(min=0))
 
+    def rescaled(self, parameters: Parameters, factor: Tensor) -> Parameters:
+        return self._stored(parameters.scale * factor.clamp(min=0))
+
     def round(self, weights: Tensor, parameters: Parameters) -> Tensor:
         scale = self._spread(parameters, weights)
         return (weights / torch.where(scale == 0, 1, scale)).round().add(8).clamp(0, 15).to(torch.uint8)

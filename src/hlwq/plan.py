@@ -145,13 +145,13 @@ class Plan:
     def with_generated_samples(self, calibration: Calibration, device: torch.device) -> Calibration:
         """A calibration that says how many samples the model writes itself.
 
-        Unless it does already, as many as `samples` and at most `MOST_GENERATED`, where the recipe wants them and the
-        the memory that is available now holds the whole model; else 0.
+        Unless it does already: twice as many as `samples`, at most `MOST_GENERATED`, where the recipe wants them and the
+        memory that is available now holds the whole model; else 0.
         """
         if calibration.generated_samples is not None:
             return calibration
         wanted = self.recipe.generates and calibration.sequence_length > 1  # a prompt and what follows it
-        decided = replace(calibration, generated_samples=min(calibration.samples, MOST_GENERATED) if wanted else 0)
+        decided = replace(calibration, generated_samples=min(2 * calibration.samples, MOST_GENERATED) if wanted else 0)
         needed = self.generation_memory(decided, device)
         # A model goes to a GPU by way of the machine's memory.
         if wanted and any(each is not None and each < needed for each in map(available_memory, (device, None))):

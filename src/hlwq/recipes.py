@@ -113,7 +113,7 @@ _HLWQ5 = Stage(LloydGrid(5, 128), Hadamard())
 _UNIFORM_FORMATS = ("gptq", "compressed-tensors", "mlx", "dense")
 CALIBRATED = Gptq(gptaq_alpha=0.25)
 """What `calibrate` does: of GPTQ, FOEM and GPTAQ, what left the least loss over three seeds (see the README)."""
-BEST = Gptq(mismatch=0.5, stream_change=0.5, damping=0.1)
+BEST = Gptq(mismatch=0.5, stream_change=0.5, damping=0.1, scale_candidates=8, sweeps=2)
 """What `best` does."""
 
 RECIPES = {

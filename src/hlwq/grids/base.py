@@ -34,6 +34,11 @@ class Parameters:
         """The same function applied to each parameter that there is."""
         return Parameters(function(self.scale), None if self.bias is None else function(self.bias))
 
+    def where(self, chosen: Tensor, other: Parameters) -> Parameters:
+        """These where `chosen`, broadcastable to `scale`, is true, and elsewhere the other's."""
+        bias = None if self.bias is None or other.bias is None else torch.where(chosen, self.bias, other.bias)
+        return Parameters(torch.where(chosen, self.scale, other.scale), bias)
+
     @staticmethod
     def joined(parts: Sequence[Parameters], axis: int) -> Parameters:
         """Several along an axis."""
@@ -92,6 +97,13 @@ class Grid(Protocol):
 
     def refit(self, weights: Tensor, codes: Tensor, importance: Tensor, parameters: Parameters) -> Parameters:
         """The parameters of least weighted squared error for codes already chosen."""
+
+    def rescaled(self, parameters: Parameters, factor: Tensor) -> Parameters:
+        """The parameters with which codes stand for so many times the weights, but for rounding to the storage dtype.
+
+        Raises:
+            UnsupportedError: one overflows it.
+        """
 
     def round(self, weights: Tensor, parameters: Parameters) -> Tensor:
         """The nearest codes, uint8, for weights (…, run), or for any columns of one group."""
@@ -160,8 +172,7 @@ def fit_weighted(grid: Grid, weights: Tensor, importance: Tensor) -> Parameters:
 def _better(best: Parameters, least: Tensor, other: Parameters, error: Tensor) -> tuple[Parameters, Tensor]:
     """The parameters with the smaller error, run by run, and that error."""
     better = error < least
-    bias = None if best.bias is None or other.bias is None else torch.where(better, other.bias, best.bias)
-    return Parameters(torch.where(better, other.scale, best.scale), bias), torch.where(better, error, least)
+    return other.where(better, best), torch.where(better, error, least)
 
 
 def sum_by_halves(values: Tensor) -> Tensor:

@@ -91,6 +91,10 @@ class LloydGrid:
         )
         return Parameters(round_to_storage(norm.clamp(min=0), self.storage))
 
+    def rescaled(self, parameters: Parameters, factor: Tensor) -> Parameters:
+        """The norms times a factor. Raises UnsupportedError if one overflows its storage."""
+        return Parameters(round_to_storage(parameters.scale * factor.clamp(min=0), self.storage))
+
     def round(self, weights: Tensor, parameters: Parameters) -> Tensor:
         """The nearest codes, uint8 (…, group), for float32 weights (…, group)."""
         kernels, norms = self._kernels_for_groups(weights), parameters.scale

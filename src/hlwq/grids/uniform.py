@@ -112,8 +112,7 @@ class UniformGrid:
     def refit(self, weights: Tensor, codes: Tensor, importance: Tensor, parameters: Parameters) -> Parameters:
         """The parameters of least weighted squared error for codes already chosen; an integer zero stays."""
         if self.symmetry or self.integer_zero:
-            # A group of scale 0 has lost its zero, and needs none.
-            zero = -(_bias(parameters) / torch.where(parameters.scale == 0, 1, parameters.scale)).round()
+            zero = _zero(parameters)
             steps = codes - (2 ** (self.bits - 1) if self.symmetry else zero)
             scale = ratio_or_zero(
                 (importance * steps * weights).sum(-1, True), (importance * steps * steps).sum(-1, True)
@@ -129,6 +128,15 @@ class UniformGrid:
         )
         scale = self._stored(slope)
         return Parameters(scale, self._stored(mean - scale * mean_level))
+
+    def rescaled(self, parameters: Parameters, factor: Tensor) -> Parameters:
+        """The scales and biases times a factor; an integer zero stays. Raises UnsupportedError if one overflows."""
+        if self.symmetry:
+            return self._symmetric(parameters.scale * factor)
+        scale = self._stored(parameters.scale * factor)
+        if self.integer_zero:
+            return Parameters(scale, -_zero(parameters) * scale)
+        return Parameters(scale, self._stored(_bias(parameters) * factor))
 
     def _symmetric(self, scale: Tensor) -> Parameters:
         stored = self._stored(scale)
@@ -170,6 +178,11 @@ class UniformGrid:
 def _range_with_zero(weights: Tensor) -> tuple[Tensor, Tensor]:
     """The least and the largest of each group, or 0 if that is farther out: an integer zero stands between them."""
     return weights.amin(-1, keepdim=True).clamp(max=0), weights.amax(-1, keepdim=True).clamp(min=0)
+
+
+def _zero(parameters: Parameters) -> Tensor:
+    """The integer zero; a group of scale 0 has lost its own, and needs none."""
+    return -(_bias(parameters) / torch.where(parameters.scale == 0, 1, parameters.scale)).round()
 
 
 def _bias(parameters: Parameters) -> Tensor:

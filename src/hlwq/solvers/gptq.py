@@ -7,7 +7,8 @@ calibrated HLWQ.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import ClassVar
 
@@ -15,16 +16,19 @@ import torch
 from torch import Tensor
 
 from hlwq.bases import Basis
-from hlwq.errors import CheckpointError, RequestError
+from hlwq.errors import CheckpointError, RequestError, UnsupportedError
 from hlwq.grids import Grid, Parameters, fit_weighted
 from hlwq.matrix import QuantizedMatrix
 from hlwq.options import check_types, option
 from hlwq.solvers.base import INPUTS, ORIGINAL_INPUTS, STREAM, Gram
+from hlwq.solvers.sweeps import Run, swept
 
 SOLVED_WEIGHTS = 1 << 23
 """Weights per chunk of rows solved together on a CPU."""
 DAMPING_TRIES = 6
 """Factorisations tried, each with ten times the damping, before a Hessian is given up."""
+SCALE_FACTORS = (1.0, 0.97, 1.03, 0.94, 1.06, 0.9, 1.1, 0.86)
+"""What the scales that `fit_weighted` finds are multiplied by for the other candidates, those tried first at first."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,9 @@ class Gptq:
         desc_act: form the groups of columns of similar importance, wherever those stand in the matrix. Otherwise
             groups are runs of neighbouring columns, taken in the order of their importance.
         damping: added to the Hessian's diagonal, as a fraction of its mean.
+        scale_candidates: scales that each group is solved with, of which the one with the least loss stays. 1 takes the
+            scale that rounding to nearest would prefer.
+        sweeps: times that all scales and codes are gone through again after the loop; see `swept`.
     """
 
     name: ClassVar[str] = "gptq"
@@ -70,6 +77,10 @@ class Gptq:
     )
     desc_act: bool = option("Groups by importance of columns. vLLM refuses it; GPTQModel does not.", default=False)
     damping: float = option("Share of its mean added to the Hessian's diagonal.", default=0.01)
+    scale_candidates: int = option(
+        f"Scales that each group is solved with, to keep the best: 1 to {len(SCALE_FACTORS)}.", default=1
+    )
+    sweeps: int = option("Times that scales and codes are improved in turn after the loop.", default=0)
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -78,6 +89,12 @@ class Gptq:
             value = getattr(self, name)
             if not low <= value <= high:
                 raise RequestError(f"`{name}` {value} must be between {low:g} and {high:g}.")
+        for name, least, most in (("scale_candidates", 1, len(SCALE_FACTORS)), ("sweeps", 0, 100)):
+            if not least <= getattr(self, name) <= most:
+                raise RequestError(f"`{name}` {getattr(self, name)} must be between {least} and {most}.")
+        if self.gptaq_alpha and self.sweeps:
+            message = "`sweeps` would undo what `gptaq_alpha` does. Set one of them to 0, or use `mismatch`."
+            raise RequestError(message, argument="sweeps")
         if self.gptaq_alpha and self.mismatch:
             message = "`gptaq_alpha` and `mismatch` make up for the same difference twice. Set one of them to 0."
             raise RequestError(message, argument="mismatch")
@@ -99,7 +116,7 @@ class Gptq:
 
     def memory(self, rows: int, columns: int) -> int:
         """Float32 of the Hessian, its damped copy, factor and inverse; of the weights, what they become, and errors."""
-        return 4 * columns * (5 * columns + 6 * rows)
+        return 4 * columns * (5 * columns + (9 if self.sweeps else 6) * rows)
 
     def solve(self, weights: Tensor, grid: Grid, basis: Basis, gram: Gram | None = None) -> QuantizedMatrix:
         """Quantize a matrix so that its outputs on the calibration data change least.
@@ -124,14 +141,15 @@ class Gptq:
             raise RequestError("`desc_act` needs a grid whose groups are fitted one by one.")
         hessian = _rotate_both_sides(gram.hessian, basis)
         order = _column_order(hessian.diagonal().contiguous(), run, self.desc_act)
-        factor = inverse_factor(hessian, order, self.damping)
+        factor, damping = inverse_factor(hessian, order, self.damping)
+        damped = damped_hessian(hessian, order, damping) if self.sweeps else None
         del hessian
         correction = None
         if gram.cross is not None and self.gptaq_alpha:  # GPTAQ, eq. 18
             cross = _rotate_both_sides(gram.cross, basis)[order][:, order]
             correction = self.gptaq_alpha * (cross @ factor.T).triu_(1) @ factor
         rotated = self._with_changes_made_up_for(basis.rotate(weights), gram, basis, order, factor)
-        problem = _Problem(grid, order, factor, correction, self.foem_beta)
+        problem = _Problem(self, grid, order, factor, damped, correction)
         # A processor works best on what fits its cache; a GPU, on as much as there is.
         chunk = max(1, SOLVED_WEIGHTS // len(order)) if weights.device.type == "cpu" else len(weights)
         parts = [_solve_rows(rows, problem) for rows in rotated.split(chunk)]
@@ -166,86 +184,99 @@ class _Problem:
     """What all rows of a matrix have in common.
 
     Attributes:
+        options: the solver.
         grid: what a run can be rounded to.
         order: the order in which columns are rounded, (in,).
         factor: factor of the inverse Hessian in that order, see `inverse_factor`.
+        hessian: the damped Hessian itself in that order; None unless `sweeps` need it.
         correction: GPTAQ's P in that order: what each column adds to the later ones for the difference of its inputs.
-        beta: FOEM's.
     """
 
+    options: Gptq
     grid: Grid
     order: Tensor
     factor: Tensor
+    hessian: Tensor | None
     correction: Tensor | None
-    beta: float
 
 
 def _solve_rows(weights: Tensor, problem: _Problem) -> tuple[Tensor, Parameters]:
     """Codes (rows, in), and the parameters of each group (rows, groups) in the order in which runs were solved."""
-    run = problem.grid.fit_columns
     # Columns as rows, so that a column is contiguous.
     latent = weights.T[problem.order].contiguous()
-    original = latent.clone() if problem.beta else latent
+    original = latent.clone() if problem.options.foem_beta or problem.options.sweeps else latent
     codes = torch.empty(latent.shape, dtype=torch.uint8, device=weights.device)
-    fitted: list[Parameters] = []
     # What the loss of a column's error is once the later columns have made up for it.
     importance = problem.factor.diagonal().square().reciprocal()
-    for start in range(0, len(latent), run):
-        columns = slice(start, start + run)
-        parameters, serving = _fit_run(latent, importance, columns, problem)
-        fitted.append(parameters)
-        _solve_run(latent, original, codes, columns, serving, problem)
-    return codes[problem.order.argsort()].T.contiguous(), Parameters.joined(fitted, 1)
+    runs = []
+    for start in range(0, len(latent), problem.grid.fit_columns):
+        columns = slice(start, start + problem.grid.fit_columns)
+        # Groups inside a run are of neighbours: the fit is given the columns as they stand, not as they are taken.
+        several = problem.grid.fit_columns > problem.grid.group_size
+        place = problem.order[columns] % problem.grid.fit_columns if several else None
+        standing = slice(None) if place is None else place.argsort()
+        weights = latent[columns][standing].T.contiguous()
+        run = Run(columns, place, fit_weighted(problem.grid, weights, importance[columns][standing]))
+        runs.append(replace(run, parameters=_solve_run(latent, original, codes, run, problem)))
+    if problem.hessian is not None:
+        for _ in range(problem.options.sweeps):
+            runs = swept(original, codes, runs, problem.grid, problem.hessian)
+    fitted = Parameters.joined([run.parameters for run in runs], 1)
+    return codes[problem.order.argsort()].T.contiguous(), fitted
 
 
-def _fit_run(
-    latent: Tensor, importance: Tensor, columns: slice, problem: _Problem
-) -> tuple[Parameters, list[Parameters]]:
-    """The parameters of a run, and of these the ones that serve each of its columns."""
-    grid = problem.grid
-    weights, counts = latent[columns].T.contiguous(), importance[columns]
-    if grid.fit_columns == grid.group_size:
-        parameters = fit_weighted(grid, weights, counts)
-        return parameters, [parameters] * grid.group_size
-    # Groups inside a run are of neighbours: the fit is given the columns as they stand, not as they are taken.
-    place = problem.order[columns] % grid.fit_columns
-    standing = place.argsort()
-    parameters = fit_weighted(grid, weights[:, standing], counts[standing])
-    groups = [parameters.apply(itemgetter((..., [index]))) for index in range(grid.fit_columns // grid.group_size)]
-    return parameters, [groups[index // grid.group_size] for index in place.tolist()]
-
-
-def _solve_run(
-    latent: Tensor, original: Tensor, codes: Tensor, columns: slice, serving: list[Parameters], problem: _Problem
-) -> None:
+def _solve_run(latent: Tensor, original: Tensor, codes: Tensor, run: Run, problem: _Problem) -> Parameters:
     """Round the columns of one run, passing each error on within it, and then all of them to the later columns.
 
-    Algorithm 1 of GPTQ with the lazy batch as wide as the run. FOEM's terms are the two with β.
+    Algorithm 1 of GPTQ with the lazy batch as wide as the run, done at once for several multiples of the scales, of
+    which each row keeps the one with the least loss. FOEM's terms are the two with β.
+
+    Returns:
+        The parameters kept.
     """
-    grid, factor, correction, beta = problem.grid, problem.factor, problem.correction, problem.beta
-    start, stop = columns.start, columns.stop
-    errors, rounded_from = torch.empty_like(latent[columns]), torch.empty_like(latent[columns])
-    for i in range(start, stop):
-        column, parameters = latent[i], serving[i - start]
+    grid, factor, correction, beta = problem.grid, problem.factor, problem.correction, problem.options.foem_beta
+    columns, candidates = run.columns, _candidates(run.parameters, problem)
+    start, stop, copies = columns.start, columns.stop, len(candidates)
+    run = replace(run, parameters=Parameters.joined(candidates, 0))
+    values, goal = latent[columns].repeat(1, copies), original[columns].repeat(1, copies)
+    errors, chosen = torch.empty_like(values), torch.empty(values.shape, dtype=torch.uint8, device=values.device)
+    for i, column in enumerate(values):
+        parameters = run.serving(i, grid)
         if beta:
-            column.lerp_(original[i], beta)
-        chosen = grid.round(column[:, None], parameters)
-        codes[i] = chosen[:, 0]
-        error = column - grid.decode(chosen, parameters)[:, 0]
+            column.lerp_(goal[i], beta)
+        codes_of_column = grid.round(column[:, None], parameters)
+        chosen[i] = codes_of_column[:, 0]
+        error = column - grid.decode(codes_of_column, parameters)[:, 0]
         if beta:
-            error -= beta * (column - original[i])
-        error /= factor[i, i]
-        errors[i - start], rounded_from[i - start] = error, column
-        later = latent[i + 1 : stop]
-        later.addr_(factor[i, i + 1 : stop], error, alpha=-1)
+            error -= beta * (column - goal[i])
+        error /= factor[start + i, start + i]
+        errors[i] = error
+        later = values[i + 1 :]
+        later.addr_(factor[start + i, start + i + 1 : stop], error, alpha=-1)
         if correction is not None:
-            later.addr_(correction[i, i + 1 : stop], column)
+            later.addr_(correction[start + i, start + i + 1 : stop], column)
+    if copies > 1:
+        least = errors.square().sum(0).unflatten(0, (copies, -1)).argmin(0)
+        kept = least * latent.shape[1] + torch.arange(latent.shape[1], device=latent.device)
+        errors, chosen, values = errors[:, kept], chosen[:, kept], values[:, kept]
+        run = replace(run, parameters=run.parameters.apply(itemgetter(kept)))
+    codes[columns] = chosen
     latent[stop:] -= factor[columns, stop:].T @ errors
     if correction is not None:
-        latent[stop:] += correction[columns, stop:].T @ rounded_from
+        latent[stop:] += correction[columns, stop:].T @ values
+    return run.parameters
 
 
-def inverse_factor(hessian: Tensor, order: Tensor, damping: float) -> Tensor:
+def _candidates(parameters: Parameters, problem: _Problem) -> list[Parameters]:
+    """Parameters to solve a run with: those given, and multiples of them."""
+    candidates = [parameters]
+    for factor in SCALE_FACTORS[1 : problem.options.scale_candidates]:
+        with suppress(UnsupportedError):  # a multiple may overflow
+            candidates.append(problem.grid.rescaled(parameters, torch.tensor(factor)))
+    return candidates
+
+
+def inverse_factor(hessian: Tensor, order: Tensor, damping: float) -> tuple[Tensor, float]:
     """The upper triangular U with UᵀU = (H + λ·mean(diag H)·I)⁻¹, by one Cholesky factorisation.
 
     With J the reversal of the order, JHJ = LLᵀ gives H = AAᵀ where A = JLJ is upper triangular, so U = A⁻¹ = JL⁻¹J.
@@ -256,6 +287,9 @@ def inverse_factor(hessian: Tensor, order: Tensor, damping: float) -> Tensor:
         order: int64 (n,), the order in which its columns are taken.
         damping: λ, raised tenfold as often as the factorisation fails.
 
+    Returns:
+        U, and the λ that it took.
+
     Raises:
         CheckpointError: the Hessian is not finite, or the factorisation fails however large λ.
     """
@@ -265,22 +299,25 @@ def inverse_factor(hessian: Tensor, order: Tensor, damping: float) -> Tensor:
     mean = hessian.diagonal().mean()
     if not torch.isfinite(mean):
         raise CheckpointError("its inputs are not finite on the calibration data. Is the checkpoint damaged?")
-    if mean == 0:
-        return torch.eye(len(hessian), device=device)
-    backwards = order.flip(0)
-    idle = hessian.diagonal()[backwards] == 0
-    for attempt in range(DAMPING_TRIES):
-        damped = hessian[backwards[:, None], backwards]
-        damped.diagonal().add_(damping * 10**attempt * mean)
-        damped.diagonal()[idle] = mean
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        del damped  # large models have Hessians of a gigabyte
+    for _ in range(DAMPING_TRIES):
+        lower, failed = torch.linalg.cholesky_ex(damped_hessian(hessian, order.flip(0), damping))
         if not failed:
             identity = torch.eye(len(hessian), device=hessian.device)
             inverse: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
-            del lower, identity
-            return inverse.flip(0, 1).to(device)
+            del lower, identity  # large models have Hessians of a gigabyte
+            return inverse.flip(0, 1).to(device), damping
+        damping *= 10
     raise CheckpointError("the Hessian of its inputs is singular. Use more calibration samples.")
+
+
+def damped_hessian(hessian: Tensor, order: Tensor, damping: float) -> Tensor:
+    """H + λ·mean(diag H)·I, (n, n), its columns in this order; those that were never active count as average ones."""
+    damped = hessian[order[:, None], order]
+    mean = hessian.diagonal().mean()
+    idle = damped.diagonal() == 0
+    damped.diagonal().add_(damping * mean)
+    damped.diagonal()[idle] = mean if mean else 1
+    return damped
 
 
 def _column_order(importance: Tensor, run: int, desc_act: bool) -> Tensor:
