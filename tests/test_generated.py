@@ -126,7 +126,7 @@ def test_batches_are_as_large_as_the_keys_and_values_may_be(tmp_path: Path, monk
     held = 4 * 48 * kv_bytes_per_token(plan.layout, DTYPE)
     monkeypatch.setattr(sys.modules["hlwq.pipeline"], "GENERATION_BYTES", held)
     quantize(source, tmp_path / "out", "best", **DATA)
-    assert len(list((cache_folder() / "generated-samples").iterdir())) == 2
+    assert len(list((cache_folder() / "generated-samples").iterdir())) == 3
 
 
 def test_how_many_unless_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

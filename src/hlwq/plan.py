@@ -145,8 +145,8 @@ class Plan:
     def with_generated_samples(self, calibration: Calibration, device: torch.device) -> Calibration:
         """A calibration that says how many samples the model writes itself.
 
-        Unless it does already: twice as many as `samples`, at most `MOST_GENERATED`, where the recipe wants them and the
-        memory that is available now holds the whole model; else 0.
+        Unless it does already: twice as many as `samples` and at most `MOST_GENERATED`, where the recipe wants them and
+        the memory that is available now holds the whole model; else 0.
         """
         if calibration.generated_samples is not None:
             return calibration
