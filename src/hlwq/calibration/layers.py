@@ -25,7 +25,7 @@ from hlwq.files import disk_errors
 from hlwq.solvers import ORIGINAL_INPUTS, Gram, Solver
 from hlwq.transformers_models import build_skeleton, quiet_transformers
 
-ACTIVATION_BYTES = 2 << 30
+ACTIVATION_BYTES = 4 << 30
 """What the activations of samples that run together may take, unless a batch size is given."""
 BYTES_PER_FEATURE = 8
 """Bytes of those for each token and output of a linear layer: its values, and what is computed from them meanwhile."""

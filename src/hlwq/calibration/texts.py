@@ -42,7 +42,7 @@ class Calibration:
         sequence_length: tokens in a sample.
         seed: seed of the choice of texts.
         batch_size: samples that run through a layer together, whose activations are in memory at once; None for as
-            many as 2 GB hold. With fewer than all, layers run several times.
+            many as 4 GB hold. With fewer than all, layers run several times.
         offload_activations: keep the inputs of the next layer on disk, inside `OUT.partial`, instead of in memory.
         generated_samples: samples beside those of the texts that the model writes itself; None for what
             `Plan.with_generated_samples` says.
@@ -57,7 +57,7 @@ class Calibration:
     sequence_length: int = option("Tokens in a sample (default 512).", default=512)
     seed: int = option("Seed of the choice of samples (default 0).", default=0)
     batch_size: int | None = option(
-        "Samples run together: more is faster and takes more memory (default: 2 GB).", default=None
+        "Samples run together: more is faster and takes more memory (default: 4 GB).", default=None
     )
     offload_activations: bool = option("Keep samples on disk between layers, not in memory.", default=False)
     generated_samples: int | None = option(
