@@ -44,20 +44,23 @@ BEST = {
     "best, mlx": ["--format", "mlx"],
 }
 NO_MISMATCH, NO_STREAM_CHANGE, LESS_DAMPING = ["--mismatch", "0"], ["--stream-change", "0"], ["--damping", "0.01"]
-NO_GENERATED, NO_SWEEPS = ["--generated-samples", "0"], ["--scale-candidates", "1", "--sweeps", "0"]
-PLAIN = [*ROTATED, *NO_GENERATED, *NO_SWEEPS]
+NO_GENERATED, ONE_SCALE, NO_SWEEPS = ["--generated-samples", "0"], ["--scale-candidates", "1"], ["--sweeps", "0"]
+PLAIN = [*ROTATED, *NO_GENERATED, *ONE_SCALE, *NO_SWEEPS]
+GPTQ = [*ROTATED, *NO_MISMATCH, *NO_STREAM_CHANGE, *LESS_DAMPING]
 INGREDIENTS = {
     "rotated, rounded to nearest": [*ROTATED, "--recipe", "rtn", "--basis", "hadamard"],
-    "rotated, GPTQ": [*PLAIN, *NO_MISMATCH, *NO_STREAM_CHANGE, *LESS_DAMPING],
+    "rotated, GPTQ": [*GPTQ, *NO_GENERATED, *ONE_SCALE, *NO_SWEEPS],
     "rotated, GPTQ + damping 0.1": [*PLAIN, *NO_MISMATCH, *NO_STREAM_CHANGE],
     "rotated, GPTQ + mismatch": [*PLAIN, *NO_STREAM_CHANGE, *LESS_DAMPING],
     "rotated, GPTQ + stream change": [*PLAIN, *NO_MISMATCH, *LESS_DAMPING],
-    "rotated, GPTQ + scales and sweeps": [*ROTATED, *NO_GENERATED, *NO_MISMATCH, *NO_STREAM_CHANGE, *LESS_DAMPING],
-    "rotated, GPTQ + generated samples": [*ROTATED, *NO_SWEEPS, *NO_MISMATCH, *NO_STREAM_CHANGE, *LESS_DAMPING],
+    "rotated, GPTQ + scale candidates": [*GPTQ, *NO_GENERATED, *NO_SWEEPS],
+    "rotated, GPTQ + sweeps": [*GPTQ, *NO_GENERATED, *ONE_SCALE],
+    "rotated, GPTQ + generated samples": [*GPTQ, *ONE_SCALE, *NO_SWEEPS],
     "best without damping 0.1": [*ROTATED, *LESS_DAMPING],
     "best without mismatch": [*ROTATED, *NO_MISMATCH],
     "best without stream change": [*ROTATED, *NO_STREAM_CHANGE],
-    "best without scales and sweeps": [*ROTATED, *NO_SWEEPS],
+    "best without scale candidates": [*ROTATED, *ONE_SCALE],
+    "best without sweeps": [*ROTATED, *NO_SWEEPS],
     "best without generated samples": [*ROTATED, *NO_GENERATED],
     "best without rotation": [*ROTATED, "--basis", "identity"],
 }

@@ -24,6 +24,7 @@ from hlwq.quantize import plan_for, quantize
 
 CPU = torch.device("cpu")
 DTYPE = compute_dtype(CPU)
+EFFORTS = ("fast", "normal", "max")
 DATA: dict[str, Any] = {"calibration": "embedded", "samples": 6, "sequence_length": 48}
 
 
@@ -56,7 +57,8 @@ def test_samples_begin_as_the_texts_do_and_each_otherwise() -> None:
     assert torch.equal(prompts[4:8], tokens[:, 16:32])
     assert len({tuple(prompt) for prompt in prompts_from(tokens, 16).tolist()}) == 16
     assert prompts_from(torch.zeros(3, 8, dtype=torch.long), 6).shape == (6, 4)
-    for short, count in ((tokens, 17), (tokens[:, :1], 1)):
+    assert prompts_from(tokens, 17).shape == (17, 14)
+    for short, count in ((tokens, 281), (tokens[:, :1], 1)):
         with pytest.raises(RequestError, match=r"`generated_samples` \d+ need as many beginnings"):
             prompts_from(short, count)
 
@@ -186,6 +188,19 @@ def test_a_model_that_does_not_fit_after_all_is_one_line(
     monkeypatch.setattr(sys.modules["hlwq.pipeline"], "load_model", fail)
     with pytest.raises(ResourceError, match=r"too little memory for the whole model.*`generated_samples=0`"):
         quantize(make_model(tmp_path / "model", "llama"), tmp_path / "out", "best", **DATA)
+
+
+def test_effort_decides_how_many_and_how_long(tmp_path: Path) -> None:
+    source = make_model(tmp_path / "model", "llama")
+    for effort in (None, "fast", "normal", "max"):
+        quantize(source, tmp_path / str(effort), "best", effort=effort, **DATA)
+    assert weights_of(tmp_path / "None") == weights_of(tmp_path / "normal")
+    assert len({weights_of(tmp_path / effort) for effort in ("fast", "normal", "max")}) == 3
+    counts = [read_json(tmp_path / effort / "hlwq.json")["calibration"].get("generated_samples") for effort in EFFORTS]
+    assert counts == [None, 12, 24]
+    for effort in ("fast", "normal"):
+        with pytest.raises(RequestError, match=f"`effort='{effort}'` changes nothing in recipe gptq; it is for best"):
+            quantize(source, tmp_path / "out", "gptq", effort=effort, **DATA)
 
 
 def test_other_recipes_have_them_when_they_are_asked_for(tmp_path: Path) -> None:

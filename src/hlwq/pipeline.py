@@ -265,7 +265,8 @@ def _with_generated_count(calibration: Calibration, plan: Plan, out: Path, devic
     if calibration.generated_samples is None and (before := arguments_before(out).get("calibration")):
         return replace(calibration, generated_samples=before.get("generated_samples", 0))
     decided = plan.with_generated_samples(calibration, device)
-    if plan.recipe.generates and calibration.generated_samples is None and not decided.generated_samples:
+    wanted = calibration.generated_samples is None and any(plan.recipe.generated)
+    if wanted and calibration.sequence_length > 1 and not decided.generated_samples:
         warnings.warn(
             "the whole model does not fit in the memory that is available, so it writes no calibration samples itself, "
             "and the texts are all there is.",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hlwq.bases import Hadamard, Identity
-from hlwq.calibration import GENERATION_BYTES, MOST_GENERATED, Calibration, calibration_memory, kv_bytes_per_token
+from hlwq.calibration import GENERATION_BYTES, Calibration, calibration_memory, kv_bytes_per_token
 from hlwq.containers import DTYPES, TensorSpec, spec_of
 from hlwq.devices import available_memory, compute_dtype, torch_device
 from hlwq.errors import CheckpointError, HlwqError, RequestError, UnsupportedError
@@ -145,13 +145,15 @@ class Plan:
     def with_generated_samples(self, calibration: Calibration, device: torch.device) -> Calibration:
         """A calibration that says how many samples the model writes itself.
 
-        Unless it does already: twice as many as `samples` and at most `MOST_GENERATED`, where the recipe wants them and
-        the memory that is available now holds the whole model; else 0.
+        Unless it does already: as many as the recipe wants, where the memory that is available now holds the whole
+        model; else 0.
         """
         if calibration.generated_samples is not None:
             return calibration
-        wanted = self.recipe.generates and calibration.sequence_length > 1  # a prompt and what follows it
-        decided = replace(calibration, generated_samples=min(2 * calibration.samples, MOST_GENERATED) if wanted else 0)
+        each, most = self.recipe.generated
+        possible = calibration.sequence_length > 1  # a prompt and what follows it
+        wanted = min(each * calibration.samples, most) if possible else 0
+        decided = replace(calibration, generated_samples=wanted)
         needed = self.generation_memory(decided, device)
         # A model goes to a GPU by way of the machine's memory.
         if wanted and any(each is not None and each < needed for each in map(available_memory, (device, None))):

@@ -7,6 +7,7 @@ from dataclasses import Field, dataclass, field, is_dataclass, replace
 from typing import Any
 
 from hlwq.bases import BASES, Basis, Hadamard, Identity
+from hlwq.calibration.texts import MOST_GENERATED
 from hlwq.errors import CheckpointError, HlwqError, RequestError
 from hlwq.grids import GRIDS, Grid, LloydGrid, UniformGrid
 from hlwq.options import options_of, recorded, several
@@ -66,6 +67,19 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Effort:
+    """How long a recipe works for better codes.
+
+    Attributes:
+        changes: options of its last stage, by name.
+        generated: samples that the model writes for each one of the texts, and at most.
+    """
+
+    changes: Mapping[str, Any]
+    generated: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A chain of stages, and the formats it is usually written in, the default first.
 
@@ -75,7 +89,8 @@ class Recipe:
         stages: the chain.
         formats: names of formats.
         stages_in: other chains for some formats, by the format's name: those that hold better codes.
-        generates: whether the model writes calibration samples itself, beside those of the texts.
+        generated: calibration samples that the model writes itself for each one of the texts, and at most.
+        efforts: how it can be made to take less time or more, by name; `normal` is what it is.
     """
 
     name: str
@@ -83,7 +98,8 @@ class Recipe:
     stages: tuple[Stage, ...]
     formats: tuple[str, ...]
     stages_in: Mapping[str, tuple[Stage, ...]] = field(default_factory=dict)
-    generates: bool = False
+    generated: tuple[int, int] = (0, 0)
+    efforts: Mapping[str, Effort] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "formats", several(self.formats))
@@ -94,6 +110,20 @@ class Recipe:
         """The recipe as it is for a format, or for its default one."""
         stages = self.stages_in.get(self.formats[0] if name is None else name, self.stages)
         return replace(self, stages=stages, stages_in={})
+
+    def with_effort(self, name: str) -> Recipe:
+        """The recipe when it takes less time or more.
+
+        Raises:
+            RequestError: it has no such effort.
+        """
+        if name == "normal" and self.efforts:
+            return self
+        if name not in self.efforts:
+            able = ", ".join(each.name for each in RECIPES.values() if each.efforts)
+            raise RequestError(f"`effort={name!r}` changes nothing in recipe {self.name}; it is for {able}.")
+        effort = self.efforts[name]
+        return replace(changed(self, effort.changes), generated=effort.generated)
 
     @property
     def solver(self) -> Solver:
@@ -128,7 +158,11 @@ RECIPES = {
                 "compressed-tensors": (replace(_INT4, basis=Hadamard(), solver=BEST),),
                 "hlwq": (replace(_HLWQ5, solver=BEST),),
             },
-            generates=True,
+            generated=(2, MOST_GENERATED),
+            efforts={
+                "fast": Effort({"scale_candidates": 1, "sweeps": 0}, (0, 0)),
+                "max": Effort({"sweeps": 4}, (4, 4 * MOST_GENERATED)),
+            },
         ),
         Recipe("rtn", "round to nearest, 4 bits, group 64", (_INT4,), _UNIFORM_FORMATS),
         Recipe(

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hlwq.calibration import Calibration
 from hlwq.errors import RequestError
@@ -57,6 +57,7 @@ class Request:
         selection: which matrices are quantized.
         changes: options of the recipe's last stage, by name: of its grid, its basis and its solver; `basis` for another
             basis, and `calibrate`. See `hlwq.recipes.changed`.
+        effort: `fast`, `normal` or `max`: how long recipe `best` works; None for `normal`.
         revision: branch, tag or commit of a hub id.
         calibration: which data a calibrated recipe uses; None for the usual ones.
         device: where to compute: `cuda`, `mps`, `cpu`; None for the first that is here.
@@ -70,6 +71,9 @@ class Request:
     format: str | None = option("See `hlwq formats`; by default the recipe's usual one.", default=None)
     selection: Selection = field(default_factory=Selection)
     changes: Mapping[str, Any] = field(default_factory=dict)
+    effort: Literal["fast", "normal", "max"] | None = option(
+        "How long recipe best works for better codes: fast, normal or max.", default=None
+    )
     revision: str | None = option("Branch, tag or commit of a hub id.", default=None)
     calibration: Calibration | None = None
     device: str | None = option("Where to compute: cuda, mps, cpu; by default the first that is here.", default=None)
@@ -127,7 +131,10 @@ class Request:
         """
         name = usual_recipe() if self.recipe is None else self.recipe
         recipe = recipe_named(name) if isinstance(name, str) else name
-        recipe = changed(recipe.in_format(self.format), self.changes)
+        recipe = recipe.in_format(self.format)
+        if self.effort is not None:
+            recipe = recipe.with_effort(self.effort)
+        recipe = changed(recipe, self.changes)
         if self.calibration is not None and not recipe.calibrated:
             raise RequestError(
                 f"Calibration data changes nothing: recipe {recipe.name} rounds to nearest.", argument="calibration"

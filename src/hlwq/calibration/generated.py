@@ -16,7 +16,7 @@ from hlwq.families import ModelLayout
 from hlwq.transformers_models import quiet_transformers
 
 PROMPT_TOKENS = 16
-"""Tokens of a text that a sample begins with, so that the samples are about what the texts are about."""
+"""Tokens of a text that a sample begins with at most, so that the samples are about what the texts are about."""
 
 GENERATION_BYTES = 2 << 30
 """What the keys and values of samples that are written together may take."""
@@ -41,12 +41,12 @@ def prompts_from(tokens: Tensor, count: int) -> Tensor:
     Raises:
         RequestError: the texts have too few tokens.
     """
-    width = min(PROMPT_TOKENS, tokens.shape[1] // 2)
-    most = len(tokens) * (tokens.shape[1] // width) if width else 0
-    if count > most:
+    of_each = -(-count // len(tokens))
+    width = min(PROMPT_TOKENS, tokens.shape[1] // max(of_each, 2))  # of the sample, a half at least is written
+    if not width:
         raise RequestError(
             f"`generated_samples` {count} need as many beginnings, and {len(tokens)} samples of {tokens.shape[1]} "
-            f"tokens give {most}. Lower it, or raise `samples` or `sequence_length`."
+            "tokens do not give them. Lower it, or raise `samples` or `sequence_length`."
         )
     runs = tokens[:, : tokens.shape[1] // width * width].unflatten(1, (-1, width))
     prompts: Tensor = runs.transpose(0, 1).flatten(0, 1)[:count]
