@@ -83,6 +83,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--limit", type=int, default=8, help="number of chunks measured")
     parser.add_argument("--json", type=Path, required=True, help="file of figures; those in it are not measured again")
+    parser.add_argument("--markdown", type=Path, help="file to write the tables to")
     options = parser.parse_args()
     if Path(options.calibration).is_file():
         options.calibration = str(Path(options.calibration).absolute())  # commands run in other folders
@@ -106,7 +107,7 @@ def main() -> None:
         if texts:
             measure(name, seed, texts, peers, options, run)
             options.json.write_text(json.dumps(figures, indent=1, ensure_ascii=False))
-    show(figures["runs"])
+    show(figures, options.markdown)
 
 
 def measure(
@@ -172,17 +173,22 @@ def timed(command: list[object], folder: Path) -> float:
     return time.monotonic() - started
 
 
-def show(runs: Figures) -> None:
+def show(figures: Figures, markdown: Path | None) -> None:
     """One table per text; differences are from AutoRound, or of MLX's files from mlx-lm's."""
+    heads = ["", "KL", "KL above the peer's", "perplexity", "loss above the peer's", "MB", "s"]
     rows: dict[str, list[Figures]] = {}
-    for name, run in runs.items():
+    for name, run in figures["runs"].items():
         rows.setdefault(name.rpartition(", seed ")[0], []).append(run)
-    for text in sorted({text for run in runs.values() for text in run["texts"]}):
-        table = Table("", "KL", "KL above the peer's", "perplexity", "loss above the peer's", "MB", "s", title=text)
+    lines = [", ".join(f"{name.replace('_', ' ')} {value}" for name, value in figures["setting"].items()) + "."]
+    for text in sorted({text for run in figures["runs"].values() for text in run["texts"]}):
+        table = Table(*heads, title=text)
+        lines += ["", f"{text}:", "", f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
         measured = {name: [run for run in each if text in run["texts"]] for name, each in rows.items()}
         for name, each in measured.items():
+            if not each:
+                continue
             other = measured.get(MLX if "mlx" in name else AUTOROUND, [])
-            table.add_row(
+            cells = [
                 name if len(each) == 1 else f"{name} ({len(each)} seeds)",
                 f"{fmean(chunks(each, text, 'divergences')):.4f}",
                 above(each, other, text, "divergences"),
@@ -190,8 +196,12 @@ def show(runs: Figures) -> None:
                 above(each, other, text, "losses"),
                 f"{each[0]['bytes'] / 1e6:.0f}",
                 f"{fmean(run['seconds'] for run in each):.0f}",
-            )
+            ]
+            table.add_row(*cells)
+            lines.append(f"| {' | '.join(cells)} |")
         Console(width=140).print(table)
+    if markdown:
+        markdown.write_text("\n".join(lines) + "\n")
 
 
 def chunks(runs: list[Figures], text: str, figure: str) -> list[float]:
