@@ -32,9 +32,11 @@ from hlwq import (
     UniformGrid,
     UnsupportedError,
 )
+from hlwq.containers import Reader
 from hlwq.decoded import DecodedCheckpoint
-from hlwq.demo import bundled_model
+from hlwq.demo import bundled_model, held_out_text
 from hlwq.errors import HlwqWarning
+from hlwq.evaluate.model import load_model
 from hlwq.files import hash_file, read_json
 from hlwq.quantize import QuantizeResult, plan_for, quantize
 
@@ -108,9 +110,6 @@ def output_error_on(source: Path, directory: Path, module: str, inputs: torch.Te
 
 def test_it_is_worth_the_trouble(tmp_path: Path) -> None:
     """On the bundled model: the outputs of the first matrices, on other text, change less than after rounding."""
-    from hlwq.demo import held_out_text
-    from hlwq.evaluate.model import load_model
-
     source = bundled_model()
     quantize(source, tmp_path / "nearest", "rtn")
     quantize(source, tmp_path / "calibrated", "gptq", group_size=64, calibration=Calibration(("embedded",), 32, 256))
@@ -179,15 +178,59 @@ def test_desc_act_is_said_in_the_file_and_to_the_user(llama: Path, tmp_path: Pat
     assert {line.engine for line in result.checks if not line.passed} == {"vLLM"}
 
 
-def test_embeddings_are_rounded_to_nearest_and_the_layers_see_them_so(tmp_path: Path) -> None:
-    source = make_model(tmp_path / "model", "llama", tie_word_embeddings=True)
-    plain = quantize(source, tmp_path / "plain", "hlwq-v7", format="mlx", include_embeddings=False, calibration=DATA)
-    coarse = quantize(source, tmp_path / "coarse", "hlwq-v7", format="mlx", calibration=DATA)
-    assert any("rounded to nearest" in remark for remark in coarse.plan.remarks)
-    assert "model.embed_tokens" in coarse.relative_errors
-    assert "model.embed_tokens" not in coarse.output_errors
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("recipe", "format_name"), [("hlwq-v7", "mlx"), ("best", "hlwq")])
+def test_the_head_is_calibrated_and_the_layers_see_the_embedding_as_it_is_written(
+    tied: bool, recipe: str, format_name: str, tmp_path: Path
+) -> None:
+    source = make_model(tmp_path / "model", "llama", tie_word_embeddings=tied)
+    options: dict[str, Any] = {"format": format_name, "calibration": DATA}
+    plain = quantize(source, tmp_path / "plain", recipe, include_embeddings=False, **options)
+    coarse = quantize(source, tmp_path / "coarse", recipe, **options)
+    head = "model.embed_tokens" if tied else "lm_head"
+    assert head in coarse.output_errors
+    assert coarse.output_errors.keys() - plain.output_errors.keys() == {head}
+    assert any("embedding is rounded to nearest" in remark for remark in coarse.plan.remarks) is not tied
     first = "model.layers.0.self_attn.q_proj"
     assert coarse.output_errors[first] != plain.output_errors[first]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_outputs_of_a_calibrated_head_change_less(tied: bool, tmp_path: Path) -> None:
+    """On text that the model was not calibrated on, given the original's last hidden states."""
+    source = make_model(tmp_path / "model", "qwen3", tie_word_embeddings=tied)
+    data = Calibration(("embedded",), 64, 64)
+    quantize(source, tmp_path / "calibrated", "hlwq-v7", format="mlx", bits=2, calibration=data)
+    quantize(source, tmp_path / "nearest", "rtn", format="mlx", bits=2, group_size=64)
+    model, tokenizer = load_model(source, dtype=torch.float32)
+    text = held_out_text().read_text(encoding="utf-8")[:20000]
+    tokens = torch.tensor(tokenizer(text)["input_ids"])[:2048]
+    with torch.no_grad():
+        states = model.get_decoder()(input_ids=tokens[None, :512]).last_hidden_state[0]
+    head = "model.embed_tokens" if tied else "lm_head"
+    calibrated, nearest = (output_error_on(source, tmp_path / each, head, states) for each in ("calibrated", "nearest"))
+    assert calibrated < 0.9 * nearest
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_original_s_own_embedding_is_what_the_layers_are_to_make_up_for(tied: bool, tmp_path: Path) -> None:
+    """With an embedding of few bits, the first layers' inputs differ from the original's, and so do their codes."""
+    source = make_model(tmp_path / "model", "llama", tie_word_embeddings=tied)
+    options: dict[str, Any] = {"format": "mlx", "calibration": DATA, "bits": 3}
+    quantize(source, tmp_path / "without", "hlwq-v7", **options)
+    quantize(source, tmp_path / "with", "hlwq-v7", mismatch=1.0, **options)
+    first = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(*(Reader(tmp_path / each).read(first) for each in ("without", "with")))
+
+
+def test_heads_are_solved_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = make_model(tmp_path / "model", "llama", tie_word_embeddings=True)
+    whole = quantize(source, tmp_path / "whole", "hlwq-v7", format="mlx", calibration=DATA)
+    monkeypatch.setattr(sys.modules["hlwq.plan"], "HEAD_WEIGHTS", 100 * 128)
+    parts = quantize(source, tmp_path / "parts", "hlwq-v7", format="mlx", calibration=DATA)
+    name = "model.embed_tokens"
+    for errors in ("relative_errors", "output_errors"):
+        assert getattr(parts, errors)[name] == pytest.approx(getattr(whole, errors)[name], rel=0.01)
 
 
 def test_excluded_matrices_stay_and_the_rest_is_calibrated(llama: Path, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Sequence
+from functools import cached_property
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +15,13 @@ from hlwq.decoded import DecodedCheckpoint
 from hlwq.devices import is_out_of_memory
 from hlwq.errors import HlwqError, ResourceError
 from hlwq.files import check_disk
-from hlwq.plan import PlannedTensor
+from hlwq.matrix import QuantizedMatrix
+from hlwq.plan import PlannedTensor, head_rows
 from hlwq.solvers import ORIGINAL_INPUTS, STREAM, Gram, output_error
 from hlwq.work import Work, check_finite, quantize_matrix, sum_of_squares
 
+HEAD_TOKENS = 1 << 15
+"""Tokens, about, on which the inputs of the output head are looked at."""
 SPILL_FILE = "activations"
 """Calibration samples between two layers, inside `OUT.partial`."""
 
@@ -88,6 +93,52 @@ class CalibratedLayers:
             self._work.report(self._work.done, self._work.total, f"{tensor.module}, output error {loss:.2e}")
         return errors
 
+    def quantize_head(self, tensor: PlannedTensor) -> dict[str, float]:
+        """Quantize the output head by what the original model gives it; returns its errors."""
+        self._work.report(self._work.done, self._work.total, tensor.module)
+        weights = self._work.read(tensor.spec.name)
+        check_finite(weights, tensor.spec.name)
+        gram = self._head_gram
+        parts, squared_error, squared_norm, loss, signal = [], 0.0, 0.0, 0.0, 0.0
+        for rows in weights.split(head_rows(weights.shape[1])):
+            original = rows.to(self._work.device, torch.float32)
+            part = self._solved_head(original, tensor)
+            difference = part.dequantize(DTYPES[self._work.plan.dtype]).float() - original
+            squared_error, squared_norm = (
+                squared_error + sum_of_squares(difference),
+                squared_norm + sum_of_squares(original),
+            )
+            loss, signal = loss + output_error(difference, gram.hessian), signal + output_error(original, gram.hessian)
+            parts.append(part.cpu())
+        self._work.write(tensor, QuantizedMatrix.joined(parts))
+        return {
+            "relative_squared_error": squared_error / squared_norm if squared_norm else 0.0,
+            "relative_output_error": loss / signal if signal else 0.0,
+        }
+
+    def _solved_head(self, rows: Tensor, tensor: PlannedTensor) -> QuantizedMatrix:
+        """Rows of the output head, float32 on the device, quantized; those of a tied one are the embedding's too."""
+        stage = tensor.stages[-1]
+        try:
+            return stage.solver.solve(rows, stage.grid, stage.basis, self._head_gram)
+        except HlwqError as error:
+            raise error.about(tensor.spec.name) from None
+
+    @cached_property
+    def _head_gram(self) -> Gram:
+        """Second moments of the output head's inputs in the original model, on some of the samples.
+
+        Known before any layer is quantized: where the head is the embedding too, all layers are given its codes.
+        """
+        work, tokens = self._work, self._tokens
+        some = tokens[:: max(1, tokens.numel() // HEAD_TOKENS)]
+        batch_size = min(self._calibration.batch_size or len(some), len(some))
+        runner = self._runner_of(some, self._embed_original, needs=(), batch_size=batch_size)
+        for index in range(len(work.plan.layout.layers)):
+            work.report(work.done, work.total, f"what the output head is given: layer {index}")
+            runner.advance(work.source.read, work.source.read)
+        return runner.outputs_gram(work.source.read)
+
     def remove_spilled(self) -> None:
         """Delete the samples that were kept on disk."""
         for file in self._work.writer.partial.glob(SPILL_FILE + "*"):
@@ -103,24 +154,48 @@ class CalibratedLayers:
             # The output's files are laid out already, but take their space only as they are written.
             check_disk(work.writer.partial, copies * tokens.numel() * width + work.plan.output_bytes())
             spill = work.writer.partial / SPILL_FILE
+        return self._runner_of(
+            tokens, self._embed, self._embed_original, needs=needs, batch_size=calibration.batch_size, spill=spill
+        )
+
+    def _runner_of(
+        self,
+        tokens: Tensor,
+        embed: Callable[[Tensor], Tensor],
+        embed_original: Callable[[Tensor], Tensor] | None = None,
+        *,
+        needs: Container[str],
+        batch_size: int | None,
+        spill: Path | None = None,
+    ) -> LayerRunner:
+        work = self._work
         return LayerRunner(
             work.source.config,
             work.plan.layout,
             tokens,
-            self._embed,
+            embed,
+            embed_original,
             needs=needs,
             device=work.device,
             dtype=DTYPES[work.plan.dtype],
-            batch_size=calibration.batch_size or len(tokens),
+            batch_size=batch_size or len(tokens),
             spill=spill,
         )
 
     def _embed(self, ids: Tensor) -> Tensor:
         """Rows of the embedding, as the file will hold it."""
-        plan, name = self._work.plan, f"{self._work.plan.layout.embedding}.weight"
-        rows = self._work.source.read(name)[ids]
+        plan, rows = self._work.plan, self._embed_original(ids)
+        name = f"{plan.layout.embedding}.weight"
         planned = next(tensor for tensor in plan.tensors if tensor.spec.name == name)
-        if planned.action == "quantize":
-            matrix, _ = quantize_matrix(rows, planned.stages, self._work.device)
-            rows = matrix.dequantize(DTYPES[plan.dtype])
+        if planned.action != "quantize":
+            return rows
+        if not planned.calibrated:
+            return quantize_matrix(rows, planned.stages, self._work.device)[0].dequantize(DTYPES[plan.dtype])
+        chunks = rows.to(torch.float32).split(head_rows(rows.shape[1]))
+        parts = [self._solved_head(chunk.to(self._work.device), planned).cpu() for chunk in chunks]
+        return QuantizedMatrix.joined(parts).dequantize(DTYPES[plan.dtype])
+
+    def _embed_original(self, ids: Tensor) -> Tensor:
+        """Rows of the embedding of the source."""
+        rows: Tensor = self._work.source.read(f"{self._work.plan.layout.embedding}.weight")[ids]
         return rows

@@ -203,6 +203,8 @@ def _run_units(work: Work, layers: CalibratedLayers | None) -> dict[str, dict[st
             for tensor in tensors:
                 if tensor.action == "copy":
                     work.copy(tensor)
+                elif layers and tensor.module == plan.layout.head and tensor.calibrated:
+                    found[tensor.module] = layers.quantize_head(tensor)
                 elif tensor.module not in found:
                     found[tensor.module] = work.quantize(tensor)
             record = {"errors": found, "source": work.checksums(tensors)}

@@ -22,10 +22,12 @@ from hlwq.matrix import CHUNK_WEIGHTS
 from hlwq.patterns import matcher
 from hlwq.recipes import Recipe, Stage
 from hlwq.request import Selection
-from hlwq.solvers import Nearest
+from hlwq.solvers import Nearest, Solver
 
 REST, UNKNOWN = "outside the layers", "unknown to this family"
 SHOWN_NAMES = 3
+HEAD_WEIGHTS = 1 << 26
+"""Weights of an output head that are solved together: few of it, and yet many for each factorisation."""
 
 
 class Headers(Protocol):
@@ -172,9 +174,12 @@ class Plan:
         for tensor in self.tensors:
             if tensor.action == "copy":
                 largest = max(largest, tensor.spec.nbytes)
-            elif tensor.action == "quantize" and not tensor.calibrated:
+            elif tensor.action == "quantize" and not (tensor.calibrated and tensor.unit != REST):
                 # The source, a byte for each code, and twice the encoded form while its chunks are joined.
                 need = tensor.spec.nbytes + tensor.spec.parameters + 2 * sum(spec.nbytes for spec in tensor.outputs)
+                width = tensor.spec.shape[-1]
+                if tensor.calibrated:  # the output head
+                    need += tensor.stages[-1].solver.memory(min(tensor.spec.shape[0], head_rows(width)), width)
                 largest = max(largest, need)
         if self.recipe.calibrated:
             width = DTYPES[self.dtype].itemsize
@@ -231,7 +236,10 @@ def make_plan(
             planned.append(PlannedTensor(spec, "drop", f"tied to {layout.embedding}.weight", unit))
         elif spec.name == f"{module}.weight" and module in chosen:
             unrotated = output_format.unrotated(layout, matrices[module]) if module in matrices else ""
-            stages = _stages(recipe, spec, output_format, dtype, calibrated=module in matrices, rotated=not unrotated)
+            solver = recipe.solver if module in matrices else Nearest()
+            if module == layout.head:
+                solver = recipe.solver.without_originals()
+            stages = _stages(recipe, spec, output_format, dtype, solver, rotated=not unrotated)
             for stage, fitted in zip(recipe.stages, stages, strict=True):
                 remarks |= dict.fromkeys(_fallbacks(stage, fitted, spec.shape[1], unrotated))
             outputs = tuple(output_format.outputs(module, (spec.shape[0], spec.shape[1]), stages[-1].grid, dtype))
@@ -239,8 +247,8 @@ def make_plan(
         else:
             reason = _why_kept(spec.name, layout, matrices, required)
             planned.append(PlannedTensor(spec, "copy", reason, unit, (), (spec,)))
-    if recipe.calibrated and chosen.intersection(_embeddings(layout)):
-        remarks["the embedding and the output head are rounded to nearest: only layers are calibrated"] = None
+    if recipe.calibrated and layout.embedding in chosen and not layout.tied:
+        remarks["the embedding is rounded to nearest: layers and the output head are calibrated"] = None
     if layout.tied and "lm_head.weight" in source.tensors:
         remarks["lm_head.weight is dropped: config.json ties it to the embedding"] = None
     plan = Plan(layout, recipe, output_format, dtype, tuple(planned), tuple(remarks))
@@ -383,9 +391,18 @@ def _check_fused(layout: ModelLayout, chosen: set[str]) -> None:
 
 
 def _stages(
-    recipe: Recipe, spec: TensorSpec, output_format: Format, dtype: str, *, calibrated: bool, rotated: bool
+    recipe: Recipe, spec: TensorSpec, output_format: Format, dtype: str, solver: Solver, *, rotated: bool
 ) -> tuple[Stage, ...]:
-    """The stages of a recipe for one matrix: groups and blocks that divide it, the last grid as the format has it."""
+    """The stages of a recipe for one matrix: groups and blocks that divide it, the last grid as the format has it.
+
+    Args:
+        recipe: the recipe.
+        spec: the matrix.
+        output_format: the format.
+        dtype: the model's.
+        solver: the last stage's for this matrix.
+        rotated: whether its basis is the recipe's.
+    """
     shape, stages = (spec.shape[0], spec.shape[1]), []
     try:
         for stage in recipe.stages:
@@ -396,7 +413,7 @@ def _stages(
         raise error.about(spec.name) from None
     last = stages[-1] if rotated else replace(stages[-1], basis=Identity())
     grid = output_format.hold(spec.name.rpartition(".")[0], shape, last.grid, last.basis, dtype)
-    stages[-1] = replace(last, grid=grid, solver=last.solver if calibrated else Nearest())
+    stages[-1] = replace(last, grid=grid, solver=solver)
     return tuple(stages)
 
 
@@ -409,6 +426,11 @@ def _fallbacks(stage: Stage, fitted: Stage, width: int, unrotated: str) -> Itera
         yield f"columns as they are in {unrotated}, whose inputs vLLM does not rotate"
     elif stage.basis.fitted(1 << 30, size) != fitted.basis:
         yield f"columns {fitted.basis.summary} where in_features is {width}"
+
+
+def head_rows(width: int) -> int:
+    """Rows of an output head that are solved together."""
+    return max(1, HEAD_WEIGHTS // width)
 
 
 def layer_unit(index: int) -> str:

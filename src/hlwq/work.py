@@ -11,7 +11,7 @@ from torch import Tensor
 from hlwq.containers import DTYPES, Source, Writer, what_is_not_finite
 from hlwq.errors import CheckpointError, HlwqError
 from hlwq.matrix import CHUNK_WEIGHTS, QuantizedMatrix
-from hlwq.plan import Plan, PlannedTensor
+from hlwq.plan import REST, Plan, PlannedTensor
 from hlwq.recipes import Stage
 
 Progress = Callable[[int, int, str], None]
@@ -77,7 +77,8 @@ def cost(tensor: PlannedTensor) -> int:
     """How long a tensor takes, in units of a weight that is copied."""
     if tensor.action == "drop":
         return 0
-    each = COPYING if tensor.action == "copy" else CALIBRATING if tensor.calibrated else ROUNDING * len(tensor.stages)
+    in_layer = tensor.calibrated and tensor.unit != REST
+    each = COPYING if tensor.action == "copy" else CALIBRATING if in_layer else ROUNDING * len(tensor.stages)
     return each * tensor.spec.parameters
 
 

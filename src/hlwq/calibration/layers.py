@@ -52,6 +52,7 @@ class LayerRunner:
         layout: ModelLayout,
         tokens: Tensor,
         embed: Callable[[Tensor], Tensor],
+        embed_original: Callable[[Tensor], Tensor] | None = None,
         *,
         needs: Container[str],
         device: torch.device,
@@ -66,6 +67,7 @@ class LayerRunner:
             layout: the model.
             tokens: int64 (samples, sequence_length).
             embed: gives rows of the embedding matrix, (n, hidden), for token ids (n,).
+            embed_original: the same for the original model, where its embedding is another.
             needs: what the solver needs; with `ORIGINAL_INPUTS`, the samples run through the original weights too,
                 beside the quantized ones.
             device: where layers run.
@@ -78,10 +80,9 @@ class LayerRunner:
         # In float16 the activations of many models overflow.
         self._dtype = compute_dtype(device, torch.float32 if dtype == torch.float16 else dtype)
         self._decoder = build_skeleton(config, tied=layout.tied).get_decoder()
-        self._decoder.norm = nn.Identity()
+        self._norm, self._decoder.norm = self._decoder.norm, nn.Identity()
         ids, places = tokens.unique(return_inverse=True)
         rows = embed(ids).to(self._dtype)
-        self._set_embedding(rows)
         samples, length = tokens.shape
         # A smaller one comes first: the last one runs once, the others as often as there are steps in a layer.
         ends = range(samples, 0, -batch_size)
@@ -92,11 +93,18 @@ class LayerRunner:
         self._originals: _States | None = None
         if ORIGINAL_INPUTS in needs:
             self._originals = _States(shape, self._dtype, spill and spill.with_name(spill.name + "-original"))
+        self._enter(rows, places, list(filter(None, (self._states, self._originals))))
+        if self._originals is not None and embed_original:
+            self._enter(embed_original(ids).to(self._dtype), places, [self._originals])
+        self._decoder.get_input_embeddings().to("meta")  # its rows have served
+
+    def _enter(self, rows: Tensor, places: Tensor, into: Sequence[_States]) -> None:
+        """Write what the first layer is given: for each token the row of its place, gone the model's own way."""
+        self._set_embedding(rows)
         for batch in self._batches:
             hidden, self._arguments[batch.stop - batch.start] = self._entered(places[batch])
-            for states in filter(None, (self._states, self._originals)):
+            for states in into:
                 states.write(batch, hidden)
-        self._decoder.get_input_embeddings().to("meta")  # its rows have served
 
     def _set_embedding(self, rows: Tensor) -> None:
         """Give the decoder the rows that the samples use, and put all but its layers on the device."""
@@ -199,6 +207,23 @@ class LayerRunner:
                 self._run_all(original, original_states, others)
                 original_states.write(last, original_outputs)
         self.index += 1
+
+    @torch.no_grad()
+    def outputs_gram(self, read: Read) -> Gram:
+        """The second moments of what the output head is given, once the samples have gone through all layers.
+
+        Args:
+            read: where the weights of the final norm come from.
+        """
+        weights = {name: read(f"{self._layout.prefix}norm.{name}").to(self._dtype) for name in self._norm.state_dict()}
+        self._norm.load_state_dict(weights, assign=True)
+        self._norm.to(self._device)
+        width = self._layout.text_config["hidden_size"]
+        gram = Gram(torch.zeros(width, width, device=self._device))
+        for batch in self._batches:
+            _accumulate(gram, _Given(self._norm(self._states.read(batch).to(self._device)), None))
+        _mirror(gram.hessian)
+        return gram
 
     @contextmanager
     def _loaded(self, read: Read) -> Iterator[nn.Module]:

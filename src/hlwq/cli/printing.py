@@ -287,7 +287,8 @@ def _layer_lines(output_errors: dict[str, float]) -> list[Line]:
     """A row for each layer, that whose outputs changed most first."""
     layers: dict[str, dict[str, float]] = {}
     for module, error in output_errors.items():
-        _, layer, name = re.split(r"(?<=layers)\.(\d+)\.", module)
+        inside = re.search(r"layers\.(\d+)\.(.+)", module)
+        layer, name = inside.groups() if inside else ("head", module)
         layers.setdefault(layer, {})[name] = error
     rows = []
     for layer, errors in sorted(layers.items(), key=lambda item: -max(item[1].values())):

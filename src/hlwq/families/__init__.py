@@ -75,6 +75,11 @@ class ModelLayout:
         """The embedding's module path."""
         return f"{self.prefix}embed_tokens"
 
+    @property
+    def head(self) -> str:
+        """The module path of the output head, which is the embedding where they are tied."""
+        return self.embedding if self.tied else "lm_head"
+
     def layer_prefix(self, index: int) -> str:
         """The names before a decoder layer's modules."""
         return f"{self.prefix}layers.{index}."

@@ -51,6 +51,9 @@ class Solver(Protocol):
     def scatters_groups(self) -> bool:
         """Whether groups are formed of columns anywhere in the matrix, not of neighbours."""
 
+    def without_originals(self) -> Solver:
+        """The same solver for a matrix of which nothing is known but its inputs."""
+
     def memory(self, rows: int, columns: int) -> int:
         """Bytes that a matrix (rows, columns) takes while it is solved, beside its statistics and its result."""
 

@@ -114,6 +114,10 @@ class Gptq:
         """As `desc_act` says."""
         return self.desc_act
 
+    def without_originals(self) -> Gptq:
+        """The solver that makes up for nothing but its own errors."""
+        return replace(self, gptaq_alpha=0.0, mismatch=0.0, stream_change=0.0)
+
     def memory(self, rows: int, columns: int) -> int:
         """Float32 of the Hessian, its damped copy, factor and inverse; of the weights, what they become, and errors."""
         return 4 * columns * (5 * columns + (9 if self.sweeps else 6) * rows)

@@ -31,6 +31,10 @@ class Nearest:
         """Never."""
         return False
 
+    def without_originals(self) -> Nearest:
+        """Itself."""
+        return self
+
     def memory(self, rows: int, columns: int) -> int:
         """Nothing that grows with the matrix: a chunk of rows is worked on at a time."""
         return 0
