@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -110,10 +112,20 @@ def available_memory(device: torch.device | None = None) -> int | None:
         return None
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch means that memory is lacking, which has a type of its own only on some devices."""
+@contextmanager
+def memory_errors(message: str) -> Iterator[None]:
+    """Tell by this message that memory is lacking, which is torch's own type of error only on some devices.
+
+    Raises:
+        ResourceError: it is.
+    """
     told = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(each in str(error) for each in told)
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or any(each in str(error) for each in told):
+            raise ResourceError(message) from None
+        raise
 
 
 def _psutil() -> ModuleType | None:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from hlwq.calibration import Calibration, LayerRunner
 from hlwq.containers import DTYPES
 from hlwq.decoded import DecodedCheckpoint
-from hlwq.devices import is_out_of_memory
-from hlwq.errors import HlwqError, ResourceError
+from hlwq.devices import memory_errors
+from hlwq.errors import HlwqError
 from hlwq.files import check_disk
 from hlwq.matrix import QuantizedMatrix
 from hlwq.plan import PlannedTensor, head_rows
@@ -56,12 +56,8 @@ class CalibratedLayers:
         if STREAM in work.plan.recipe.solver.needs:
             streams = {m.name: m.stream for m in layout.layers[index].matrices() if m.stream and m.name in planned}
         work.report(work.done, work.total, f"layer {index}")
-        try:
+        with memory_errors(f"layer {index}: the device has too little memory. Lower `batch_size`."):
             runner.quantize(work.read, [step for step in steps if step], solve, streams)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            raise ResourceError(f"layer {index}: the device has too little memory. Lower `batch_size`.") from None
         return errors
 
     def _solve(self, layer: nn.Module, matrices: dict[str, PlannedTensor], gram: Gram) -> dict[str, dict[str, float]]:
@@ -104,11 +100,10 @@ class CalibratedLayers:
             original = rows.to(self._work.device, torch.float32)
             part = self._solved_head(original, tensor)
             difference = part.dequantize(DTYPES[self._work.plan.dtype]).float() - original
-            squared_error, squared_norm = (
-                squared_error + sum_of_squares(difference),
-                squared_norm + sum_of_squares(original),
-            )
-            loss, signal = loss + output_error(difference, gram.hessian), signal + output_error(original, gram.hessian)
+            squared_error += sum_of_squares(difference)
+            squared_norm += sum_of_squares(original)
+            loss += output_error(difference, gram.hessian)
+            signal += output_error(original, gram.hessian)
             parts.append(part.cpu())
         self._work.write(tensor, QuantizedMatrix.joined(parts))
         return {
@@ -133,11 +128,12 @@ class CalibratedLayers:
         work, tokens = self._work, self._tokens
         some = tokens[:: max(1, tokens.numel() // HEAD_TOKENS)]
         batch_size = min(self._calibration.batch_size or len(some), len(some))
-        runner = self._runner_of(some, self._embed_original, needs=(), batch_size=batch_size)
-        for index in range(len(work.plan.layout.layers)):
-            work.report(work.done, work.total, f"what the output head is given: layer {index}")
-            runner.advance(work.source.read, work.source.read)
-        return runner.outputs_gram(work.source.read)
+        with memory_errors("The device has too little memory for the samples. Lower `batch_size`."):
+            runner = self._runner_of(some, self._embed_original, needs=(), batch_size=batch_size)
+            for index in range(len(work.plan.layout.layers)):
+                work.report(work.done, work.total, f"what the output head is given: layer {index}")
+                runner.advance(work.source.read, work.source.read)
+            return runner.outputs_gram(work.source.read)
 
     def remove_spilled(self) -> None:
         """Delete the samples that were kept on disk."""

@@ -29,8 +29,8 @@ from hlwq.calibration import (
 )
 from hlwq.check import check_directory, has_tokenizer, refuse_unless_usable
 from hlwq.containers import DEFAULT_SHARD_BYTES, Source, Writer, arguments_before, partial_of
-from hlwq.devices import available_memory, compute_dtype, is_out_of_memory, peak_memory, torch_device
-from hlwq.errors import CheckpointError, HlwqWarning, RequestError, ResourceError
+from hlwq.devices import available_memory, compute_dtype, memory_errors, peak_memory, torch_device
+from hlwq.errors import CheckpointError, HlwqWarning, RequestError
 from hlwq.evaluate.model import load_model
 from hlwq.evaluate.results import fingerprint
 from hlwq.families import with_tying
@@ -301,19 +301,13 @@ def _with_generated(
         return continued(model(), batch, length, seed + start, told)
 
     written: list[Tensor] = []
-    try:
+    lacking = "There is too little memory for the whole model, which writes calibration samples. "
+    with memory_errors(f"{lacking}Use `generated_samples=0`."):
         for start in starts:
             batch = prompts[start : start + together]
             key = sha256(repr((depends_on, start, batch.tolist())).encode()).hexdigest()[:24]
             keep = max(CACHED_BATCHES, len(starts))
             written.append(cached_tensor("generated-samples", key, partial(write, batch, start), keep=keep))
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise ResourceError(
-            "There is too little memory for the whole model, which writes calibration samples. Use "
-            "`generated_samples=0`."
-        ) from None
     tokens = torch.cat([samples.tokens, *written])
     facts = {"generated_samples": count, "tokens_sha256": sha256(tokens.numpy().tobytes()).hexdigest()}
     return replace(samples, tokens=tokens, origin=samples.origin | facts)

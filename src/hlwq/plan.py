@@ -152,13 +152,14 @@ class Plan:
         """
         if calibration.generated_samples is not None:
             return calibration
-        each, most = self.recipe.generated
+        of_each, most = self.recipe.generated
         possible = calibration.sequence_length > 1  # a prompt and what follows it
-        wanted = min(each * calibration.samples, most) if possible else 0
+        wanted = min(of_each * calibration.samples, most) if possible else 0
         decided = replace(calibration, generated_samples=wanted)
         needed = self.generation_memory(decided, device)
         # A model goes to a GPU by way of the machine's memory.
-        if wanted and any(each is not None and each < needed for each in map(available_memory, (device, None))):
+        places = [available_memory(place) for place in (device, None)]
+        if wanted and any(available is not None and available < needed for available in places):
             return replace(calibration, generated_samples=0)
         return decided
 
@@ -177,9 +178,9 @@ class Plan:
             elif tensor.action == "quantize" and not (tensor.calibrated and tensor.unit != REST):
                 # The source, a byte for each code, and twice the encoded form while its chunks are joined.
                 need = tensor.spec.nbytes + tensor.spec.parameters + 2 * sum(spec.nbytes for spec in tensor.outputs)
-                width = tensor.spec.shape[-1]
                 if tensor.calibrated:  # the output head
-                    need += tensor.stages[-1].solver.memory(min(tensor.spec.shape[0], head_rows(width)), width)
+                    rows, columns = tensor.spec.shape
+                    need += tensor.stages[-1].solver.memory(min(rows, head_rows(columns)), columns)
                 largest = max(largest, need)
         if self.recipe.calibrated:
             width = DTYPES[self.dtype].itemsize

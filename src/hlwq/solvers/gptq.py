@@ -28,7 +28,7 @@ SOLVED_WEIGHTS = 1 << 23
 DAMPING_TRIES = 6
 """Factorisations tried, each with ten times the damping, before a Hessian is given up."""
 SCALE_FACTORS = (1.0, 0.97, 1.03, 0.94, 1.06, 0.9, 1.1, 0.86)
-"""What the scales that `fit_weighted` finds are multiplied by for the other candidates, those tried first at first."""
+"""What the scales that `fit_weighted` finds are multiplied by: each number of candidates takes the first ones."""
 
 
 @dataclass(frozen=True)
@@ -242,7 +242,8 @@ def _solve_run(latent: Tensor, original: Tensor, codes: Tensor, run: Run, proble
     columns, candidates = run.columns, _candidates(run.parameters, problem)
     start, stop, copies = columns.start, columns.stop, len(candidates)
     run = replace(run, parameters=Parameters.joined(candidates, 0))
-    values, goal = latent[columns].repeat(1, copies), original[columns].repeat(1, copies)
+    values = latent[columns].repeat(1, copies)
+    goal = original[columns].repeat(1, copies) if beta else values
     errors, chosen = torch.empty_like(values), torch.empty(values.shape, dtype=torch.uint8, device=values.device)
     for i, column in enumerate(values):
         parameters = run.serving(i, grid)
