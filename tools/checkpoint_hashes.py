@@ -20,7 +20,6 @@ from hlwq.calibration import Calibration
 from hlwq.demo import bundled_model
 from hlwq.recipes import RECIPES
 
-CALIBRATED = ("gptq", "foem", "hlwq-v7")
 CALIBRATION = Calibration(("embedded",), samples=8, sequence_length=256)
 VARIANTS: dict[str, list[dict[str, object]]] = {
     "rtn": [
@@ -42,7 +41,7 @@ def main() -> None:
     for name, recipe in RECIPES.items():
         for options in VARIANTS.get(name, [{}]):
             for format_name in recipe.formats:
-                calibrated = name in CALIBRATED or options.get("calibrate")
+                calibrated = recipe.calibrated or options.get("calibrate")
                 label = " ".join([name, format_name, *(f"{key}={value}" for key, value in options.items())])
                 print(label, _hashes(name, format_name, options, CALIBRATION if calibrated else None), flush=True)
 
