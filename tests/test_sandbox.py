@@ -237,7 +237,12 @@ def test_an_end_of_the_evaluation_ends_what_runs(number: signal.Signals, tmp_pat
         "sandbox.JAIL = pathlib.Path(sys.argv[1], 'jail.py')\n"
         "sandbox.run_program(sandbox.Submission('import time\\ntime.sleep(30)'))"
     )
-    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)],
+        stderr=subprocess.DEVNULL,
+        # A shell gives background jobs, and a test runner may have been one, a signal that is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     _wait_for(lambda: _running(tmp_path) == 5)  # the supervisor, and two processes each of the program's and the test's
     process.send_signal(number)
     assert process.wait() != 0
