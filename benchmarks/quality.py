@@ -3,9 +3,10 @@
     python benchmarks/quality.py MODEL --text FILE.txt --calibration FILE.txt --json quality.json \
         --autoround .venvs/autoround/bin/python --gptqmodel .venvs/gptqmodel/bin/python --mlx .venvs/mlx/bin/python
 
-Each row quantizes in its own process, whose seconds are the whole process's. Figures are kept in the JSON file, and a
-second run measures only what it lacks. Differences are paired over the chunks of a text, each chunk's figure being the
-mean over the seeds, with 95 % intervals of Student's t.
+Each row quantizes in its own process, whose seconds, those of the first seed, are the whole process's. Samples that the
+model writes are in the cache of Hugging Face's libraries after the first row that uses them. Figures are kept in the
+JSON file, and a second run measures only what it lacks. Differences are paired over the chunks of a text, each chunk's
+figure being the mean over the seeds, with 95 % intervals of Student's t.
 """
 
 from __future__ import annotations
@@ -64,6 +65,16 @@ INGREDIENTS = {
     "best without generated samples": [*ROTATED, *NO_GENERATED],
     "best without rotation": [*ROTATED, "--basis", "identity"],
 }
+ROUNDED = ["--recipe", "hlwq", KEPT]
+OWN_BITS = {
+    "HLWQ, 4 bits": [*ROUNDED, "--bits", "4"],
+    "HLWQ, each matrix its own bits, 3.999 in the mean": [*ROUNDED, "--bits", "3.999"],
+    "HLWQ, each matrix its own bits, 4.5 in the mean": [*ROUNDED, "--bits", "4.5"],
+    "HLWQ, 5 bits": [*ROUNDED, "--bits", "5"],
+    "best, mlx, each matrix its own bits, 3.999 in the mean": ["--format", "mlx", "--bits", "3.999"],
+    "best, mlx, each matrix its own bits, 4.5 in the mean": ["--format", "mlx", "--bits", "4.5"],
+}
+OURS = {**BEST, **INGREDIENTS, **OWN_BITS}
 AUTOROUND, GPTQMODEL, MLX = "AutoRound, 200 iterations", "GPTQModel, FOEM", "mlx-lm convert"
 Figures = dict[str, Any]
 
@@ -95,7 +106,7 @@ def main() -> None:
         if figures["setting"] != setting:
             parser.error(f"{options.json} was measured with {figures['setting']}, not {setting}")
     peers = {AUTOROUND: options.autoround, GPTQMODEL: options.gptqmodel, MLX: options.mlx}
-    names = [*BEST, *INGREDIENTS, *(name for name, python in peers.items() if python)]
+    names = [*OURS, *(name for name, python in peers.items() if python)]
     work = [(name, seed) for seed in options.seeds for name in names if re.search(options.only, name)]
     if not work:
         parser.error(f"--only {options.only} names none of: {'; '.join(names)}")
@@ -121,9 +132,9 @@ def measure(
         if name in peers:
             command = peer(name, seed, source, out, folder, peers[name], options)
         else:
-            changes = {**BEST, **INGREDIENTS}[name]
+            changes = OURS[name]
             command = [sys.executable, "-m", "hlwq.cli", "quantize", source, out, *changes]
-            if "rtn" not in changes:
+            if "--recipe" not in changes or any(re.fullmatch(r"\d\.\d+", word) for word in changes):
                 command += ["--calibration", options.calibration, "--samples", options.samples]
                 command += ["--sequence-length", options.sequence_length, "--seed", seed]
         run["seconds"] = timed(command, folder)
@@ -195,7 +206,7 @@ def show(figures: Figures, markdown: Path | None) -> None:
                 f"{fmean(math.exp(fmean(run['texts'][text]['losses'])) for run in each):.2f}",
                 above(each, other, text, "losses"),
                 f"{each[0]['bytes'] / 1e6:.0f}",
-                f"{fmean(run['seconds'] for run in each):.0f}",
+                f"{each[0]['seconds']:.0f}",
             ]
             table.add_row(*cells)
             lines.append(f"| {' | '.join(cells)} |")

@@ -85,6 +85,10 @@ RUNS = {
     "hlwq quantize Qwen/Qwen3.5-9B Qwen3.5-9B-INT4": Run(CALIBRATED),
     "hlwq quantize Qwen/Qwen3.5-9B Qwen3.5-9B-MLX --format mlx": Run(CALIBRATED),
     "hlwq quantize Qwen/Qwen3.5-9B Qwen3.5-9B-rotated --format compressed-tensors": Run(CALIBRATED),
+    "hlwq quantize Qwen/Qwen3.5-9B Qwen3.5-9B-5GB --format mlx --size 5GB --calibration wiki.txt": Run(
+        SAMPLES, words={"5GB": "4MB"}
+    ),
+    "hlwq quantize Qwen/Qwen3.5-9B Qwen3.5-9B-Q4.5 --recipe hlwq --bits 4.5 --calibration wiki.txt": Run(SAMPLES),
     MAKE_Q5: Run(),
     "hlwq convert Qwen3.5-9B-Q5 OUT --format dense": Run(after=(MAKE_Q5,)),
     "hlwq quantize MODEL OUT --recipe hlwq-torchao": Run(),

@@ -17,6 +17,7 @@ from hlwq.errors import HlwqError
 from hlwq.files import check_disk
 from hlwq.matrix import QuantizedMatrix
 from hlwq.plan import PlannedTensor, head_rows
+from hlwq.recipes import Stage
 from hlwq.solvers import ORIGINAL_INPUTS, STREAM, Gram, output_error
 from hlwq.work import Work, check_finite, quantize_matrix, sum_of_squares
 
@@ -62,12 +63,23 @@ class CalibratedLayers:
 
     def _solve(self, layer: nn.Module, matrices: dict[str, PlannedTensor], gram: Gram) -> dict[str, dict[str, float]]:
         """Quantize matrices that share an input, write them, and put into the layer what the file then says."""
+        alike: dict[Stage, dict[str, PlannedTensor]] = {}
+        for name, tensor in matrices.items():  # those of one width are solved at once
+            alike.setdefault(tensor.stages[-1], {})[name] = tensor
+        errors: dict[str, dict[str, float]] = {}
+        for stage, members in alike.items():
+            errors |= self._solve_alike(layer, members, stage, gram)
+        return errors
+
+    def _solve_alike(
+        self, layer: nn.Module, matrices: dict[str, PlannedTensor], stage: Stage, gram: Gram
+    ) -> dict[str, dict[str, float]]:
+        """Do so with matrices that one stage serves."""
         weights = []
         for name, tensor in matrices.items():
             # Detached: a parameter that is float32 already would become what is put into it below.
             weights.append(layer.get_parameter(f"{name}.weight").detach().float())
             check_finite(weights[-1], tensor.spec.name)
-        stage = next(iter(matrices.values())).stages[-1]
         try:
             solved = stage.solver.solve(torch.cat(weights), stage.grid, stage.basis, gram)
         except HlwqError as error:

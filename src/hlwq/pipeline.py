@@ -133,7 +133,7 @@ def _run(
     if plan.recipe.calibrated:
         calibration = calibration or Calibration()
         report(0, 1, "reading calibration data")
-        samples = _samples_for(plan, calibration, load_tokenizer(source.path))
+        samples = samples_for(plan, calibration, load_tokenizer(source.path))
         calibration = _with_generated_count(replace(calibration, samples=len(samples.tokens)), plan, out, device)
         _warn_of_memory(plan, calibration, device)
         if calibration.generated_samples:
@@ -243,7 +243,7 @@ def check_dropped(source: Source, plan: Plan) -> None:
                 )
 
 
-def _samples_for(plan: Plan, calibration: Calibration, tokenizer: Any) -> Samples:
+def samples_for(plan: Plan, calibration: Calibration, tokenizer: Any) -> Samples:
     """Calibration samples that the model can be given."""
     config = plan.layout.text_config
     longest, vocabulary = config.get("max_position_embeddings"), config["vocab_size"]

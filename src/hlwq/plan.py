@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Container, Iterator
+from collections.abc import Collection, Container, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
@@ -20,8 +20,8 @@ from hlwq.formats import FORMATS, Contents, Format, Scheme, format_named
 from hlwq.grids import UniformGrid
 from hlwq.matrix import CHUNK_WEIGHTS
 from hlwq.patterns import matcher
-from hlwq.recipes import Recipe, Stage
-from hlwq.request import Selection
+from hlwq.recipes import Recipe, Stage, changed
+from hlwq.request import Budget, Selection
 from hlwq.solvers import Nearest, Solver
 
 REST, UNKNOWN = "outside the layers", "unknown to this family"
@@ -88,6 +88,7 @@ class Plan:
         dtype: the model's own dtype.
         tensors: one entry for each tensor of the source, in its order.
         remarks: what the user may want to know, one line each.
+        budget: what the codes may cost, where each matrix has its own bits.
         warnings: what the user should know before the work is done, one line each.
     """
 
@@ -98,6 +99,7 @@ class Plan:
     tensors: tuple[PlannedTensor, ...]
     remarks: tuple[str, ...]
     warnings: tuple[str, ...] = ()
+    budget: Budget | None = None
 
     def quantized(self) -> list[PlannedTensor]:
         """The tensors that will be quantized."""
@@ -144,6 +146,16 @@ class Plan:
         together = min(calibration.generated_samples or 0, max(1, GENERATION_BYTES // sample))
         return dtype.itemsize * weights + together * sample
 
+    def sensitivity_memory(self, calibration: Calibration, device: torch.device) -> int:
+        """Bytes that the whole model takes on a device while the gradients of a sample are taken, estimated."""
+        dtype = compute_dtype(device)
+        weights = sum(tensor.spec.parameters for tensor in self.tensors if tensor.action != "drop")
+        largest = max((tensor.spec.parameters for tensor in self.quantized()), default=0)
+        # What each matrix was given and gave is kept for the way back; so are the logits, and their softmax.
+        features: int = sum(sum(matrix.shape) for matrix in self.layout.matrices().values())
+        of_token: int = 2 * dtype.itemsize * features + 12 * self.layout.text_config["vocab_size"]
+        return dtype.itemsize * weights + 12 * largest + calibration.sequence_length * of_token
+
     def with_generated_samples(self, calibration: Calibration, device: torch.device) -> Calibration:
         """A calibration that says how many samples the model writes itself.
 
@@ -182,6 +194,9 @@ class Plan:
                     rows, columns = tensor.spec.shape
                     need += tensor.stages[-1].solver.memory(min(rows, head_rows(columns)), columns)
                 largest = max(largest, need)
+        if self.budget:
+            device = device or torch_device()
+            largest = max(largest, self.sensitivity_memory(calibration or Calibration(), device))
         if self.recipe.calibrated:
             width = DTYPES[self.dtype].itemsize
             device = device or torch_device()
@@ -199,6 +214,7 @@ def make_plan(
     selection: Selection | None = None,
     *,
     modules: Collection[str] | None = None,
+    bits: Mapping[str, int] | None = None,
 ) -> Plan:
     """Decide what becomes of every tensor.
 
@@ -208,6 +224,7 @@ def make_plan(
         format_name: what to write; the recipe's usual format if None.
         selection: changes of the family's choice of matrices.
         modules: what to quantize where `selection` does not say otherwise; None for the usual choice.
+        bits: widths of codes of single modules, in place of the recipe's.
 
     Raises:
         RequestError: an argument is wrong or changes nothing.
@@ -240,8 +257,9 @@ def make_plan(
             solver = recipe.solver if module in matrices else Nearest()
             if module == layout.head:
                 solver = recipe.solver.without_originals()
-            stages = _stages(recipe, spec, output_format, dtype, solver, rotated=not unrotated)
-            for stage, fitted in zip(recipe.stages, stages, strict=True):
+            own = recipe if bits is None else changed(recipe, {"bits": bits[module]})
+            stages = _stages(own, spec, output_format, dtype, solver, rotated=not unrotated)
+            for stage, fitted in zip(own.stages, stages, strict=True):
                 remarks |= dict.fromkeys(_fallbacks(stage, fitted, spec.shape[1], unrotated))
             outputs = tuple(output_format.outputs(module, (spec.shape[0], spec.shape[1]), stages[-1].grid, dtype))
             planned.append(PlannedTensor(spec, "quantize", "", unit, stages, outputs))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from hlwq.allocation import choose, unmeasured, widths_told
+from hlwq.calibration import Calibration
 from hlwq.containers import Reader, partial_of, refuse_unless_empty
 from hlwq.decoded import DecodedCheckpoint, open_dense
 from hlwq.errors import HlwqWarning, RequestError
@@ -15,6 +17,7 @@ from hlwq.families import describe
 from hlwq.files import expanded, is_folder, locked, resolve_output
 from hlwq.formats import format_named
 from hlwq.manifest import read_manifest
+from hlwq.measured import measured_bits
 from hlwq.options import options_of, several
 from hlwq.pipeline import QuantizeResult, run_plan
 from hlwq.plan import Plan, make_plan, plan_decoding, usual_modules
@@ -35,14 +38,24 @@ def plan_for(request: Request) -> tuple[Reader, Plan]:
         HlwqError: see `locate`, `open_dense`, `Request.changed_recipe` and `make_plan`.
     """
     recipe = request.changed_recipe()
-    if recipe.calibrated:
+    if recipe.calibrated or request.budget:
         require_transformers()
     reader = open_dense(locate(request.source, request.revision))
+    return reader, _planned(reader, request)
+
+
+def _planned(reader: Reader, request: Request, bits: Mapping[str, int] | None = None) -> Plan:
+    """The plan of a request; `bits` are those of each matrix as measured, where there is a budget."""
+    recipe = request.changed_recipe()
     plan = make_plan(reader, recipe, request.format, request.selection)
+    if budget := request.budget:
+        bits = bits or choose(plan, budget, unmeasured(plan))
+        plan = make_plan(reader, recipe, request.format, request.selection, bits=bits)
+        plan = replace(plan, budget=budget, remarks=(*plan.remarks, widths_told(plan)))
     if request.recipe is None:
         other = "`recipe='rtn'` takes seconds" if recipe.calibrated else "with transformers installed it would be best"
         plan = replace(plan, remarks=(f"recipe {recipe.name}, since none was named; {other}", *plan.remarks))
-    return reader, _with_side_files(plan, reader.path)
+    return _with_side_files(plan, reader.path)
 
 
 def quantize(
@@ -82,12 +95,16 @@ def run_request(request: Request, out: Path, progress: Progress | None = None) -
         "include": list(selection.include),
         "exclude": list(selection.exclude),
     }
+    if plan.budget:
+        calibration = request.calibration or Calibration()
+        bits, origin["budget"] = measured_bits(reader, plan, plan.budget, calibration, request.device, progress)
+        plan = _planned(reader, request, bits)
     result = run_plan(
         reader,
         plan,
         place,
         origin=origin,
-        calibration=request.calibration,
+        calibration=request.calibration if plan.recipe.calibrated else None,
         device=request.device,
         shard_bytes=request.shard_bytes,
         progress=progress,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,6 +47,29 @@ class Selection:
 
 
 @dataclass(frozen=True)
+class Budget:
+    """What codes may cost where each matrix has its own width: one of the two.
+
+    Attributes:
+        bits: mean bits of a code.
+        nbytes: bytes of the weight files.
+    """
+
+    bits: float | None = None
+    nbytes: int | None = None
+
+    @property
+    def argument(self) -> str:
+        """The argument that says it."""
+        return "size" if self.bits is None else "bits"
+
+    @property
+    def words(self) -> str:
+        """As an error calls it."""
+        return f"`size` {(self.nbytes or 0) / 1e6:,g} MB" if self.bits is None else f"`bits` {self.bits:g}"
+
+
+@dataclass(frozen=True)
 class Request:
     """What was asked of `quantize`.
 
@@ -56,7 +80,9 @@ class Request:
         format: what is written; None for the recipe's usual format.
         selection: which matrices are quantized.
         changes: options of the recipe's last stage, by name: of its grid, its basis and its solver; `basis` for another
-            basis, and `calibrate`. See `hlwq.recipes.changed`.
+            basis, and `calibrate`. See `hlwq.recipes.changed`. `bits` may be a fraction, the mean of widths that
+            matrices are given by measurement.
+        size: instead, what the weight files may take: bytes, or as in `5GB`.
         effort: `fast`, `normal` or `max`: how long recipe `best` works; None for `normal`.
         revision: branch, tag or commit of a hub id.
         calibration: which data a calibrated recipe uses; None for the usual ones.
@@ -71,6 +97,9 @@ class Request:
     format: str | None = option("See `hlwq formats`; by default the recipe's usual one.", default=None)
     selection: Selection = field(default_factory=Selection)
     changes: Mapping[str, Any] = field(default_factory=dict)
+    size: int | str | None = option(
+        "Give each matrix its own bits, so that the weight files take this much, as 5GB.", default=None
+    )
     effort: Literal["fast", "normal", "max"] | None = option(
         "How long recipe best works for better codes: fast, normal or max.", default=None
     )
@@ -85,16 +114,30 @@ class Request:
             raise RequestError(f"`calibration` is {self.calibration!r}; it must be a Calibration.")
         if self.shard_bytes < 1:
             raise RequestError(f"`max_shard_size` is {self.max_shard_size}; it must be positive.")
+        bits = self.changes.get("bits")
+        if isinstance(bits, float) and bits.is_integer():
+            object.__setattr__(self, "changes", {**self.changes, "bits": int(bits)})
+        if isinstance(bits, float) and not isfinite(bits):
+            raise RequestError(f"`bits` is {bits}; it must be a number.", argument="bits")
+        if self.size is not None and bits is not None:
+            raise RequestError("`size` decides on the bits of each matrix. Leave `bits` out.", argument="size")
 
     @property
     def shard_bytes(self) -> int:
         """`max_shard_size` in bytes. Raises RequestError if it is no size."""
-        if isinstance(self.max_shard_size, int):
-            return self.max_shard_size
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG])B", self.max_shard_size.strip(), re.IGNORECASE)
-        if not match:
-            raise RequestError(f"`max_shard_size` {self.max_shard_size} is not a size. Write it like 5GB or 500MB.")
-        return int(float(match[1]) * {"K": 10**3, "M": 10**6, "G": 10**9}[match[2].upper()])
+        return _bytes("max_shard_size", self.max_shard_size)
+
+    @property
+    def budget(self) -> Budget | None:
+        """What matrices of different bits may cost together; None where all have the recipe's.
+
+        Raises:
+            RequestError: `size` is no size.
+        """
+        bits = self.changes.get("bits")
+        if isinstance(bits, float):
+            return Budget(bits=bits)
+        return None if self.size is None else Budget(nbytes=_bytes("size", self.size))
 
     @classmethod
     def of(cls, source: str | Path, recipe: str | Recipe | None = None, **options: Any) -> Request:
@@ -134,9 +177,25 @@ class Request:
         recipe = recipe.in_format(self.format)
         if self.effort is not None:
             recipe = recipe.with_effort(self.effort)
-        recipe = changed(recipe, self.changes)
-        if self.calibration is not None and not recipe.calibrated:
+        budget, changes = self.budget, dict(self.changes)
+        if budget is not None:
+            changes.pop("bits", None)
+            if len(recipe.stages) != 1:
+                message = f"{budget.words} is for recipes that round once, and {recipe.name} does not. Use rtn or hlwq."
+                raise RequestError(message, argument=budget.argument)
+        recipe = changed(recipe, changes)
+        if self.calibration is not None and not recipe.calibrated and budget is None:
             raise RequestError(
                 f"Calibration data changes nothing: recipe {recipe.name} rounds to nearest.", argument="calibration"
             )
         return recipe
+
+
+def _bytes(name: str, size: int | str) -> int:
+    """A size in bytes. Raises RequestError, which names the argument, if it is none."""
+    if isinstance(size, int):
+        return size
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG])B", size.strip(), re.IGNORECASE)
+    if not match:
+        raise RequestError(f"`{name}` {size} is not a size. Write it like 5GB or 500MB.", argument=name)
+    return int(float(match[1]) * {"K": 10**3, "M": 10**6, "G": 10**9}[match[2].upper()])

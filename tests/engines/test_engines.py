@@ -32,6 +32,8 @@ def assert_computes(engine: str, name: str, directory: Path, prompt: str, run_en
 
 
 CALIBRATION = hlwq.Calibration(("embedded",), samples=8, sequence_length=256)
+OWN_BITS = {"bits": 4.5, "calibration": CALIBRATION}
+"""Each matrix has its own width."""
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +102,7 @@ def test_vllm_rotates_the_inputs(
 
 
 @pytest.mark.parametrize("name", ["smollm2", "hybrid"])
-@pytest.mark.parametrize("options", [{}, {"symmetric": False}, {"bits": 8}, {"bits": 2}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"symmetric": False}, {"bits": 8}, {"bits": 2}, OWN_BITS], ids=str)
 def test_transformers_decodes_compressed_tensors_to_the_same_weights(
     name: str, options: dict[str, Any], models: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -120,7 +122,11 @@ def test_transformers_decodes_compressed_tensors_to_the_same_weights(
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("smollm2", {}), ("smollm2", {"include_embeddings": False}), ("hybrid", {"bits": 4, "include_embeddings": False})],
+    [
+        ("smollm2", {}),
+        ("smollm2", {"include_embeddings": False}),
+        ("hybrid", {**OWN_BITS, "include_embeddings": False}),
+    ],
 )
 def test_vllm_serves_packed_hlwq(
     name: str,
@@ -158,11 +164,12 @@ def test_chain_runs_in_mlx(prompts: dict[str, str], tmp_path: Path, run_engine: 
     assert_computes("mlx", "hybrid", directory, prompts["hybrid"], run_engine)
 
 
+@pytest.mark.parametrize("options", [{}, OWN_BITS], ids=str)
 def test_quantized_embedding_runs_in_mlx(
-    models: dict[str, Path], prompts: dict[str, str], tmp_path: Path, run_engine: RunEngine
+    options: dict[str, Any], models: dict[str, Path], prompts: dict[str, str], tmp_path: Path, run_engine: RunEngine
 ) -> None:
     directory = tmp_path / "quantized"
-    hlwq.quantize(models["smollm2"], directory, "rtn", format="mlx")
+    hlwq.quantize(models["smollm2"], directory, "rtn", format="mlx", **options)
     assert_computes("mlx", "smollm2", directory, prompts["smollm2"], run_engine)
 
 
@@ -184,7 +191,7 @@ def test_mistakes_exceed_the_tolerance(
     ("name", "recipe", "options"),
     [
         ("smollm2", "rtn", {"group_size": 128}),
-        ("hybrid", "rtn", {}),
+        ("hybrid", "rtn", OWN_BITS),
         ("hybrid", "rtn", {"symmetric": False, "exclude": [r"layers\.1\.mlp"]}),
         ("hybrid", "hlwq-v7", {"desc_act": True, "calibration": CALIBRATION}),
         ("smollm2", "gptq", {"desc_act": True, "calibration": CALIBRATION}),

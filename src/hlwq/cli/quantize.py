@@ -19,9 +19,11 @@ from hlwq.request import Request, Selection
 
 STAGE_PARTS = [kind for table in PARTS.values() for kind in table.values()]
 BASIS = Option(f"Coordinates to round in: {' or '.join(BASES)}.")
+BITS = Option("Bits of a code in the file. A fraction is a mean of what matrices get.")
 CALIBRATE = Option("Calibrate a recipe that rounds to nearest: GPTQ's loop with GPTAQ.")
 QUANTIZE_FLAGS = {
     **flags_of(Request, *STAGE_PARTS),
+    "bits": parameter("bits", float, BITS),
     "basis": parameter("basis", one_of(BASES), BASIS),
     **flags_of(Selection),
     "calibrate": parameter("calibrate", bool, CALIBRATE),

@@ -74,6 +74,9 @@ class Grid(Protocol):
     def symmetry(self) -> bool | None:
         """Whether the levels are symmetric, where files say so; None where the word has no meaning."""
 
+    def with_bits(self, bits: int) -> Grid:
+        """The grid with codes of another width."""
+
     def fitted(self, in_features: int, symmetric: bool) -> Grid:
         """The grid for matrices of this width, with groups that divide it.
 

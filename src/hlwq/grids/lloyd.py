@@ -50,6 +50,10 @@ class LloydGrid:
     def symmetry(self) -> None:
         """Files of these codes do not say."""
 
+    def with_bits(self, bits: int) -> LloydGrid:
+        """The grid with codes of another width."""
+        return replace(self, bits=bits)
+
     def fitted(self, in_features: int, symmetric: bool) -> LloydGrid:
         """The grid with groups that divide the width. Raises UnsupportedError if no group size does."""
         return replace(self, group_size=fit_group_size(self.group_size, in_features))

@@ -65,6 +65,10 @@ class UniformGrid:
         """Whether the levels are symmetric."""
         return self.symmetric is not False
 
+    def with_bits(self, bits: int) -> UniformGrid:
+        """The grid with codes of another width."""
+        return replace(self, bits=bits)
+
     def fitted(self, in_features: int, symmetric: bool) -> UniformGrid:
         """The grid with groups that divide the width, symmetric as it says, else as told.
 
