@@ -13,5 +13,16 @@ def _layers(config: dict[str, Any]) -> list[Layer]:
     return [with_mlp(mixer, config, bias=bool(config.get("mlp_bias", False)))] * config["num_hidden_layers"]
 
 
+def _layers_without_biases(config: dict[str, Any]) -> list[Layer]:
+    """Transformers' Mistral has none, whatever the configuration says."""
+    return [with_mlp(attention(config, qkv_bias=False, o_bias=False), config)] * config["num_hidden_layers"]
+
+
 LLAMA = Family("Llama", ("LlamaForCausalLM",), _layers, ("llama",))
-MISTRAL = Family("Mistral", ("MistralForCausalLM",), _layers, ("mistral",), ("full_attention", "sliding_attention"))
+MISTRAL = Family(
+    "Mistral",
+    ("MistralForCausalLM",),
+    _layers_without_biases,
+    ("mistral",),
+    ("full_attention", "sliding_attention"),
+)
