@@ -262,3 +262,29 @@ def test_what_a_run_cannot_rotate_is_refused(tmp_path: Path) -> None:
     source = make_checkpoint(tmp_path / "source", "llama", intermediate_size=65536)
     with pytest.raises(UnsupportedError, match="exceeds the 32768 columns"):
         hlwq.quantize(source, tmp_path / "out", "rtn", format=FORMAT, basis="hadamard", block_size=65536)
+
+
+@pytest.mark.parametrize("basis", ["identity", "hadamard"])
+def test_an_output_head_is_stored_as_it_is_and_never_rotated(basis: str, tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "model", "llama")
+    options: dict[str, Any] = {"format": FORMAT, "basis": basis}
+    hlwq.quantize(source, tmp_path / "kept", "rtn", **options)
+    result = hlwq.quantize(source, tmp_path / "out", "rtn", include="lm_head", **options)
+    assert all(check.passed for check in result.checks)
+    assert result.nbytes < hlwq.inspect(tmp_path / "kept").nbytes
+    scheme = DecodedCheckpoint(tmp_path / "out").scheme_of("lm_head.weight")
+    assert scheme is not None
+    assert scheme.block_size is None
+    assert 0 < result.relative_errors["lm_head"] < 0.02
+    config = section(tmp_path / "out")
+    assert not any("lm_head" in pattern for pattern in config["ignore"])
+    assert any("lm_head" in target for group in config["config_groups"].values() for target in group["targets"])
+
+
+def test_an_output_head_that_is_the_embedding_is_refused(tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "model", "llama", tie_word_embeddings=True)
+    with pytest.raises(UnsupportedError, match="compressed-tensors cannot hold a quantized embedding or output head"):
+        hlwq.quantize(source, tmp_path / "out", "rtn", format=FORMAT, include_embeddings=True)
+    untied = make_checkpoint(tmp_path / "untied", "llama")
+    with pytest.raises(UnsupportedError, match=r"cannot hold a quantized embedding that .* or `include='lm_head'`"):
+        hlwq.quantize(untied, tmp_path / "out", "rtn", format=FORMAT, include_embeddings=True)

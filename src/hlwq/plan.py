@@ -253,7 +253,7 @@ def make_plan(
         if spec.name == "lm_head.weight" and layout.tied:
             planned.append(PlannedTensor(spec, "drop", f"tied to {layout.embedding}.weight", unit))
         elif spec.name == f"{module}.weight" and module in chosen:
-            unrotated = output_format.unrotated(layout, matrices[module]) if module in matrices else ""
+            unrotated = output_format.unrotated(layout, matrices.get(module))
             solver = recipe.solver if module in matrices else Nearest()
             if module == layout.head:
                 solver = recipe.solver.without_originals()
@@ -352,14 +352,24 @@ def _embeddings(layout: ModelLayout) -> list[str]:
 def _check_chosen(layout: ModelLayout, output_format: Format, chosen: set[str], selection: Selection) -> None:
     if not chosen:
         raise RequestError("Nothing is left to quantize. Take some `exclude` away.")
-    if not output_format.holds_embeddings and chosen.intersection(_embeddings(layout)):
-        raise UnsupportedError(
-            f"format {output_format.name} cannot hold a quantized embedding or output head that engines load. "
-            f"Use format {_formats('holds_embeddings')} for that, or leave them out.",
-            argument="include_embeddings" if selection.include_embeddings else "include",
-        )
+    if not output_format.holds_embeddings:
+        _check_unheld(layout, output_format, chosen, selection)
     if output_format.fused_alike:
         _check_fused(layout, chosen)
+
+
+def _check_unheld(layout: ModelLayout, output_format: Format, chosen: set[str], selection: Selection) -> None:
+    """Raise UnsupportedError if an embedding or output head is chosen that the format cannot hold."""
+    parts, remedy = "embedding or output head", "leave them out"
+    if output_format.holds_head and not layout.tied:
+        parts, remedy = "embedding", "`include='lm_head'`, for the output head alone"
+    unheld = {layout.embedding, *([] if parts == "embedding" else ["lm_head"])}
+    if chosen & unheld:
+        raise UnsupportedError(
+            f"format {output_format.name} cannot hold a quantized {parts} that engines load. Use format "
+            f"{_formats('holds_embeddings')} for that, or {remedy}.",
+            argument="include_embeddings" if selection.include_embeddings else "include",
+        )
 
 
 def _formats(property: str, value: bool = True) -> str:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from agreement import MISTAKES, TOLERANCE, difference, reference
+from checkpoints import make_checkpoint
 from engines import RunEngine, engine_python, skip_without_int4_kernel
 from safetensors.torch import load_file
 
@@ -99,6 +101,15 @@ def test_vllm_rotates_the_inputs(
     file.write_text(json.dumps(config))
     skip_without_int4_kernel()
     assert_computes("vllm", name, directory, prompts[name], run_engine)
+
+
+def test_quantized_output_head_runs_in_vllm(prompts: dict[str, str], tmp_path: Path, run_engine: RunEngine) -> None:
+    source, directory = make_checkpoint(tmp_path / "model", "llama", vocab_size=2048), tmp_path / "quantized"
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(bundled_model() / name, source / name)
+    hlwq.quantize(source, directory, "rtn", format="compressed-tensors", include="lm_head")
+    skip_without_int4_kernel()
+    assert_computes("vllm", "hybrid", directory, prompts["hybrid"], run_engine)
 
 
 @pytest.mark.parametrize("name", ["smollm2", "hybrid"])

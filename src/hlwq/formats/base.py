@@ -158,11 +158,13 @@ class Format(ReadableFormat):
         encode: a quantized matrix as the tensors of the file, by name, given the model's dtype.
         json_files: `config.json`, and whatever else engines read beside it.
         cautions: what users should know before the work, one line each.
-        unrotated: what is said of a matrix that stays unrotated whatever the basis, or nothing if it does not.
+        unrotated: what is said of a matrix that stays unrotated whatever the basis, or nothing if it does not; given
+            None for the embedding and the output head.
         shared_tensors: what is written beside the tensors of modules, given the checkpoint's contents.
         default_symmetric: whether uniform codes are symmetric where the user does not say.
         fused_alike: engines run some matrices as one, whose members must have one scheme.
         holds_embeddings: the embedding and the output head can be stored as codes.
+        holds_head: the output head can, where it is a matrix of its own.
         includes_embeddings: they are, unless the user says otherwise.
         holds_scattered_groups: groups can be formed of columns anywhere in the matrix.
         stores_decoded: the file holds decoded weights, in the model's dtype.
@@ -175,11 +177,12 @@ class Format(ReadableFormat):
     json_files: Callable[[dict[str, Any], Contents], dict[str, dict[str, Any]]]
     _: KW_ONLY
     cautions: Callable[[Contents], list[str]] = lambda contents: []
-    unrotated: Callable[[ModelLayout, Matrix], str] = lambda layout, matrix: ""
+    unrotated: Callable[[ModelLayout, Matrix | None], str] = lambda layout, matrix: ""
     shared_tensors: Callable[[Contents], dict[str, Tensor]] = lambda contents: {}
     default_symmetric: bool = True
     fused_alike: bool = True
     holds_embeddings: bool = False
+    holds_head: bool = False
     includes_embeddings: bool = False
     holds_scattered_groups: bool = False
     stores_decoded: bool = False

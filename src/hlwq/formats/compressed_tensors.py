@@ -35,7 +35,15 @@ from hlwq.formats.base import (
     common_scheme,
     demand,
 )
-from hlwq.formats.patterns import check_pattern, kept_patterns, matches_start, patterns_by_scheme, targets
+from hlwq.formats.patterns import (
+    HEAD,
+    HEAD_PATTERN,
+    check_pattern,
+    kept_patterns,
+    matches_start,
+    patterns_by_scheme,
+    targets,
+)
 from hlwq.formats.transforms import LARGEST_BLOCK, REFUSAL, read_transforms, shared_tensors, transform_config
 from hlwq.formats.uniform import (
     READABLE_BITS,
@@ -112,6 +120,8 @@ def json_files(config: dict[str, Any], contents: Contents) -> dict[str, dict[str
     common = common_scheme(contents.quantized)
     others = {scheme: targets(patterns) for scheme, patterns in patterns_by_scheme(contents, common).items()}
     groups = {**others, common: ["Linear"]}
+    if HEAD in contents.quantized:
+        groups[contents.quantized[HEAD]] += targets([HEAD_PATTERN])
     section = {
         "quant_method": NAME,
         "format": PACKING,
@@ -260,6 +270,7 @@ def demands(reader: Reader, layout: ModelLayout, modules: dict[str, StoredModule
     widths = {stored.scheme.bits for stored in modules.values()}.difference(READABLE_BITS)
     rotated = {module for module, stored in modules.items() if stored.scheme.block_size}
     wrong = [module for module, matrix in layout.matrices().items() if module in rotated and unrotated(layout, matrix)]
+    wrong += [HEAD] if HEAD in rotated else []
     rotation = [
         demand(VLLM, "rotated are only inputs that it can rotate", wrong, again),
         demand(VLLM, "type of transform hadamard, which needs a GPU, and no tensor parallelism", [], ""),
@@ -290,14 +301,16 @@ def _wrong_groups(
             wrong.append(name)
     kept = [f"{prefix}any.linear" for prefix in layout.family.kept]
     outside = ["lm_head", *map(layout.family.vllm_name, kept)] if vllm else ["lm_head", *kept]
-    return wrong + [name for name in outside if configured_weights(section, name) is not None]
+    return wrong + [name for name in outside if (configured_weights(section, name) is not None) != (name in modules)]
 
 
-def unrotated(layout: ModelLayout, matrix: Matrix) -> str:
+def unrotated(layout: ModelLayout, matrix: Matrix | None) -> str:
     """Which inputs vLLM 0.32 does not rotate: its transforms assert that there is no bias, and count parts wrongly.
 
     A fused matrix with more parts than names, as Qwen3.5's `in_proj_qkvz`, ends in a KeyError.
     """
+    if matrix is None:
+        return "the output head"
     if matrix.bias:
         return "layers with a bias"
     return matrix.fused if matrix.fused in layout.family.vllm_unrotated else ""
@@ -331,4 +344,5 @@ FORMAT = Format(
     cautions=cautions,
     shared_tensors=shared_tensors,
     unrotated=unrotated,
+    holds_head=True,
 )

@@ -13,10 +13,16 @@ from hlwq.formats import reading
 from hlwq.formats.base import Contents, Scheme
 from hlwq.patterns import matcher
 
+HEAD = "lm_head"
+HEAD_PATTERN = r"(.*\.)?lm_head$"
+
 
 def kept_patterns(contents: Contents) -> list[str]:
     """Patterns of all that stays in its own dtype: outside the decoder, and modules in it."""
-    return [*outside_the_decoder(contents.layout), *module_patterns(set(contents.kept), contents.layout)]
+    outside = outside_the_decoder(contents.layout)
+    if HEAD in contents.quantized:
+        outside.remove(HEAD_PATTERN)
+    return [*outside, *module_patterns(set(contents.kept), contents.layout)]
 
 
 def patterns_by_scheme(contents: Contents, common: Scheme) -> dict[Scheme, list[str]]:
@@ -52,12 +58,12 @@ def targets(patterns: list[str]) -> list[str]:
 
 
 def outside_the_decoder(layout: ModelLayout) -> list[str]:
-    """Patterns of what is never quantized: parts beside the decoder, and the output head.
+    """Patterns of what is not of the decoder: parts beside it, which are never quantized, and the output head.
 
     vLLM says `visual.…` where the checkpoint says `model.visual.…`: each pattern matches both.
     """
     kept = [rf"(.*\.)?{re.escape(prefix.removeprefix('model.'))}.*" for prefix in layout.family.kept]
-    return [*kept, r"(.*\.)?lm_head$"]
+    return [*kept, HEAD_PATTERN]
 
 
 def module_patterns(modules: set[str], layout: ModelLayout) -> list[str]:
