@@ -19,6 +19,21 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_5": "Qwen3_5ForConditionalGeneration",
     "qwen3_5_text": "Qwen3_5ForCausalLM",
+    "ministral3": "Ministral3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "granite": "GraniteForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "olmo3": "Olmo3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+    "cohere2": "Cohere2ForCausalLM",
+    "glm4": "Glm4ForCausalLM",
+    "exaone4": "Exaone4ForCausalLM",
+    "seed_oss": "SeedOssForCausalLM",
+    "ernie4_5": "Ernie4_5ForCausalLM",
+    "starcoder2": "Starcoder2ForCausalLM",
+    "lfm2": "Lfm2ForCausalLM",
 }
 FAMILY_NAMES = tuple(ARCHITECTURES)
 
@@ -47,6 +62,26 @@ _HYBRID = {
     "linear_conv_kernel_dim": 4,
     "full_attention_interval": 4,
 }
+_OWN: dict[str, dict[str, Any]] = {
+    "qwen3": {"head_dim": 32},
+    "ministral3": {"head_dim": 32},
+    "gemma2": {"head_dim": 32, "sliding_window": 16},
+    "gemma3_text": {"head_dim": 32, "sliding_window": 16},
+    "phi3": {"pad_token_id": 0},
+    "smollm3": {"pad_token_id": 0},
+    "olmo3": {"sliding_window": 16},
+    "cohere2": {"sliding_window": 16},
+    "glm4": {"head_dim": 32, "pad_token_id": 0},
+    "exaone4": {"sliding_window": 16},
+    "seed_oss": {"head_dim": 32},
+    "ernie4_5": {"head_dim": 32},
+    "lfm2": {
+        "num_hidden_layers": 3,
+        "layer_types": ["conv", "full_attention", "conv"],
+        "block_auto_adjust_ff_dim": False,
+    },
+}
+"""What a family's small configuration has beside the usual, or instead."""
 _VISION_WIDTH, _VISION_MLP, _VISION_MERGED = 72, 88, 4 * 72
 
 
@@ -66,8 +101,7 @@ def model_config(family: str, **overrides: Any) -> dict[str, Any]:
         config |= {"text_config": text, "vision_config": vision, "tie_word_embeddings": False}
     else:
         config |= _HYBRID if family == "qwen3_5_text" else _DECODER
-        if family == "qwen3":
-            config["head_dim"] = 32
+        config |= _OWN.get(family, {})
     decoder = config.get("text_config", config)
     for key, value in overrides.items():
         if key in config:

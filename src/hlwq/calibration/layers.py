@@ -80,7 +80,8 @@ class LayerRunner:
         # In float16 the activations of many models overflow.
         self._dtype = compute_dtype(device, torch.float32 if dtype == torch.float16 else dtype)
         self._decoder = build_skeleton(config, tied=layout.tied).get_decoder()
-        self._norm, self._decoder.norm = self._decoder.norm, nn.Identity()
+        self._norm = self._decoder.get_submodule(layout.norm)
+        self._decoder.set_submodule(layout.norm, nn.Identity())
         ids, places = tokens.unique(return_inverse=True)
         rows = embed(ids).to(self._dtype)
         samples, length = tokens.shape
@@ -215,7 +216,8 @@ class LayerRunner:
         Args:
             read: where the weights of the final norm come from.
         """
-        weights = {name: read(f"{self._layout.prefix}norm.{name}").to(self._dtype) for name in self._norm.state_dict()}
+        place = f"{self._layout.prefix}{self._layout.norm}"
+        weights = {name: read(f"{place}.{name}").to(self._dtype) for name in self._norm.state_dict()}
         self._norm.load_state_dict(weights, assign=True)
         self._norm.to(self._device)
         width = self._layout.text_config["hidden_size"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,9 @@ from hlwq.families.configuration import (
     text_config_of,
     with_tying,
 )
+from hlwq.families.dense import DENSE
+from hlwq.families.derived import derived_decoder
 from hlwq.families.family import Family, Layer, Matrix, MlxModel, Restoration
-from hlwq.families.llama import LLAMA, MISTRAL
-from hlwq.families.qwen2 import QWEN2
-from hlwq.families.qwen3 import QWEN3
 from hlwq.families.qwen3_5 import QWEN3_5
 
 __all__ = [
@@ -49,7 +48,7 @@ WRAPPERS = {
     "model._orig_mod.": "torch.compile",
 }
 """Beginnings of names in checkpoints that were saved from around a model."""
-FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_5)
+FAMILIES = (*DENSE, QWEN3_5)
 
 
 @dataclass(frozen=True)
@@ -61,6 +60,8 @@ class ModelLayout:
         text_config: the configuration of the decoder.
         prefix: the names before `embed_tokens`, such as `model.language_model.`
         layers: the decoder layers, in order.
+        others: the decoder's tensors outside its layers, by their paths in it, with their shapes.
+        norm: the module, by its path in the decoder, whose outputs the output head is given.
         tied: the output head is the embedding.
     """
 
@@ -68,6 +69,8 @@ class ModelLayout:
     text_config: dict[str, Any]
     prefix: str
     layers: list[Layer]
+    others: Mapping[str, tuple[int, ...]]
+    norm: str
     tied: bool
 
     @property
@@ -102,8 +105,8 @@ class ModelLayout:
 
     def required_tensors(self) -> dict[str, tuple[int, ...]]:
         """Every tensor that the decoder cannot do without, with its shape."""
-        vocabulary, hidden = self.text_config["vocab_size"], self.text_config["hidden_size"]
-        required: dict[str, tuple[int, ...]] = {f"{self.embedding}.weight": (vocabulary, hidden)}
+        required = {self.prefix + name: shape for name, shape in self.others.items()}
+        embedding = required[f"{self.embedding}.weight"]
         for index, layer in enumerate(self.layers):
             prefix = self.layer_prefix(index)
             for matrix in layer.matrices():
@@ -111,9 +114,8 @@ class ModelLayout:
                 if matrix.bias:
                     required[f"{prefix}{matrix.name}.bias"] = matrix.shape[:1]
             required |= {prefix + name: shape for name, shape in layer.others.items()}
-        required[f"{self.prefix}norm.weight"] = (hidden,)
         if not self.tied:
-            required["lm_head.weight"] = (vocabulary, hidden)
+            required["lm_head.weight"] = embedding
         return required
 
 
@@ -191,14 +193,12 @@ def describe(config: dict[str, Any], names: Collection[str]) -> ModelLayout:
     if prefix is None:
         name = f"{family.prefixes[0]}embed_tokens.weight"
         raise CheckpointError(f"tensor {name} is missing. {_why_missing(name, names)}", tensor=name)
-    check_layers(text_config, family.layer_types, _stored_layers(names, f"{prefix}layers."))
+    check_layers(text_config, _stored_layers(names, f"{prefix}layers."))
     said = {each["tie_word_embeddings"] for each in (config, text_config) if "tie_word_embeddings" in each}
     tied = said.pop() if len(said) == 1 else "lm_head.weight" not in names
-    try:
-        layers = family.layers(text_config)
-    except KeyError as error:
-        raise CheckpointError(f"config.json lacks {error}, which {family.name} needs.") from None
-    return ModelLayout(family, text_config, prefix, layers, tied)
+    decoder = derived_decoder(config)
+    layers = [family.adapted(layer) for layer in decoder.layers]
+    return ModelLayout(family, text_config, prefix, layers, decoder.others, decoder.norm, tied)
 
 
 def _stored_layers(names: Collection[str], prefix: str) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from hlwq.errors import CheckpointError, UnsupportedError
+from hlwq.errors import CheckpointError
 
 LARGEST = 1 << 31
 """No size of a model reaches it, and products of two stay exact."""
@@ -171,17 +171,15 @@ def check_model_type(config: dict[str, Any], accepted: tuple[str, ...]) -> None:
         )
 
 
-def check_layers(text_config: dict[str, Any], kinds: tuple[str, ...], stored: int) -> None:
-    """Check the number of layers, and their types where the configuration lists them.
+def check_layers(text_config: dict[str, Any], stored: int) -> None:
+    """Check the number of layers, and of their types where the configuration lists them.
 
     Args:
         text_config: with its entries checked.
-        kinds: the types of layers that the family has.
         stored: layers of which the checkpoint holds tensors.
 
     Raises:
         CheckpointError: there are more layers than the checkpoint holds, or `layer_types` does not fit them.
-        UnsupportedError: a layer has a type that the family is not known to have.
     """
     count, types = text_config["num_hidden_layers"], text_config.get("layer_types")
     if count > stored:
@@ -189,14 +187,8 @@ def check_layers(text_config: dict[str, Any], kinds: tuple[str, ...], stored: in
             f"config.json: num_hidden_layers is {count}, but the checkpoint holds tensors of {stored} layers. "
             "They do not belong together, or a part is missing."
         )
-    if types is None:
-        return
-    if len(types) != count:
+    if types is not None and len(types) != count:
         raise CheckpointError(f"config.json: layer_types names {len(types)} layers of {count}. Correct it.")
-    if unknown := set(types) - set(kinds):
-        raise UnsupportedError(
-            f"config.json: layer_types has {_shown(min(unknown))}; layers of this family are {' or '.join(kinds)}."
-        )
 
 
 def with_tying(config: dict[str, Any], tied: bool) -> dict[str, Any]:

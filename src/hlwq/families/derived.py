@@ -76,7 +76,8 @@ def _given(decoder: Any) -> tuple[list[tuple[tuple[Any, ...], dict[str, Any]]], 
         if name != "layers":
             for module in child.modules():
                 for own, parameter in list(module.named_parameters(recurse=False)):
-                    setattr(module, own, nn.Parameter(torch.zeros(parameter.shape), requires_grad=False))
+                    values = torch.zeros(()).expand(parameter.shape)  # which take no memory
+                    setattr(module, own, nn.Parameter(values, requires_grad=False))
     given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     after: list[str] = []
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -95,11 +95,12 @@ class Family:
     Attributes:
         name: as people write it.
         architectures: what `config.json` says under `architectures`.
-        layers: the decoder layers that a text configuration describes, whose entries are checked.
         model_types: what it says under `model_type`.
-        layer_types: types of layers that a configuration may list.
         wrappers: of the architectures, those whose configuration has the decoder's as `text_config`.
         prefixes: where the decoder may stand in the checkpoint, as the names before `embed_tokens`.
+        fused: the path inside a layer under which engines run a matrix joined with others, by its own path, beside what
+            all engines do.
+        keep: why a matrix stays in its own dtype unless the user includes it, by its path inside a layer.
         kept: parts outside the decoder, by the beginning of their tensors' names, and what they are.
         architecture_of: architectures by `model_type`, for configurations that were saved without one.
         vllm_prefixes: beginnings of names, and what vLLM has in their place.
@@ -110,11 +111,11 @@ class Family:
 
     name: str
     architectures: tuple[str, ...]
-    layers: Callable[[dict[str, Any]], list[Layer]]
     model_types: tuple[str, ...]
-    layer_types: tuple[str, ...] = ("full_attention",)
     wrappers: tuple[str, ...] = ()
     prefixes: tuple[str, ...] = ("model.",)
+    fused: dict[str, str] = field(default_factory=dict)
+    keep: dict[str, str] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
     architecture_of: dict[str, str] = field(default_factory=dict)
     vllm_prefixes: dict[str, str] = field(default_factory=dict)
@@ -122,67 +123,24 @@ class Family:
     vllm_packs_embedding: bool = True
     mlx: MlxModel = field(default_factory=MlxModel)
 
+    def adapted(self, layer: Layer) -> Layer:
+        """A layer as transformers describes it, with what only the family knows."""
+        steps = (
+            tuple(
+                replace(
+                    matrix,
+                    fused=self.fused.get(matrix.name, matrix.fused),
+                    keep=self.keep.get(matrix.name, matrix.keep),
+                )
+                for matrix in step
+            )
+            for step in layer.steps
+        )
+        return replace(layer, steps=tuple(steps))
+
     def vllm_name(self, name: str) -> str:
         """A module's name in vLLM, by its name in the checkpoint."""
         for prefix, theirs in self.vllm_prefixes.items():
             if name.startswith(prefix):
                 return theirs + name.removeprefix(prefix)
         return name
-
-
-def attention(
-    config: dict[str, Any],
-    *,
-    qkv_bias: bool,
-    o_bias: bool,
-    head_dim: int | None = None,
-    head_norms: bool = False,
-    gated: bool = False,
-) -> Layer:
-    """Softmax attention as the Llama line has it.
-
-    Args:
-        config: the text configuration.
-        qkv_bias: q, k and v have biases.
-        o_bias: the output projection has one.
-        head_dim: the width of a head where the configuration does not say; by default what the hidden size leaves.
-        head_norms: q and k are normalised per head (`q_norm`, `k_norm`).
-        gated: q carries an output gate, which doubles it.
-    """
-    hidden = config["hidden_size"]
-    width = config.get("head_dim") or head_dim or hidden // config["num_attention_heads"]
-    queries = config["num_attention_heads"] * width
-    keys = (config.get("num_key_value_heads") or config["num_attention_heads"]) * width
-    fused = "self_attn.qkv_proj"
-    return Layer(
-        steps=(
-            (
-                Matrix("self_attn.q_proj", (2 * queries if gated else queries, hidden), fused, qkv_bias),
-                Matrix("self_attn.k_proj", (keys, hidden), fused, qkv_bias),
-                Matrix("self_attn.v_proj", (keys, hidden), fused, qkv_bias),
-            ),
-            (Matrix("self_attn.o_proj", (hidden, queries), bias=o_bias, stream="input_layernorm"),),
-        ),
-        others={"self_attn.q_norm.weight": (width,), "self_attn.k_norm.weight": (width,)} if head_norms else {},
-    )
-
-
-def with_mlp(mixer: Layer, config: dict[str, Any], *, bias: bool = False) -> Layer:
-    """A decoder layer of `mixer` and a gated MLP, each behind its norm."""
-    hidden, intermediate = config["hidden_size"], config["intermediate_size"]
-    fused = "mlp.gate_up_proj"
-    return Layer(
-        steps=(
-            *mixer.steps,
-            (
-                Matrix("mlp.gate_proj", (intermediate, hidden), fused, bias),
-                Matrix("mlp.up_proj", (intermediate, hidden), fused, bias),
-            ),
-            (Matrix("mlp.down_proj", (hidden, intermediate), bias=bias, stream="post_attention_layernorm"),),
-        ),
-        others={
-            **mixer.others,
-            "input_layernorm.weight": (hidden,),
-            "post_attention_layernorm.weight": (hidden,),
-        },
-    )

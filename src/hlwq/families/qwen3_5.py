@@ -7,34 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from hlwq.containers import TensorSpec
-from hlwq.families.family import Family, Layer, Matrix, MlxModel, Restoration, attention, with_mlp
+from hlwq.families.family import Family, MlxModel, Restoration
 
 _GATES = "gates the recurrence, and is tiny"
-
-
-def _linear_attention(config: dict[str, Any]) -> Layer:
-    hidden = config["hidden_size"]
-    heads = config["linear_num_value_heads"]
-    keys = config["linear_num_key_heads"] * config["linear_key_head_dim"]
-    values = heads * config["linear_value_head_dim"]
-    channels = 2 * keys + values
-    return Layer(
-        steps=(
-            (
-                Matrix("linear_attn.in_proj_qkv", (channels, hidden), "linear_attn.in_proj_qkvz"),
-                Matrix("linear_attn.in_proj_z", (values, hidden), "linear_attn.in_proj_qkvz"),
-                Matrix("linear_attn.in_proj_b", (heads, hidden), "linear_attn.in_proj_ba", keep=_GATES),
-                Matrix("linear_attn.in_proj_a", (heads, hidden), "linear_attn.in_proj_ba", keep=_GATES),
-            ),
-            (Matrix("linear_attn.out_proj", (hidden, values), stream="input_layernorm"),),
-        ),
-        others={
-            "linear_attn.conv1d.weight": (channels, 1, config["linear_conv_kernel_dim"]),
-            "linear_attn.dt_bias": (heads,),
-            "linear_attn.A_log": (heads,),
-            "linear_attn.norm.weight": (config["linear_value_head_dim"],),
-        },
-    )
 
 
 def layer_types(config: dict[str, Any]) -> list[str]:
@@ -45,15 +20,6 @@ def layer_types(config: dict[str, Any]) -> list[str]:
         for index in range(config["num_hidden_layers"])
     ]
     return list(config.get("layer_types") or default)
-
-
-def _layers(config: dict[str, Any]) -> list[Layer]:
-    bias = bool(config.get("attention_bias", False))
-    kinds = {
-        "full_attention": attention(config, qkv_bias=bias, o_bias=bias, head_dim=256, head_norms=True, gated=True),
-        "linear_attention": _linear_attention(config),
-    }
-    return [with_mlp(kinds[kind], config) for kind in layer_types(config)]
 
 
 # mlx-lm calls the decoder of every Qwen3.5 checkpoint `language_model.model`.
@@ -105,11 +71,16 @@ def _shape_before_mlx(spec: TensorSpec) -> tuple[int, ...]:
 QWEN3_5 = Family(
     "Qwen3.5 (hybrid)",
     ("Qwen3_5ForConditionalGeneration", "Qwen3_5ForCausalLM"),
-    _layers,
     ("qwen3_5", "qwen3_5_text"),
-    ("linear_attention", "full_attention"),
     wrappers=("Qwen3_5ForConditionalGeneration",),
     prefixes=("model.language_model.", "model."),
+    fused={
+        "linear_attn.in_proj_qkv": "linear_attn.in_proj_qkvz",
+        "linear_attn.in_proj_z": "linear_attn.in_proj_qkvz",
+        "linear_attn.in_proj_b": "linear_attn.in_proj_ba",
+        "linear_attn.in_proj_a": "linear_attn.in_proj_ba",
+    },
+    keep={"linear_attn.in_proj_b": _GATES, "linear_attn.in_proj_a": _GATES},
     kept={"model.visual.": "vision tower", "mtp.": "multi-token prediction head"},
     architecture_of={"qwen3_5_text": "Qwen3_5ForCausalLM"},
     vllm_prefixes={"model.language_model.": "language_model.model.", "model.visual.": "visual."},

@@ -1,0 +1,28 @@
+"""Families of which transformers' own modules say all that there is to know: their names."""
+
+from __future__ import annotations
+
+from hlwq.families.family import Family
+
+_ROWS = (
+    ("Llama", "LlamaForCausalLM", "llama"),
+    ("Mistral", "MistralForCausalLM", "mistral"),
+    ("Ministral 3", "Ministral3ForCausalLM", "ministral3"),
+    ("Qwen2 and Qwen2.5", "Qwen2ForCausalLM", "qwen2"),
+    ("Qwen3", "Qwen3ForCausalLM", "qwen3"),
+    ("Gemma 2", "Gemma2ForCausalLM", "gemma2"),
+    ("Gemma 3 (text)", "Gemma3ForCausalLM", "gemma3_text"),
+    ("Phi-3 and Phi-4", "Phi3ForCausalLM", "phi3"),
+    ("Granite", "GraniteForCausalLM", "granite"),
+    ("OLMo 2", "Olmo2ForCausalLM", "olmo2"),
+    ("OLMo 3", "Olmo3ForCausalLM", "olmo3"),
+    ("SmolLM3", "SmolLM3ForCausalLM", "smollm3"),
+    ("Cohere 2", "Cohere2ForCausalLM", "cohere2"),
+    ("GLM-4", "Glm4ForCausalLM", "glm4"),
+    ("EXAONE 4", "Exaone4ForCausalLM", "exaone4"),
+    ("Seed-OSS", "SeedOssForCausalLM", "seed_oss"),
+    ("ERNIE 4.5", "Ernie4_5ForCausalLM", "ernie4_5"),
+    ("StarCoder 2", "Starcoder2ForCausalLM", "starcoder2"),
+    ("LFM2", "Lfm2ForCausalLM", "lfm2"),
+)
+DENSE = tuple(Family(name, (architecture,), (model_type,)) for name, architecture, model_type in _ROWS)
