@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from checkpoints import make_checkpoint
 from torch import nn
 
 from hlwq import Calibration, HlwqError, RequestError
 from hlwq.allocation import Choice, allocate, units
 from hlwq.decoded import DecodedCheckpoint
 from hlwq.demo import bundled_model
+from hlwq.errors import HlwqWarning
 from hlwq.evaluate.model import load_model
 from hlwq.files import hash_file, read_json
 from hlwq.pipeline import run_plan
@@ -133,10 +136,41 @@ def test_calibrated_matrices_of_one_input_may_differ_in_bits(tmp_path: Path) -> 
             assert 6 * error < result.output_errors[module.replace("gate_proj", "up_proj")]
 
 
-def test_measured_bits_are_the_same_again_and_need_no_model_then(tmp_path: Path) -> None:
-    for name in ("first", "second"):
-        quantize(bundled_model(), tmp_path / name, "hlwq", bits=3.5, **DATA)
+def test_measured_bits_are_the_same_again_and_need_no_model_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantize(bundled_model(), tmp_path / "first", "hlwq", bits=3.5, **DATA)
+    monkeypatch.delattr("hlwq.measured.load_model")
+    quantize(bundled_model(), tmp_path / "second", "hlwq", bits=3.5, **DATA)
     assert len({hash_file(tmp_path / name / "model.safetensors") for name in ("first", "second")}) == 1
+
+
+def test_a_single_sample_is_enough(tmp_path: Path) -> None:
+    result = quantize(bundled_model(), tmp_path / "out", "rtn", bits=4.5, calibration="embedded", samples=1)
+    assert {tensor.scheme.bits for tensor in result.plan.quantized()} == {4, 8}
+
+
+def test_equal_bits_are_taken_where_they_are_better(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def worst(choices: list[Choice], budget: int) -> dict[str, int]:
+        return {module: min(choice.costs) for choice in choices for module in choice.modules}
+
+    monkeypatch.setattr("hlwq.allocation.allocate", worst)
+    with pytest.warns(HlwqWarning, match="no better on other text than equal ones"):
+        result = quantize(bundled_model(), tmp_path / "out", "hlwq", bits=4.5, **DATA)
+    assert {tensor.scheme.bits for tensor in result.plan.quantized()} == {4}
+
+
+def test_matrices_that_are_not_calibrated_count_like_those_that_are(tmp_path: Path) -> None:
+    """An embedding that is no output head is rounded to nearest by any recipe."""
+    source = make_checkpoint(tmp_path / "model", "llama", vocab_size=2048)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(bundled_model() / name, source / name)
+    options: dict[str, Any] = {"format": "mlx", "bits": 4.5, **DATA}
+    bits = {}
+    for recipe, others in (("rtn", {}), ("best", {"generated_samples": 0})):
+        result = quantize(source, tmp_path / recipe, recipe, **options, **others)
+        bits[recipe] = result.plan.contents().quantized["model.embed_tokens"].bits
+    assert abs(bits["best"] - bits["rtn"]) <= 1
 
 
 def test_a_plan_without_measurement_has_the_size(tmp_path: Path) -> None:
@@ -155,6 +189,8 @@ def test_a_plan_without_measurement_has_the_size(tmp_path: Path) -> None:
         ({"size": "5GB"}, "`size` 5,000 MB limits nothing"),
         ({"size": "5 pounds"}, "`size` 5 pounds is not a size"),
         ({"bits": float("nan")}, "`bits` is nan; it must be a number"),
+        ({"bits": 4.5, "batch_size": 2}, "`batch_size` changes nothing: recipe rtn rounds to nearest"),
+        ({"bits": "4.5"}, "`bits` is '4.5'; it must be a number"),
         ({"size": "5GB", "bits": 4}, "`size` decides on the bits of each matrix"),
         ({"format": "dense", "bits": 4.5}, "`bits` 4.5 changes nothing: format dense stores decoded weights"),
         ({"recipe": "hlwq-int4", "bits": 4.5}, "`bits` 4.5 is for recipes that round once"),

@@ -132,6 +132,9 @@ RUNS = {
     "python benchmarks/kernel_speed.py --polarquant VENV/bin/python": Run(
         "--matrix 64 256 --product 256 128 --bits 5 --rounds 1", engine="polarquant"
     ),
+    "python benchmarks/quality.py MODEL --text FILE --calibration FILE --json quality.json": Run(
+        f"--seeds 0 1 {SAMPLES} {CHUNKS} --only 'best, [cm]|nearest'", slow=True
+    ),
 }
 NOT_RUN = {
     "git clone https://github.com/hlwq/hlwq && cd hlwq": "needs a network",
@@ -149,9 +152,6 @@ NOT_RUN = {
 }
 UNDOCUMENTED = {
     "python benchmarks/data_free.py --text FILE": Run("--model MODEL --limit 2", slow=True),
-    "python benchmarks/quality.py MODEL --text FILE --calibration FILE --json quality.json": Run(
-        f"--seeds 0 1 {SAMPLES} {CHUNKS} --only 'best, [cm]|nearest'", slow=True
-    ),
     "python benchmarks/quality.py MODEL --text FILE --calibration FILE --json q.json --mlx .venvs/mlx/bin/python": Run(
         f"{SAMPLES} {CHUNKS} --only mlx", engine="mlx"
     ),

@@ -234,9 +234,8 @@ def test_a_request_says_what_was_asked_for(tmp_path: Path) -> None:
     [
         ({"symmetric": 0}, "`symmetric` is 0; it must be True or False or None."),
         ({"symmetric": "no"}, "`symmetric` is 'no'; it must be True or False or None."),
-        ({"bits": "4"}, "`bits` is '4'; it must be an integer."),
-        ({"bits": True}, "`bits` is True; it must be an integer."),
-        ({"bits": 4.0}, "`bits` is 4.0; it must be an integer."),
+        ({"bits": "4"}, "`bits` is '4'; it must be a number."),
+        ({"bits": True}, "`bits` is True; it must be a number."),
         ({"scale_method": "bogus"}, "`scale_method` is 'bogus'; it must be signed or absmax or None."),
         ({"calibrate": "no"}, "`calibrate` is 'no'; it must be True or False."),
         ({"calibrate": True, "damping": "1"}, "`damping` is '1'; it must be a number."),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 import hlwq
 from hlwq.check import check_directory
 from hlwq.decoded import DecodedCheckpoint
+from hlwq.demo import bundled_model
 from hlwq.errors import CheckpointError, HlwqWarning, UnsupportedError
 from hlwq.formats.transforms import REFUSAL
 from hlwq.hadamard import hadamard_matrix
@@ -279,6 +281,16 @@ def test_an_output_head_is_stored_as_it_is_and_never_rotated(basis: str, tmp_pat
     config = section(tmp_path / "out")
     assert not any("lm_head" in pattern for pattern in config["ignore"])
     assert any("lm_head" in target for group in config["config_groups"].values() for target in group["targets"])
+
+
+def test_an_output_head_is_calibrated(tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "model", "llama", vocab_size=2048)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(bundled_model() / name, source / name)
+    options: dict[str, Any] = {"calibration": "embedded", "samples": 4, "sequence_length": 64, "generated_samples": 0}
+    result = hlwq.quantize(source, tmp_path / "out", "best", format=FORMAT, include="lm_head", **options)
+    assert all(check.passed for check in result.checks)
+    assert 0 < result.output_errors["lm_head"] < result.relative_errors["lm_head"]
 
 
 def test_an_output_head_that_is_the_embedding_is_refused(tmp_path: Path) -> None:

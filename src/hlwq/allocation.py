@@ -57,14 +57,16 @@ def stored_bytes(plan: Plan, tensor: PlannedTensor, bits: int) -> int:
     return sum(spec.nbytes for spec in plan.format.outputs(tensor.module, (rows, columns), grid, plan.dtype))
 
 
-def widths_told(plan: Plan) -> str:
-    """How many matrices have which width, in words."""
+def widths_told(plan: Plan, *, measured: bool) -> str:
+    """How many matrices have which width, in words; `measured`: and it is known which."""
     quantized = plan.quantized()
     numbers = Counter(tensor.scheme.bits for tensor in quantized)
     weights = sum(tensor.spec.parameters for tensor in quantized)
     mean = sum(tensor.scheme.bits * tensor.spec.parameters for tensor in quantized) / weights
     counts = ", ".join(f"{bits} bits in {numbers[bits]}" for bits in sorted(numbers))
-    return f"{counts} matrices; {mean:.2f} in the mean of all weights"
+    return (
+        f"{counts} matrices; {mean:.2f} in the mean of all weights{'' if measured else ', before it is measured which'}"
+    )
 
 
 def unmeasured(plan: Plan) -> dict[str, dict[int, float]]:

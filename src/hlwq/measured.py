@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cache
 from hashlib import sha256
+from math import exp, log
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -15,7 +18,8 @@ from hlwq.allocation import choose, equal_widths, widths_of
 from hlwq.cache import cached_tensor
 from hlwq.calibration import Calibration
 from hlwq.containers import Source
-from hlwq.devices import compute_dtype, memory_errors, torch_device
+from hlwq.devices import available_memory, compute_dtype, memory_errors, torch_device
+from hlwq.errors import HlwqWarning
 from hlwq.evaluate.model import load_model
 from hlwq.evaluate.results import fingerprint
 from hlwq.pipeline import samples_for
@@ -64,11 +68,16 @@ def measured_bits(
         HlwqError: see `samples_for`, `load_model` and `choose`.
     """
     place, report = torch_device(device), progress or (lambda done, total, item: None)
+    needed, available = plan.sensitivity_memory(calibration, place), available_memory(place)
+    if available is not None and needed > available:
+        memory = f"{needed / 1e9:.1f} GB of memory, and {available / 1e9:.1f} GB are available"
+        warnings.warn(f"this may need {memory}. Use whole `bits`.", HlwqWarning, stacklevel=2)
     report(0, 1, "reading calibration data")
-    number = min(calibration.samples, MEASURED_SAMPLES + HELD_OUT_SAMPLES)
+    number = max(min(calibration.samples, MEASURED_SAMPLES + HELD_OUT_SAMPLES), len(calibration.sources))
     samples = samples_for(plan, replace(calibration, samples=number), load_tokenizer(source.path))
-    apart = min(HELD_OUT_SAMPLES, number // 2)
-    held_out, own = samples.tokens[:apart], samples.tokens[apart:]
+    apart = min(HELD_OUT_SAMPLES, len(samples.tokens) // 2)
+    own = samples.tokens[apart:]
+    held_out = samples.tokens[:apart] if apart else own  # of a single sample, there is nothing else
     tensors, widths, dtype = plan.quantized(), widths_of(plan.format), compute_dtype(place)
 
     @cache
@@ -118,25 +127,29 @@ def measured_bits(
     lacking = "There is too little memory for the whole model, whose sensitivity is measured. Use whole `bits`."
     with memory_errors(lacking):
         table = cached_tensor("sensitivity", key, measure, keep=CACHED)
-        rows = zip(tensors, table.tolist(), strict=True)
-        losses = {tensor.module: dict(zip(widths, _evened(tensor, row), strict=True)) for tensor, row in rows}
+        found = {tensor.module: row for tensor, row in zip(tensors, table.tolist(), strict=True)}
+        losses = {module: dict(zip(widths, row, strict=True)) for module, row in _evened(tensors, found).items()}
         bits, equal = choose(plan, budget, losses), equal_widths(plan, budget)
-        facts = {**asdict(budget), "measured_on": samples.origin}
         if equal and equal != bits:
             ways = [bits, equal]
             key = sha256(repr((key, ways, held_out.tolist())).encode()).hexdigest()[:24]
             chosen, alike = cached_tensor("sensitivity", key, lambda: compare(ways), keep=CACHED).tolist()
-            facts |= {"divergence_rounded": chosen, "divergence_rounded_with_equal_bits": alike}
-            bits = bits if chosen < alike else equal
-    return bits, facts
+            if chosen >= alike:
+                message = "bits of each matrix's own were no better on other text than equal ones, which are taken."
+                warnings.warn(message, HlwqWarning, stacklevel=2)
+                bits = equal
+    return bits, {**asdict(budget), "measured_on": samples.origin}
 
 
-def _evened(tensor: PlannedTensor, losses: Sequence[float]) -> list[float]:
-    """The losses of a matrix by width, as they are after its solver has made up for some of them."""
-    of_weight = losses[0] / tensor.spec.parameters
-    if not (tensor.calibrated and of_weight):
-        return list(losses)
-    return [loss * of_weight ** (CALIBRATED_POWER - 1) for loss in losses]
+def _evened(tensors: Sequence[PlannedTensor], losses: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+    """Losses by the module and the width, as they are after solvers have made up for some of them."""
+    of_weight = {each.module: losses[each.module][0] / each.spec.parameters for each in tensors}
+    calibrated = [each.module for each in tensors if each.calibrated and of_weight[each.module] > 0]
+    factors = dict.fromkeys(of_weight, 1.0)
+    if calibrated:
+        usual = exp(fmean(log(of_weight[module]) for module in calibrated))
+        factors |= {module: (of_weight[module] / usual) ** (CALIBRATED_POWER - 1) for module in calibrated}
+    return {module: [factor * loss for loss in losses[module]] for module, factor in factors.items()}
 
 
 def _log_probabilities(model: Any, sample: Tensor) -> Tensor:

@@ -88,8 +88,8 @@ class Plan:
         dtype: the model's own dtype.
         tensors: one entry for each tensor of the source, in its order.
         remarks: what the user may want to know, one line each.
-        budget: what the codes may cost, where each matrix has its own bits.
         warnings: what the user should know before the work is done, one line each.
+        budget: what the codes may cost, where each matrix has its own bits.
     """
 
     layout: ModelLayout
@@ -264,7 +264,7 @@ def make_plan(
             outputs = tuple(output_format.outputs(module, (spec.shape[0], spec.shape[1]), stages[-1].grid, dtype))
             planned.append(PlannedTensor(spec, "quantize", "", unit, stages, outputs))
         else:
-            reason = _why_kept(spec.name, layout, matrices, required)
+            reason = _why_kept(spec.name, layout, matrices, required, output_format)
             planned.append(PlannedTensor(spec, "copy", reason, unit, (), (spec,)))
     if recipe.calibrated and layout.embedding in chosen and not layout.tied:
         remarks["the embedding is rounded to nearest: layers and the output head are calibrated"] = None
@@ -472,15 +472,19 @@ def _unit(name: str, layout: ModelLayout) -> str:
     return layer_unit(int(match[1])) if match and int(match[1]) < len(layout.layers) else REST
 
 
-def _why_kept(name: str, layout: ModelLayout, matrices: dict[str, Matrix], required: Container[str]) -> str:
+def _why_kept(
+    name: str, layout: ModelLayout, matrices: dict[str, Matrix], required: Container[str], output_format: Format
+) -> str:
     for prefix, reason in layout.family.kept.items():
         if name.startswith(prefix):
             return reason
     module = name.rpartition(".")[0]
     if module == layout.embedding:
-        return "embedding (`include_embeddings` quantizes it)"
+        return "embedding" + (" (`include_embeddings` quantizes it)" if output_format.holds_embeddings else "")
     if module == "lm_head":
-        return "output head (`include_embeddings` quantizes it)"
+        if output_format.holds_head:
+            return "output head (`include='lm_head'` quantizes it)"
+        return "output head" + (" (`include_embeddings` quantizes it)" if output_format.holds_embeddings else "")
     if module in matrices and name.endswith(".weight"):
         return matrices[module].keep or "excluded"
     if name in required:

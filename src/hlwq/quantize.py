@@ -49,9 +49,9 @@ def _planned(reader: Reader, request: Request, bits: Mapping[str, int] | None = 
     recipe = request.changed_recipe()
     plan = make_plan(reader, recipe, request.format, request.selection)
     if budget := request.budget:
-        bits = bits or choose(plan, budget, unmeasured(plan))
-        plan = make_plan(reader, recipe, request.format, request.selection, bits=bits)
-        plan = replace(plan, budget=budget, remarks=(*plan.remarks, widths_told(plan)))
+        chosen = bits or choose(plan, budget, unmeasured(plan))
+        plan = make_plan(reader, recipe, request.format, request.selection, bits=chosen)
+        plan = replace(plan, budget=budget, remarks=(*plan.remarks, widths_told(plan, measured=bits is not None)))
     if request.recipe is None:
         other = "`recipe='rtn'` takes seconds" if recipe.calibrated else "with transformers installed it would be best"
         plan = replace(plan, remarks=(f"recipe {recipe.name}, since none was named; {other}", *plan.remarks))
@@ -98,7 +98,7 @@ def run_request(request: Request, out: Path, progress: Progress | None = None) -
     if plan.budget:
         calibration = request.calibration or Calibration()
         bits, origin["budget"] = measured_bits(reader, plan, plan.budget, calibration, request.device, progress)
-        plan = _planned(reader, request, bits)
+        plan = replace(_planned(reader, request, bits), budget=None)  # it is spent
     result = run_plan(
         reader,
         plan,

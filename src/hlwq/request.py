@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from math import isfinite
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -115,10 +116,11 @@ class Request:
         if self.shard_bytes < 1:
             raise RequestError(f"`max_shard_size` is {self.max_shard_size}; it must be positive.")
         bits = self.changes.get("bits")
-        if isinstance(bits, float) and bits.is_integer():
-            object.__setattr__(self, "changes", {**self.changes, "bits": int(bits)})
-        if isinstance(bits, float) and not isfinite(bits):
-            raise RequestError(f"`bits` is {bits}; it must be a number.", argument="bits")
+        if bits is not None:
+            if isinstance(bits, bool) or not isinstance(bits, Real) or not isfinite(bits):
+                raise RequestError(f"`bits` is {bits!r}; it must be a number.", argument="bits")
+            exact = float(bits)
+            object.__setattr__(self, "changes", {**self.changes, "bits": int(exact) if exact.is_integer() else exact})
         if self.size is not None and bits is not None:
             raise RequestError("`size` decides on the bits of each matrix. Leave `bits` out.", argument="size")
 
@@ -184,10 +186,13 @@ class Request:
                 message = f"{budget.words} is for recipes that round once, and {recipe.name} does not. Use rtn or hlwq."
                 raise RequestError(message, argument=budget.argument)
         recipe = changed(recipe, changes)
-        if self.calibration is not None and not recipe.calibrated and budget is None:
-            raise RequestError(
-                f"Calibration data changes nothing: recipe {recipe.name} rounds to nearest.", argument="calibration"
-            )
+        if self.calibration is not None and not recipe.calibrated:
+            nearest = f"recipe {recipe.name} rounds to nearest."
+            if budget is None:
+                raise RequestError(f"Calibration data changes nothing: {nearest}", argument="calibration")
+            for name in ("generated_samples", "batch_size", "offload_activations"):
+                if getattr(self.calibration, name):
+                    raise RequestError(f"`{name}` changes nothing: {nearest}", argument=name)
         return recipe
 
 

@@ -16,11 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hlwq.errors import CheckpointError, HlwqError
 from hlwq.families import ModelLayout
+from hlwq.matrix import CHUNK_WEIGHTS
 from hlwq.plan import PlannedTensor
+from hlwq.recipes import Stage
 from hlwq.solvers import Nearest
 from hlwq.transformers_models import quiet_transformers
-from hlwq.work import quantize_matrix
+from hlwq.work import check_finite, quantize_matrix
 
 Read = Callable[[str], Tensor]
 
@@ -53,8 +56,9 @@ def gradient_squares(
         parameter.grad = None
         if gradient is None:
             return
-        rotated = stage.basis.rotate(gradient.float()).square_().unflatten(1, (-1, stage.grid.group_size)).sum(-1).cpu()
-        squares[tensor.module] = squares.get(tensor.module, 0) + rotated
+        groups = partial(_by_group, stage=stage)
+        summed = torch.cat([groups(rows.float()).sum(-1).cpu() for rows in gradient.split(_rows(gradient))])
+        squares[tensor.module] = squares.get(tensor.module, 0) + summed
 
     model.requires_grad_(False)
     hooks = []
@@ -65,6 +69,8 @@ def gradient_squares(
     with quiet_transformers(), torch.enable_grad():
         for done, sample in enumerate(tokens):
             logits = model(input_ids=sample[None].to(model.device), use_cache=False).logits[0].float()
+            if not torch.isfinite(logits).all():
+                raise CheckpointError("the model's predictions are not finite. Is the checkpoint damaged?")
             drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
             nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()
             progress(done + 1)
@@ -86,10 +92,17 @@ def parameter_of(model: Any, layout: ModelLayout, module: str) -> nn.Parameter:
 
 
 def rounded(weights: Tensor, tensor: PlannedTensor, bits: int, device: torch.device) -> Tensor:
-    """Weights rounded to nearest codes of another width than planned, float32 on the CPU."""
+    """Weights rounded to nearest codes of another width than planned, float32 on the CPU.
+
+    Raises:
+        UnsupportedError: a group's parameters overflow.
+    """
     stage = tensor.stages[-1]
     grid = stage.grid.with_bits(bits)
-    matrix, _ = quantize_matrix(weights, [replace(stage, grid=grid, solver=Nearest())], device)
+    try:
+        matrix, _ = quantize_matrix(weights, [replace(stage, grid=grid, solver=Nearest())], device)
+    except HlwqError as error:
+        raise error.about(tensor.spec.name) from None
     return matrix.dequantize()
 
 
@@ -113,11 +126,23 @@ def divergences(
     """
     losses: dict[str, dict[int, float]] = {}
     for done, tensor in enumerate(tensors):
-        weights, stage = read(tensor.spec.name).float(), tensor.stages[-1]
+        weights, stage = read(tensor.spec.name), tensor.stages[-1]
+        check_finite(weights, tensor.spec.name)
         losses[tensor.module] = {}
         for bits in widths:
-            error = stage.basis.rotate(rounded(weights, tensor, bits, device) - weights)
-            variance = error.square_().unflatten(1, (-1, stage.grid.group_size)).mean(-1)
+            error = rounded(weights, tensor, bits, device).sub_(weights)
+            variance = torch.cat([_by_group(rows, stage).mean(-1) for rows in error.split(_rows(error))])
             losses[tensor.module][bits] = float((variance * squares[tensor.module]).sum(dtype=torch.float64)) / 2
         progress(done + 1)
     return losses
+
+
+def _by_group(values: Tensor, stage: Stage) -> Tensor:
+    """The squares of values (rows, in) in the coordinates that are rounded, (rows, groups, group)."""
+    squares: Tensor = stage.basis.rotate(values).square_().unflatten(1, (-1, stage.grid.group_size))
+    return squares
+
+
+def _rows(values: Tensor) -> int:
+    """Rows that are looked at together."""
+    return max(1, CHUNK_WEIGHTS // values.shape[1])

@@ -224,14 +224,20 @@ def _eval_results(results: dict[str, dict[str, Any]]) -> list[EvalResult]:
 
 def _details(manifest: dict[str, Any]) -> list[str]:
     lines = []
+    budget = manifest.get("origin", {}).get("budget")
+    widths = sorted({module["bits"] for module in manifest["modules"].values()}) if budget else []
     for record in manifest["stages"]:
         stage = Stage.recorded(record)
         basis = "" if stage.basis == Identity() else f"{stage.basis.title}, "
-        lines.append(f"- {basis}{stage.grid.title}, {stage.grid.bits} bits, groups of {stage.grid.group_size}")
+        bits = ", ".join(map(str, widths)) or stage.grid.bits
+        lines.append(f"- {basis}{stage.grid.title}, {bits} bits, groups of {stage.grid.group_size}")
         if stage.solver.needs:
             values = {name: value for name, value in recorded(stage.solver).items() if name != "name"}
             options = ", ".join(f"{name} {value}" for name, value in values.items())
             lines.append(f"- {stage.solver.title}; {options}")
+    if budget:
+        measured = ", ".join(inline(Path(each["source"]).name) for each in budget["measured_on"]["sources"])
+        lines.append(f"- bits of each matrix by what its rounding does to the model's predictions, on {measured}")
     calibration = manifest.get("calibration")
     if calibration:
         sources = ", ".join(inline(Path(each["source"]).name) for each in calibration["sources"])
@@ -295,7 +301,8 @@ def _caveats(manifest: dict[str, Any], results: dict[str, dict[str, Any]]) -> li
         caveats.append("HumanEval has 164 problems: differences of a few points are within its interval.")
         if unfinished := results["humaneval"]["result"].get("unfinished"):
             caveats.append(f"{unfinished} answers to HumanEval were still going on at their last token.")
-    calibration = (manifest.get("calibration") or {}).get("sources", ())
+    calibration = list((manifest.get("calibration") or {}).get("sources", ()))
+    calibration += (manifest.get("origin", {}).get("budget") or {}).get("measured_on", {}).get("sources", ())
     first = manifest.get("origin", {}).get("made_by")
     if first and manifest.get("stages"):
         caveats.append(f"The weights were rounded twice: by recipe {code(first['recipe'])}, then as described above.")
