@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from checkpoints import FAMILY_NAMES, model_config, some_names
 
+from hlwq.errors import UnsupportedError
 from hlwq.families import Layer, describe
 from hlwq.families.derived import derived_decoder
 
@@ -22,6 +23,18 @@ def without_engines(layer: Layer) -> Layer:
         for step in layer.steps
     )
     return replace(layer, steps=tuple(steps))
+
+
+def test_a_model_whose_layers_stand_elsewhere_is_refused() -> None:
+    config = {
+        "architectures": ["BloomForCausalLM"],
+        "model_type": "bloom",
+        "hidden_size": 64,
+        "n_layer": 1,
+        "n_head": 2,
+    }
+    with pytest.raises(UnsupportedError, match="the layers of BloomModel do not run one by one"):
+        derived_decoder(config)
 
 
 @pytest.mark.parametrize("overrides", VARIANTS, ids=str)
