@@ -15,7 +15,7 @@ from torch import nn
 from hlwq import Calibration, HlwqError, RequestError
 from hlwq.allocation import Choice, allocate, units
 from hlwq.decoded import DecodedCheckpoint
-from hlwq.demo import bundled_model
+from hlwq.demo import bundled_model, held_out_text
 from hlwq.errors import HlwqWarning
 from hlwq.evaluate.model import load_model
 from hlwq.files import hash_file, read_json
@@ -67,7 +67,7 @@ def test_expected_divergences_are_those_measured() -> None:
     """Each matrix of a layer rounded alone: the divergence found is the one expected, within a factor of two."""
     _, plan = plan_for(Request.of(bundled_model(), "rtn", format="mlx", bits=3))
     model, tokenizer = load_model(bundled_model(), "cpu", torch.float32)
-    text = (Path(__file__).parents[1] / "README.md").read_text()
+    text = held_out_text().read_text(encoding="utf-8")
     tokens = torch.tensor(tokenizer(text)["input_ids"][: 12 * 128]).reshape(12, 128)
     tensors = [tensor for tensor in plan.quantized() if ".layers.1." in tensor.spec.name]
     squares = gradient_squares(model, plan.layout, tensors, tokens, 0, lambda done: None)

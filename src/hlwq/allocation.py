@@ -64,9 +64,8 @@ def widths_told(plan: Plan, *, measured: bool) -> str:
     weights = sum(tensor.spec.parameters for tensor in quantized)
     mean = sum(tensor.scheme.bits * tensor.spec.parameters for tensor in quantized) / weights
     counts = ", ".join(f"{bits} bits in {numbers[bits]}" for bits in sorted(numbers))
-    return (
-        f"{counts} matrices; {mean:.2f} in the mean of all weights{'' if measured else ', before it is measured which'}"
-    )
+    which = "" if measured else ", before it is measured which"
+    return f"{counts} matrices; {mean:.2f} in the mean of all weights{which}"
 
 
 def unmeasured(plan: Plan) -> dict[str, dict[int, float]]:

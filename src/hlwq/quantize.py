@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -95,10 +96,12 @@ def run_request(request: Request, out: Path, progress: Progress | None = None) -
         "include": list(selection.include),
         "exclude": list(selection.exclude),
     }
+    started = time.monotonic()
     if plan.budget:
         calibration = request.calibration or Calibration()
         bits, origin["budget"] = measured_bits(reader, plan, plan.budget, calibration, request.device, progress)
         plan = replace(_planned(reader, request, bits), budget=None)  # it is spent
+    measuring = time.monotonic() - started
     result = run_plan(
         reader,
         plan,
@@ -109,7 +112,7 @@ def run_request(request: Request, out: Path, progress: Progress | None = None) -
         shard_bytes=request.shard_bytes,
         progress=progress,
     )
-    return replace(result, out=expanded(out))
+    return replace(result, out=expanded(out), seconds=measuring + result.seconds)
 
 
 def convert(

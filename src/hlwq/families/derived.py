@@ -3,7 +3,7 @@
 A model is built without weights, and each kind of layer runs once on the `meta` device, where tensors have shapes and
 no values: linear layers that are handed the same tensor share an input, and a sum with a layer's output tells which
 hidden states that output is added to.
-"""
+
 
 from __future__ import annotations
 
@@ -17,11 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from hlwq.errors import UnsupportedError, reason
 from hlwq.families.family import Layer, Matrix
 from hlwq.transformers_models import build_skeleton, quiet_transformers
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 """Matrices that every engine runs as one if they share an input, by the name of the whole."""
+SUMS = ("add", "add_", "__add__", "__radd__", "__iadd__")
+"""The names of torch's functions that add two tensors."""
 TOKENS = 4
 """Tokens of the sample that goes through a layer."""
 
@@ -45,7 +48,7 @@ def derived_decoder(config: dict[str, Any]) -> Decoder:
     """The decoder of a `config.json`.
 
     Raises:
-        UnsupportedError: transformers does not know the model, or a layer of it is none that can be run alone.
+        UnsupportedError: transformers does not know the model, or its layers do not run one by one.
         CheckpointError: the configuration makes no model.
     """
     return _derived(json.dumps(config, sort_keys=True))
@@ -53,8 +56,16 @@ def derived_decoder(config: dict[str, Any]) -> Decoder:
 
 @lru_cache(maxsize=16)
 def _derived(config: str) -> Decoder:
-    skeleton = build_skeleton(json.loads(config), tied=False)
-    decoder = skeleton.get_decoder()
+    decoder = build_skeleton(json.loads(config), tied=False).get_decoder()
+    try:
+        return _described(decoder)
+    except Exception as error:  # of the model's own code
+        model = type(decoder).__name__
+        raise UnsupportedError(f"the layers of {model} do not run one by one ({reason(error)}).") from None
+
+
+def _described(decoder: Any) -> Decoder:
+    """Run each kind of layer once, and describe what was seen."""
     others = {name: tuple(each.shape) for name, each in decoder.state_dict().items() if not name.startswith("layers.")}
     given, norm = _given(decoder)
     known: dict[Any, Layer] = {}
@@ -62,7 +73,7 @@ def _derived(config: str) -> Decoder:
     for layer, (positional, named) in zip(decoder.layers, given, strict=True):
         kind = type(layer), tuple((name, each.shape) for name, each in layer.state_dict().items())
         if kind not in known:
-            known[kind] = _described(layer, positional, named)
+            known[kind] = _described_layer(layer, positional, named)
         layers.append(known[kind])
     return Decoder(tuple(layers), others, norm)
 
@@ -76,8 +87,8 @@ def _given(decoder: Any) -> tuple[list[tuple[tuple[Any, ...], dict[str, Any]]], 
         if name != "layers":
             for module in child.modules():
                 for own, parameter in list(module.named_parameters(recurse=False)):
-                    values = torch.zeros(()).expand(parameter.shape)  # which take no memory
-                    setattr(module, own, nn.Parameter(values, requires_grad=False))
+                    zeros = torch.zeros(()).expand(parameter.shape)  # which take no memory
+                    setattr(module, own, nn.Parameter(zeros, requires_grad=False))
     given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     after: list[str] = []
 
@@ -111,13 +122,17 @@ class _Sums(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        added = getattr(func, "__name__", "").strip("_").lstrip("ir") in ("add", "dd")
-        if added and len(args) > 1 and isinstance(args[0], Tensor) and isinstance(args[1], Tensor):
+        if (
+            getattr(func, "__name__", "") in SUMS
+            and len(args) > 1
+            and isinstance(args[0], Tensor)
+            and isinstance(args[1], Tensor)
+        ):
             self.pairs.append((args[0], args[1]))
         return func(*args, **(kwargs or {}))
 
 
-def _described(layer: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> Layer:
+def _described_layer(layer: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> Layer:
     """Run a layer on `meta`, and describe what was seen."""
     layer.to("meta", torch.bfloat16)  # in which all kernels of experts run
     modules = dict(layer.named_modules())
