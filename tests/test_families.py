@@ -101,6 +101,10 @@ def test_what_engines_fuse_shares_its_input_and_its_fate(family: str) -> None:
         "self_attn.qkv_proj": {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"},
         "mlp.gate_up_proj": {"mlp.gate_proj", "mlp.up_proj"},
     }
+    if family in ("phi3", "lfm2"):  # they have wholes, or other names
+        del expected["self_attn.qkv_proj"]
+    if family in ("phi3", "glm4", "starcoder2", "lfm2"):
+        del expected["mlp.gate_up_proj"]
     if family.startswith("qwen3_5"):
         expected["linear_attn.in_proj_qkvz"] = {"linear_attn.in_proj_qkv", "linear_attn.in_proj_z"}
         expected["linear_attn.in_proj_ba"] = {"linear_attn.in_proj_b", "linear_attn.in_proj_a"}

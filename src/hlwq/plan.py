@@ -15,7 +15,7 @@ from hlwq.calibration import GENERATION_BYTES, Calibration, calibration_memory, 
 from hlwq.containers import DTYPES, TensorSpec, spec_of
 from hlwq.devices import available_memory, compute_dtype, torch_device
 from hlwq.errors import CheckpointError, HlwqError, RequestError, UnsupportedError
-from hlwq.families import FLOATS, Matrix, ModelLayout, describe, model_dtype
+from hlwq.families import FAMILIES, FLOATS, Matrix, ModelLayout, describe, model_dtype
 from hlwq.formats import FORMATS, Contents, Format, Scheme, format_named
 from hlwq.grids import UniformGrid
 from hlwq.matrix import CHUNK_WEIGHTS
@@ -250,7 +250,7 @@ def make_plan(
     planned = []
     for spec in source.tensors.values():
         module, unit = spec.name.rpartition(".")[0], _unit(spec.name, layout)
-        if spec.name == "lm_head.weight" and layout.tied:
+        if spec.name == f"{layout.output_head}.weight" and layout.tied:
             planned.append(PlannedTensor(spec, "drop", f"tied to {layout.embedding}.weight", unit))
         elif spec.name == f"{module}.weight" and module in chosen:
             unrotated = output_format.unrotated(layout, matrices.get(module))
@@ -268,19 +268,25 @@ def make_plan(
             planned.append(PlannedTensor(spec, "copy", reason, unit, (), (spec,)))
     if recipe.calibrated and layout.embedding in chosen and not layout.tied:
         remarks["the embedding is rounded to nearest: layers and the output head are calibrated"] = None
-    if layout.tied and "lm_head.weight" in source.tensors:
-        remarks["lm_head.weight is dropped: config.json ties it to the embedding"] = None
+    if layout.tied and f"{layout.output_head}.weight" in source.tensors:
+        remarks[f"{layout.output_head}.weight is dropped: config.json ties it to the embedding"] = None
     plan = Plan(layout, recipe, output_format, dtype, tuple(planned), tuple(remarks))
     return replace(plan, warnings=(*_unknown(plan), *output_format.cautions(plan.contents())))
 
 
 def _unknown(plan: Plan) -> Iterator[str]:
-    """What to say of tensors that are no part of the model as its family is known."""
+    """What to say of a family that is not known, and of tensors that are no part of the model as it is known."""
+    family = plan.layout.family
+    if family not in FAMILIES:
+        yield (
+            f"{family.name} is none of the models that hlwq is tested with (`hlwq models`): its layers are quantized as "
+            "transformers describes them, and engines may want more. Try the result before you share it"
+        )
     names = [tensor.spec.name for tensor in plan.tensors if tensor.reason == UNKNOWN]
     if names:
         shown = ", ".join(names[:SHOWN_NAMES]) + (", …" if len(names) > SHOWN_NAMES else "")
         yield (
-            f"{len(names)} tensors are no part of a {plan.layout.family.name} model and are copied as they are; an "
+            f"{len(names)} tensors are no part of a {family.name} model and are copied as they are; an "
             f"engine may refuse them: {shown}"
         )
 
@@ -346,7 +352,7 @@ def _choose(source: Headers, layout: ModelLayout, selection: Selection, usual: s
 
 
 def _embeddings(layout: ModelLayout) -> list[str]:
-    return [layout.embedding] if layout.tied else [layout.embedding, "lm_head"]
+    return [layout.embedding] if layout.tied else [layout.embedding, layout.output_head]
 
 
 def _check_chosen(layout: ModelLayout, output_format: Format, chosen: set[str], selection: Selection) -> None:
@@ -363,7 +369,7 @@ def _check_unheld(layout: ModelLayout, output_format: Format, chosen: set[str], 
     parts, remedy = "embedding or output head", "leave them out"
     if output_format.holds_head and not layout.tied:
         parts, remedy = "embedding", "`include='lm_head'`, for the output head alone"
-    unheld = {layout.embedding, *([] if parts == "embedding" else ["lm_head"])}
+    unheld = {layout.embedding, *([] if parts == "embedding" else [layout.output_head])}
     if chosen & unheld:
         raise UnsupportedError(
             f"format {output_format.name} cannot hold a quantized {parts} that engines load. Use format "
@@ -475,13 +481,13 @@ def _unit(name: str, layout: ModelLayout) -> str:
 def _why_kept(
     name: str, layout: ModelLayout, matrices: dict[str, Matrix], required: Container[str], output_format: Format
 ) -> str:
-    for prefix, reason in layout.family.kept.items():
-        if name.startswith(prefix):
-            return reason
+    for beginning, part in layout.beside.items():
+        if name.startswith(beginning):
+            return part
     module = name.rpartition(".")[0]
     if module == layout.embedding:
         return "embedding" + (" (`include_embeddings` quantizes it)" if output_format.holds_embeddings else "")
-    if module == "lm_head":
+    if module == layout.output_head:
         if output_format.holds_head:
             return "output head (`include='lm_head'` quantizes it)"
         return "output head" + (" (`include_embeddings` quantizes it)" if output_format.holds_embeddings else "")

@@ -14,12 +14,10 @@ from hlwq.calibration import Calibration
 from hlwq.errors import RequestError
 from hlwq.options import check_types, option, several
 from hlwq.recipes import Recipe, changed, recipe_named, stage_options
-from hlwq.transformers_models import has_transformers
 
 
-def usual_recipe() -> str:
-    """The name of the recipe that is used unless another is named: `best`, or `rtn` where nothing can be calibrated."""
-    return "best" if has_transformers() else "rtn"
+USUAL_RECIPE = "best"
+"""The recipe that is used unless another is named."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +172,7 @@ class Request:
             RequestError: a change would change nothing or is out of range, or calibration data are given to a recipe
                 that needs none.
         """
-        name = usual_recipe() if self.recipe is None else self.recipe
+        name = USUAL_RECIPE if self.recipe is None else self.recipe
         recipe = recipe_named(name) if isinstance(name, str) else name
         recipe = recipe.in_format(self.format)
         if self.effort is not None:

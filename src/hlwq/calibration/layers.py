@@ -79,7 +79,7 @@ class LayerRunner:
         self._layout, self._device = layout, device
         # In float16 the activations of many models overflow.
         self._dtype = compute_dtype(device, torch.float32 if dtype == torch.float16 else dtype)
-        self._decoder = build_skeleton(config, tied=layout.tied).get_decoder()
+        self._decoder = build_skeleton(config, tied=layout.tied, dtype=self._dtype).get_decoder()
         self._norm = self._decoder.get_submodule(layout.norm)
         self._decoder.set_submodule(layout.norm, nn.Identity())
         ids, places = tokens.unique(return_inverse=True)

@@ -13,7 +13,7 @@ from hlwq.devices import compute_dtype, torch_device
 from hlwq.errors import CheckpointError, HlwqError, RequestError, reason
 from hlwq.families import describe
 from hlwq.plan import check_tensors
-from hlwq.transformers_models import build_skeleton, load_tokenizer, quiet_transformers, require_transformers
+from hlwq.transformers_models import build_skeleton, load_tokenizer, quiet_transformers
 
 
 def load_for_evaluation(path: Path, device: str | None = None) -> tuple[Any, Any]:
@@ -106,7 +106,8 @@ def load_packed(path: Path, device: str | None = None) -> tuple[Any, Any]:
         RequestError: the directory is of another format.
         HlwqError: transformers is not installed, the directory cannot be read, or the device cannot be used.
     """
-    transformers = require_transformers()
+    import transformers
+
     target = torch_device(device)
     checkpoint = DecodedCheckpoint(path)
     check_tensors(checkpoint, describe(checkpoint.config, checkpoint.tensors))

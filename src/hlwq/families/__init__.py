@@ -21,6 +21,7 @@ from hlwq.families.dense import DENSE
 from hlwq.families.derived import derived_decoder
 from hlwq.families.family import Family, Layer, Matrix, MlxModel, Restoration
 from hlwq.families.qwen3_5 import QWEN3_5
+from hlwq.transformers_models import model_types_of, transformers_version
 
 __all__ = [
     "FAMILIES",
@@ -49,6 +50,19 @@ WRAPPERS = {
 }
 """Beginnings of names in checkpoints that were saved from around a model."""
 FAMILIES = (*DENSE, QWEN3_5)
+"""Those that hlwq is tested with."""
+PARTS = {
+    "visual": "vision tower",
+    "vision_tower": "vision tower",
+    "vision_model": "vision tower",
+    "vision_encoder": "vision tower",
+    "embed_vision": "vision tower",
+    "audio_tower": "audio tower",
+    "embed_audio": "audio tower",
+    "multi_modal_projector": "projector of the vision tower",
+    "mtp": "multi-token prediction head",
+}
+"""What is in checkpoints beside a decoder, by a part of its tensors' names."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +72,14 @@ class ModelLayout:
     Attributes:
         family: which family.
         text_config: the configuration of the decoder.
-        prefix: the names before `embed_tokens`, such as `model.language_model.`
+        prefix: the names before the decoder's, such as `model.language_model.`
         layers: the decoder layers, in order.
         others: the decoder's tensors outside its layers, by their paths in it, with their shapes.
+        embedding: the embedding's module path.
         norm: the module, by its path in the decoder, whose outputs the output head is given.
+        output_head: the module path that an output head has if it is not the embedding.
         tied: the output head is the embedding.
+        beside: the beginnings of names of parts outside the decoder that are never quantized, and what they are.
     """
 
     family: Family
@@ -70,18 +87,16 @@ class ModelLayout:
     prefix: str
     layers: list[Layer]
     others: Mapping[str, tuple[int, ...]]
+    embedding: str
     norm: str
+    output_head: str
     tied: bool
-
-    @property
-    def embedding(self) -> str:
-        """The embedding's module path."""
-        return f"{self.prefix}embed_tokens"
+    beside: Mapping[str, str]
 
     @property
     def head(self) -> str:
         """The module path of the output head, which is the embedding where they are tied."""
-        return self.embedding if self.tied else "lm_head"
+        return self.embedding if self.tied else self.output_head
 
     def layer_prefix(self, index: int) -> str:
         """The names before a decoder layer's modules."""
@@ -115,7 +130,7 @@ class ModelLayout:
                     required[f"{prefix}{matrix.name}.bias"] = matrix.shape[:1]
             required |= {prefix + name: shape for name, shape in layer.others.items()}
         if not self.tied:
-            required["lm_head.weight"] = embedding
+            required[f"{self.output_head}.weight"] = embedding
         return required
 
 
@@ -130,18 +145,23 @@ def check_supported(config: dict[str, Any]) -> Family:
     family = family_of(config)
     if family is not None:
         return family
-    supported = ", ".join(name for family in FAMILIES for name in family.architectures)
-    experts = " Mixture-of-experts models are not supported yet." if "Moe" in architectures[0] else ""
     raise UnsupportedError(
-        f"config.json: architecture {architectures[0]} is not supported.{experts} Supported are: {supported}."
+        f"config.json: {architectures[0]} is no causal language model that transformers {transformers_version()} knows. "
+        "Upgrade transformers, or correct the file."
     )
 
 
 def family_of(config: dict[str, Any]) -> Family | None:
-    """The family of a `config.json`, or None if it is not supported."""
+    """The family of a `config.json`: one of `FAMILIES`, or what transformers knows of another; None if that is nothing."""
     architectures = config.get("architectures")
     first = architectures[0] if isinstance(architectures, list) and architectures else None
-    return next((family for family in FAMILIES if first in family.architectures), None)
+    if not isinstance(first, str):
+        return None
+    known = next((family for family in FAMILIES if first in family.architectures), None)
+    if known is not None:
+        return known
+    model_types = model_types_of(first)
+    return Family(first, (first,), model_types) if model_types else None
 
 
 def model_dtype(config: dict[str, Any], tensors: Iterable[TensorSpec] = ()) -> str:
@@ -186,22 +206,51 @@ def describe(config: dict[str, Any], names: Collection[str]) -> ModelLayout:
         UnsupportedError: the architecture is not supported.
     """
     family = check_supported(config)
-    text_config = text_config_of(config, wrapped=config["architectures"][0] in family.wrappers)
+    text_config = text_config_of(config, wrapped=config["architectures"][0].endswith("ForConditionalGeneration"))
     check_entries(config, text_config, family.name)
     check_model_type(config, family.model_types)
-    prefix = next((prefix for prefix in family.prefixes if f"{prefix}embed_tokens.weight" in names), None)
-    if prefix is None:
-        name = f"{family.prefixes[0]}embed_tokens.weight"
-        raise CheckpointError(f"tensor {name} is missing. {_why_missing(name, names)}", tensor=name)
-    check_layers(text_config, _stored_layers(names, f"{prefix}layers."))
-    said = {each["tie_word_embeddings"] for each in (config, text_config) if "tie_word_embeddings" in each}
-    tied = said.pop() if len(said) == 1 else "lm_head.weight" not in names
+    check_layers(text_config, _stored_layers(names))
     decoder = derived_decoder(config)
-    layers = [family.adapted(layer) for layer in decoder.layers]
-    return ModelLayout(family, text_config, prefix, layers, decoder.others, decoder.norm, tied)
+    name = f"{decoder.embedding}.weight"
+    prefixes = [each.removesuffix(name) for each in names if each == name or each.endswith(f".{name}")]
+    prefixes = [each for each in prefixes if _stored_layers(names, each)]
+    if not prefixes:
+        name = decoder.place + name
+        raise CheckpointError(f"tensor {name} is missing. {_why_missing(name, names)}", tensor=name)
+    prefix = decoder.place if decoder.place in prefixes else min(prefixes, key=len)
+    heads = [each.removesuffix(".weight") for each in names if each.endswith(f"{decoder.head}.weight")]
+    said = {each["tie_word_embeddings"] for each in (config, text_config) if "tie_word_embeddings" in each}
+    return ModelLayout(
+        family=family,
+        text_config=text_config,
+        prefix=prefix,
+        layers=[family.adapted(layer) for layer in decoder.layers],
+        others=decoder.others,
+        embedding=prefix + decoder.embedding,
+        norm=decoder.norm,
+        output_head=heads[0] if heads else decoder.head,
+        tied=said.pop() if len(said) == 1 else not heads,
+        beside=_beside(names, f"{prefix}layers."),
+    )
 
 
-def _stored_layers(names: Collection[str], prefix: str) -> int:
-    """How many layers there are tensors of, by the names."""
-    numbers = {name.removeprefix(prefix).partition(".")[0] for name in names if name.startswith(prefix)}
-    return len({int(number) for number in numbers if number.isascii() and number.isdigit() and len(number) < 10})
+def _beside(names: Collection[str], layers: str) -> dict[str, str]:
+    """Parts outside the decoder: the beginnings of their tensors' names, and what they are."""
+    found = {}
+    for name in names:
+        segments = [] if name.startswith(layers) else name.split(".")
+        place = next((place for place, segment in enumerate(segments) if segment in PARTS), None)
+        if place is not None:
+            found[".".join(segments[: place + 1]) + "."] = PARTS[segments[place]]
+    return found
+
+
+def _stored_layers(names: Collection[str], prefix: str | None = None) -> int:
+    """How many layers there are tensors of, by the names: behind a prefix, or behind the one with the most."""
+    numbers: dict[str, set[int]] = {}
+    for name in names:
+        before, found, after = name.partition("layers.")
+        number = after.partition(".")[0]
+        if found and number.isascii() and number.isdigit() and len(number) < 10:
+            numbers.setdefault(before, set()).add(int(number))
+    return max(map(len, numbers.values()), default=0) if prefix is None else len(numbers.get(prefix, ()))

@@ -3,7 +3,7 @@
 A model is built without weights, and each kind of layer runs once on the `meta` device, where tensors have shapes and
 no values: linear layers that are handed the same tensor share an input, and a sum with a layer's output tells which
 hidden states that output is added to.
-
+"""
 
 from __future__ import annotations
 
@@ -36,12 +36,18 @@ class Decoder:
     Attributes:
         layers: its layers.
         others: its tensors outside the layers, by their paths in it, with their shapes.
+        embedding: the module, by its path in it, that token ids go through.
         norm: the module, by its path in it, that the last layer's outputs go through.
+        place: the names before all of these in the whole model, such as `model.`.
+        head: the output head, by its path in the whole model.
     """
 
     layers: tuple[Layer, ...]
     others: Mapping[str, tuple[int, ...]]
+    embedding: str
     norm: str
+    place: str
+    head: str
 
 
 def derived_decoder(config: dict[str, Any]) -> Decoder:
@@ -56,16 +62,21 @@ def derived_decoder(config: dict[str, Any]) -> Decoder:
 
 @lru_cache(maxsize=16)
 def _derived(config: str) -> Decoder:
-    decoder = build_skeleton(json.loads(config), tied=False).get_decoder()
+    model = build_skeleton(json.loads(config), tied=False)
+    decoder = model.get_decoder()
     try:
-        return _described(decoder)
+        return _described(model, decoder)
     except Exception as error:  # of the model's own code
         model = type(decoder).__name__
         raise UnsupportedError(f"the layers of {model} do not run one by one ({reason(error)}).") from None
 
 
-def _described(decoder: Any) -> Decoder:
+def _described(model: Any, decoder: Any) -> Decoder:
     """Run each kind of layer once, and describe what was seen."""
+    name_of = {module: name for name, module in model.named_modules()}
+    place = f"{name_of[decoder]}." if name_of[decoder] else ""
+    embedding = name_of[decoder.get_input_embeddings()].removeprefix(place)
+    head = name_of[model.get_output_embeddings()]
     others = {name: tuple(each.shape) for name, each in decoder.state_dict().items() if not name.startswith("layers.")}
     given, norm = _given(decoder)
     known: dict[Any, Layer] = {}
@@ -75,7 +86,7 @@ def _described(decoder: Any) -> Decoder:
         if kind not in known:
             known[kind] = _described_layer(layer, positional, named)
         layers.append(known[kind])
-    return Decoder(tuple(layers), others, norm)
+    return Decoder(tuple(layers), others, embedding, norm, place, head)
 
 
 def _given(decoder: Any) -> tuple[list[tuple[tuple[Any, ...], dict[str, Any]]], str]:

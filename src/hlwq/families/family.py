@@ -96,14 +96,10 @@ class Family:
         name: as people write it.
         architectures: what `config.json` says under `architectures`.
         model_types: what it says under `model_type`.
-        wrappers: of the architectures, those whose configuration has the decoder's as `text_config`.
-        prefixes: where the decoder may stand in the checkpoint, as the names before `embed_tokens`.
         fused: the path inside a layer under which engines run a matrix joined with others, by its own path, beside what
             all engines do.
         keep: why a matrix stays in its own dtype unless the user includes it, by its path inside a layer.
-        kept: parts outside the decoder, by the beginning of their tensors' names, and what they are.
         architecture_of: architectures by `model_type`, for configurations that were saved without one.
-        vllm_prefixes: beginnings of names, and what vLLM has in their place.
         vllm_unrotated: fused matrices, by their paths inside a layer, whose inputs vLLM does not rotate.
         vllm_packs_embedding: vLLM's model can hold its embedding as codes.
         mlx: the family in mlx-lm.
@@ -112,13 +108,9 @@ class Family:
     name: str
     architectures: tuple[str, ...]
     model_types: tuple[str, ...]
-    wrappers: tuple[str, ...] = ()
-    prefixes: tuple[str, ...] = ("model.",)
     fused: dict[str, str] = field(default_factory=dict)
     keep: dict[str, str] = field(default_factory=dict)
-    kept: dict[str, str] = field(default_factory=dict)
     architecture_of: dict[str, str] = field(default_factory=dict)
-    vllm_prefixes: dict[str, str] = field(default_factory=dict)
     vllm_unrotated: tuple[str, ...] = ()
     vllm_packs_embedding: bool = True
     mlx: MlxModel = field(default_factory=MlxModel)
@@ -137,10 +129,3 @@ class Family:
             for step in layer.steps
         )
         return replace(layer, steps=tuple(steps))
-
-    def vllm_name(self, name: str) -> str:
-        """A module's name in vLLM, by its name in the checkpoint."""
-        for prefix, theirs in self.vllm_prefixes.items():
-            if name.startswith(prefix):
-                return theirs + name.removeprefix(prefix)
-        return name

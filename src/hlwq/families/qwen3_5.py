@@ -72,8 +72,6 @@ QWEN3_5 = Family(
     "Qwen3.5 (hybrid)",
     ("Qwen3_5ForConditionalGeneration", "Qwen3_5ForCausalLM"),
     ("qwen3_5", "qwen3_5_text"),
-    wrappers=("Qwen3_5ForConditionalGeneration",),
-    prefixes=("model.language_model.", "model."),
     fused={
         "linear_attn.in_proj_qkv": "linear_attn.in_proj_qkvz",
         "linear_attn.in_proj_z": "linear_attn.in_proj_qkvz",
@@ -81,9 +79,7 @@ QWEN3_5 = Family(
         "linear_attn.in_proj_a": "linear_attn.in_proj_ba",
     },
     keep={"linear_attn.in_proj_b": _GATES, "linear_attn.in_proj_a": _GATES},
-    kept={"model.visual.": "vision tower", "mtp.": "multi-token prediction head"},
     architecture_of={"qwen3_5_text": "Qwen3_5ForCausalLM"},
-    vllm_prefixes={"model.language_model.": "language_model.model.", "model.visual.": "visual."},
     vllm_unrotated=("linear_attn.in_proj_qkvz",),
     vllm_packs_embedding=False,
     mlx=MlxModel(

@@ -13,15 +13,12 @@ from hlwq.formats import reading
 from hlwq.formats.base import Contents, Scheme
 from hlwq.patterns import matcher
 
-HEAD = "lm_head"
-HEAD_PATTERN = r"(.*\.)?lm_head$"
-
 
 def kept_patterns(contents: Contents) -> list[str]:
     """Patterns of all that stays in its own dtype: outside the decoder, and modules in it."""
     outside = outside_the_decoder(contents.layout)
-    if HEAD in contents.quantized:
-        outside.remove(HEAD_PATTERN)
+    if contents.layout.output_head in contents.quantized:
+        outside.remove(head_pattern(contents.layout))
     return [*outside, *module_patterns(set(contents.kept), contents.layout)]
 
 
@@ -62,8 +59,13 @@ def outside_the_decoder(layout: ModelLayout) -> list[str]:
 
     vLLM says `visual.…` where the checkpoint says `model.visual.…`: each pattern matches both.
     """
-    kept = [rf"(.*\.)?{re.escape(prefix.removeprefix('model.'))}.*" for prefix in layout.family.kept]
-    return [*kept, HEAD_PATTERN]
+    kept = [rf"(.*\.)?{re.escape(prefix.removeprefix('model.'))}.*" for prefix in layout.beside]
+    return [*kept, head_pattern(layout)]
+
+
+def head_pattern(layout: ModelLayout) -> str:
+    """A pattern of the output head, wherever an engine has it."""
+    return rf"(.*\.)?{re.escape(layout.output_head.rpartition('.')[2])}$"
 
 
 def module_patterns(modules: set[str], layout: ModelLayout) -> list[str]:
