@@ -45,6 +45,7 @@ ARCHITECTURES = {
 }
 FAMILY_NAMES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_5", "qwen3_5_text")
 """Those that tests of everything use."""
+ALL_FAMILY_NAMES = tuple(ARCHITECTURES)
 
 _DECODER = {
     "vocab_size": 96,
@@ -74,23 +75,59 @@ _HYBRID = {
 _OWN: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 32},
     "ministral3": {"head_dim": 32},
-    "gemma2": {"head_dim": 32, "sliding_window": 16},
-    "gemma3_text": {"head_dim": 32, "sliding_window": 16},
+    "gemma2": {"tie_word_embeddings": True, "head_dim": 32, "sliding_window": 16},
+    "gemma3_text": {"tie_word_embeddings": True, "head_dim": 32, "sliding_window": 16},
     "phi3": {"pad_token_id": 0},
-    "smollm3": {"pad_token_id": 0},
+    "smollm3": {"tie_word_embeddings": True, "pad_token_id": 0},
     "olmo3": {"sliding_window": 16},
-    "cohere2": {"sliding_window": 16},
-    "glm4": {"head_dim": 32, "pad_token_id": 0},
-    "exaone4": {"sliding_window": 16},
+    "cohere2": {"tie_word_embeddings": True, "sliding_window": 16},
+    "glm4": {"head_dim": 32, "pad_token_id": 0, "partial_rotary_factor": 0.5},
+    "exaone4": {"sliding_window": 16, "sliding_window_pattern": "LLLG", "head_dim": 32, "rope_scaling": None},
     "seed_oss": {"head_dim": 32},
     "ernie4_5": {"head_dim": 32},
+    "granite": {"tie_word_embeddings": True},
+    "starcoder2": {"tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh"},
     "lfm2": {
+        "tie_word_embeddings": True,
         "num_hidden_layers": 3,
         "layer_types": ["conv", "full_attention", "conv"],
-        "block_auto_adjust_ff_dim": False,
+        **{"block_dim": 128, "block_ff_dim": 256, "block_multiple_of": 32, "block_ffn_dim_multiplier": 1.0},
+        **{"block_auto_adjust_ff_dim": False, "conv_bias": False, "conv_L_cache": 3, "norm_eps": 1e-5},
+    },
+    "qwen3_vl_text": {"head_dim": 32, "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6]}},
+    "gemma4_text": {
+        "tie_word_embeddings": True,
+        "head_dim": 32,
+        "global_head_dim": 64,
+        "sliding_window": 16,
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+        "num_kv_shared_layers": 0,
+        "hidden_size_per_layer_input": 0,
+    },
+    "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 4, "mamba_d_state": 16, "mamba_d_head": 32, "head_dim": 32},
+    "nemotron_h": {
+        "hybrid_override_pattern": "M*-M",
+        "num_hidden_layers": 4,
+        **{"mamba_num_heads": 4, "mamba_head_dim": 32, "ssm_state_size": 16, "n_groups": 2, "head_dim": 32},
     },
 }
 """What a family's small configuration has beside the usual, or instead."""
+_VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+_WRAPPED: dict[str, tuple[str, dict[str, Any]]] = {
+    "mistral3": ("ministral3", {"model_type": "pixtral", "image_size": 28, "patch_size": 14, **_VISION}),
+    "gemma3": ("gemma3_text", {"model_type": "siglip_vision_model", "image_size": 28, "patch_size": 14, **_VISION}),
+    "qwen3_vl": (
+        "qwen3_vl_text",
+        {
+            "model_type": "qwen3_vl",
+            **{"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 128},
+            "deepstack_visual_indexes": [0],
+        },
+    ),
+    "gemma4": ("gemma4_text", {"model_type": "gemma4_vision", **_VISION, "num_key_value_heads": 2, "head_dim": 16}),
+}
+"""What wrappers wrap, and the towers in them."""
 _VISION_WIDTH, _VISION_MLP, _VISION_MERGED = 72, 88, 4 * 72
 
 
@@ -108,6 +145,10 @@ def model_config(family: str, **overrides: Any) -> dict[str, Any]:
             "out_hidden_size": text["hidden_size"],
         }
         config |= {"text_config": text, "vision_config": vision, "tie_word_embeddings": False}
+    elif family in _WRAPPED:
+        inner, vision = _WRAPPED[family]
+        text = {**_DECODER, **_OWN.get(inner, {}), "model_type": inner}
+        config |= {"text_config": text, "vision_config": vision, "tie_word_embeddings": text["tie_word_embeddings"]}
     else:
         config |= _HYBRID if family == "qwen3_5_text" else _DECODER
         config |= _OWN.get(family, {})
@@ -160,6 +201,11 @@ def _save_model(path: Path, config: dict[str, Any]) -> Path:
     """Write what transformers itself saves of such a model, with random values."""
     model = random_model(config)
     model.save_pretrained(path)
+    # Entries that transformers does not keep as they were, and published checkpoints have.
+    saved = json.loads((path / "config.json").read_text())
+    if "text_config" in saved:
+        config = {**config, "text_config": {**saved["text_config"], **config["text_config"]}}
+    (path / "config.json").write_text(json.dumps({**saved, **config}, indent=2))
     (path / "tokenizer.json").write_text("{}")
     return path
 
@@ -176,7 +222,7 @@ def random_model(config: dict[str, Any]) -> Any:
         for name, values in model.named_parameters():
             noise = 0.1 * torch.randn(values.shape, generator=generator)
             # Norms are near 1 (some families add that themselves), matrices near 0.
-            values.copy_(values + noise if values.ndim == 1 else noise / 2)
+            values.copy_(values + noise if values.ndim == 1 else noise)
     return model
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import FAMILY_NAMES, make_checkpoint, some_names
+from checkpoints import ALL_FAMILY_NAMES, make_checkpoint, some_names
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, GraniteConfig
 
@@ -20,12 +20,18 @@ from hlwq.families import ModelLayout, describe
 from hlwq.solvers import INPUTS, ORIGINAL_INPUTS, STREAM, Gram
 
 TOKENS = torch.randint(0, 96, (5, 70), generator=torch.Generator().manual_seed(0))
-NORMED_OR_SCALED = ("gemma2", "gemma3_text", "granite", "olmo2", "olmo3", "glm4", "exaone4")
-"""Families whose matrices' outputs are not added as they are."""
-every_family = pytest.mark.parametrize("family", FAMILY_NAMES)
+WRITERS = {
+    **dict.fromkeys(
+        ("gemma2", "gemma3", "gemma3_text", "gemma4", "gemma4_text", "olmo2", "olmo3", "glm4", "exaone4"), 0
+    ),
+    **dict.fromkeys(("granite", "falcon_h1"), 0),
+    **dict.fromkeys(("cohere2", "nemotron_h"), 1),
+}
+"""Matrices of a layer whose outputs are added to the hidden states as they are, where that is not two."""
+every_family = pytest.mark.parametrize("family", ALL_FAMILY_NAMES)
 
 
-@pytest.fixture(params=FAMILY_NAMES)
+@pytest.fixture(params=ALL_FAMILY_NAMES)
 def source(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Reader:
     monkeypatch.setattr("hlwq.evaluate.model.load_tokenizer", lambda path: None)  # these have none
     return Reader(make_checkpoint(tmp_path / "model", request.param))
@@ -37,7 +43,14 @@ def runner_of(source: Reader, **options: Any) -> tuple[LayerRunner, ModelLayout]
     device = torch.device("cpu")
     options = {"batch_size": len(TOKENS), "needs": frozenset({INPUTS}), **options}
     runner = LayerRunner(
-        source.config, layout, TOKENS, lambda ids: embedding[ids], device=device, dtype=torch.float32, **options
+        source.config,
+        layout,
+        TOKENS,
+        lambda ids: embedding[ids],
+        read=source.read,
+        device=device,
+        dtype=torch.float32,
+        **options,
     )
     return runner, layout
 
@@ -91,21 +104,19 @@ def test_outputs_are_added_to_the_stream_that_the_family_names(source: Reader) -
         for name in {m.stream for m in layer.matrices() if m.stream}:
             hook = partial(lambda name, _, inputs: seen.__setitem__(name, inputs[0]), name)
             module.get_submodule(name).register_forward_pre_hook(hook)
-        writers = [m for m in layer.matrices() if m.stream]
-        for m in writers:
+        for m in layer.matrices():
             hook = partial(lambda name, _, inputs, outputs: seen.__setitem__(name, outputs), m.name)
             module.get_submodule(m.name).register_forward_hook(hook)
         module.register_forward_hook(lambda _, inputs, outputs: seen.__setitem__("end", outputs))
         with torch.no_grad():
             model(input_ids=TOKENS)
         end = seen["end"][0] if isinstance(seen["end"], tuple) else seen["end"]
+        writers = [m for m in layer.matrices() if m.stream]
+        assert len(writers) == WRITERS.get(source.config["model_type"], 2)
         sums = [seen[m.stream] + seen[m.name] for m in writers]
         if source.config["model_type"] == "cohere2":  # both add to what goes by the layer
-            (mixer,) = writers
             sums = [sums[0] + seen["mlp.down_proj"]]
-        else:
-            assert len(writers) == (0 if source.config["model_type"] in NORMED_OR_SCALED else 2)
-        for each, after in zip(sums, [*(seen[m.stream] for m in writers[1:]), end], strict=False):
+        for each, after in zip(sums, [*(seen[m.stream] for m in writers[1:]), end], strict=bool(writers)):
             assert torch.allclose(each, after, atol=1e-5)
 
 
@@ -236,6 +247,7 @@ def test_samples_enter_the_first_layer_as_in_the_model(
         layout,
         TOKENS,
         lambda ids: embedding[ids],
+        read=weights.__getitem__,
         needs=frozenset({INPUTS, ORIGINAL_INPUTS}),
         device=torch.device("cpu"),
         dtype=torch.float32,

@@ -183,6 +183,7 @@ class CalibratedLayers:
             tokens,
             embed,
             embed_original,
+            read=work.source.read,
             needs=needs,
             device=work.device,
             dtype=DTYPES[work.plan.dtype],

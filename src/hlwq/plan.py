@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hlwq.bases import Hadamard, Identity
-from hlwq.calibration import GENERATION_BYTES, Calibration, calibration_memory, kv_bytes_per_token
+from hlwq.calibration import GENERATION_BYTES, Calibration, calibration_memory, kv_bytes_per_token, not_calibrated
 from hlwq.containers import DTYPES, TensorSpec, spec_of
 from hlwq.devices import available_memory, compute_dtype, torch_device
 from hlwq.errors import CheckpointError, HlwqError, RequestError, UnsupportedError
@@ -239,11 +239,14 @@ def make_plan(
     usual = usual_modules(layout) if modules is None else set(modules)
     if modules is None and selection.include_embeddings is None and output_format.includes_embeddings:
         usual.update(_embeddings(layout))
-    chosen = _choose(source, layout, selection, usual)
+    unfit = _unfit(layout, output_format) if modules is None else {}
+    chosen = _choose(source, layout, selection, usual.difference(unfit))
     if modules and not output_format.holds_embeddings:  # what the source had as codes is then written decoded
         chosen -= set(_embeddings(layout))
     _check_chosen(layout, output_format, chosen, selection)
     _check_solver(recipe, output_format)
+    if recipe.calibrated and layout.tables() != [layout.embedding]:
+        raise UnsupportedError(not_calibrated(layout), argument="recipe")
     matrices, required = layout.matrices(), layout.required_tensors()
     dtype = model_dtype(source.config, source.tensors.values())
     remarks: dict[str, None] = {}  # in the order in which they come up, each once
@@ -264,7 +267,7 @@ def make_plan(
             outputs = tuple(output_format.outputs(module, (spec.shape[0], spec.shape[1]), stages[-1].grid, dtype))
             planned.append(PlannedTensor(spec, "quantize", "", unit, stages, outputs))
         else:
-            reason = _why_kept(spec.name, layout, matrices, required, output_format)
+            reason = unfit.get(module) or _why_kept(spec.name, layout, matrices, required, output_format)
             planned.append(PlannedTensor(spec, "copy", reason, unit, (), (spec,)))
     if recipe.calibrated and layout.embedding in chosen and not layout.tied:
         remarks["the embedding is rounded to nearest: layers and the output head are calibrated"] = None
@@ -312,6 +315,17 @@ def plan_decoding(source: Headers) -> Plan:
 def usual_modules(layout: ModelLayout) -> set[str]:
     """The modules that are quantized unless the user says otherwise."""
     return {module for module, matrix in layout.matrices().items() if not matrix.keep}
+
+
+def _unfit(layout: ModelLayout, output_format: Format) -> dict[str, str]:
+    """Matrices of shapes that a format does not hold, those that engines fuse with them too, and what is said of them."""
+    matrices, (rows, columns) = layout.matrices(), output_format.multiples
+    odd = {name for name, matrix in matrices.items() if matrix.shape[0] % rows or matrix.shape[1] % columns}
+    if output_format.fused_alike:
+        for members in layout.fusions().values():
+            odd.update(members if odd.intersection(members) else ())
+    reason = f"{output_format.name} needs multiples of {max(rows, columns)}"
+    return {name: reason for name in odd if not matrices[name].keep}
 
 
 def check_tensors(source: Headers, layout: ModelLayout) -> None:

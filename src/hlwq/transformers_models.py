@@ -150,7 +150,7 @@ def build_skeleton(config: dict[str, Any], *, tied: bool, dtype: torch.dtype | N
             "transformers, or correct the file."
         ) from None
     try:
-        parsed = kind.from_dict(config)
+        parsed = kind.from_dict(_with_special_floats(config))
         # The file may name a kernel of the hub, which transformers would download and run.
         parsed._attn_implementation = parsed._experts_implementation = None
         with quiet_transformers(), _WithoutWeights():
@@ -166,6 +166,15 @@ def build_skeleton(config: dict[str, Any], *, tied: bool, dtype: torch.dtype | N
         raise CheckpointError(message) from None
     skeleton.config.tie_word_embeddings = tied
     return skeleton.eval()
+
+
+def _with_special_floats(value: Any) -> Any:
+    """A part of a `config.json` with the floats that JSON has not, as transformers spells them there."""
+    if isinstance(value, dict):
+        if list(value) == ["__float__"]:
+            return float(str(value["__float__"]))
+        return {key: _with_special_floats(each) for key, each in value.items()}
+    return [_with_special_floats(each) for each in value] if isinstance(value, list) else value
 
 
 class _WithoutWeights(TorchFunctionMode):

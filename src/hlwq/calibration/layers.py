@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from hlwq.calibration.texts import Calibration
 from hlwq.devices import compute_dtype
+from hlwq.errors import UnsupportedError
 from hlwq.families import ModelLayout
 from hlwq.files import disk_errors
 from hlwq.solvers import ORIGINAL_INPUTS, Gram, Solver
@@ -54,6 +55,7 @@ class LayerRunner:
         embed: Callable[[Tensor], Tensor],
         embed_original: Callable[[Tensor], Tensor] | None = None,
         *,
+        read: Read,
         needs: Container[str],
         device: torch.device,
         dtype: torch.dtype,
@@ -68,12 +70,16 @@ class LayerRunner:
             tokens: int64 (samples, sequence_length).
             embed: gives rows of the embedding matrix, (n, hidden), for token ids (n,).
             embed_original: the same for the original model, where its embedding is another.
+            read: where the decoder's tensors outside its layers come from, the embedding and the final norm aside.
             needs: what the solver needs; with `ORIGINAL_INPUTS`, the samples run through the original weights too,
                 beside the quantized ones.
             device: where layers run.
             dtype: the model's; layers run in it, or in float32 on a CPU where it is slow.
             batch_size: samples that run together.
             spill: a file to keep the samples in between layers, instead of memory.
+
+        Raises:
+            UnsupportedError: the model gives its layers more of each sample than its hidden states.
         """
         self.index = 0
         self._layout, self._device = layout, device
@@ -82,6 +88,7 @@ class LayerRunner:
         self._decoder = build_skeleton(config, tied=layout.tied, dtype=self._dtype).get_decoder()
         self._norm = self._decoder.get_submodule(layout.norm)
         self._decoder.set_submodule(layout.norm, nn.Identity())
+        self._load_others(read)
         ids, places = tokens.unique(return_inverse=True)
         rows = embed(ids).to(self._dtype)
         samples, length = tokens.shape
@@ -103,9 +110,20 @@ class LayerRunner:
         """Write what the first layer is given: for each token the row of its place, gone the model's own way."""
         self._set_embedding(rows)
         for batch in self._batches:
-            hidden, self._arguments[batch.stop - batch.start] = self._entered(places[batch])
+            hidden, arguments = self._entered(places[batch])
+            if not _same(self._arguments.setdefault(batch.stop - batch.start, arguments), arguments):
+                raise UnsupportedError(not_calibrated(self._layout))
             for states in into:
                 states.write(batch, hidden)
+
+    def _load_others(self, read: Read) -> None:
+        """Give the decoder what it has outside its layers, beside the embedding and the final norm."""
+        own = self._layout.embedding.removeprefix(self._layout.prefix), self._layout.norm
+        for name in self._layout.others:
+            module, _, part = name.rpartition(".")
+            if module not in own:
+                values = nn.Parameter(read(self._layout.prefix + name).to(self._dtype), requires_grad=False)
+                setattr(self._decoder.get_submodule(module), part, values)
 
     def _set_embedding(self, rows: Tensor) -> None:
         """Give the decoder the rows that the samples use, and put all but its layers on the device."""
@@ -268,6 +286,14 @@ class LayerRunner:
         raise AssertionError(f"{module} was not reached")
 
 
+def not_calibrated(layout: ModelLayout) -> str:
+    """Why a model cannot be calibrated whose layers are given more of a sample than its hidden states."""
+    return (
+        f"{layout.family.name}: layers of this model are given more of each token than its hidden states, so it cannot "
+        "be calibrated. Use `recipe='rtn'`, or `recipe='hlwq'`."
+    )
+
+
 def default_batch_size(layout: ModelLayout, sequence_length: int) -> int:
     """Samples that run together, such that their activations take about `ACTIVATION_BYTES`."""
     return max(1, ACTIVATION_BYTES // activation_bytes(layout, sequence_length))
@@ -316,6 +342,17 @@ class _Given:
         streams = [None] * len(inputs) if self.stream is None else self.stream.flatten(0, -2).split(GRAM_TOKENS)
         for values, stream in zip(inputs, streams, strict=True):
             yield values.float(), None if stream is None else stream.float()
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two of the things that layers are given are equal."""
+    if isinstance(one, Tensor):
+        return isinstance(other, Tensor) and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return type(one) is type(other)
 
 
 class _Reached(Exception):

@@ -98,6 +98,12 @@ class ModelLayout:
         """The module path of the output head, which is the embedding where they are tied."""
         return self.embedding if self.tied else self.output_head
 
+    def tables(self) -> list[str]:
+        """The modules outside the layers in which tokens are looked up: the embedding, and what some models have beside."""
+        vocabulary = self.others[f"{self.embedding.removeprefix(self.prefix)}.weight"][0]
+        tables = [name for name, shape in self.others.items() if len(shape) == 2 and shape[0] == vocabulary]
+        return [self.prefix + name.removesuffix(".weight") for name in tables]
+
     def layer_prefix(self, index: int) -> str:
         """The names before a decoder layer's modules."""
         return f"{self.prefix}layers.{index}."
@@ -179,7 +185,7 @@ def model_dtype(config: dict[str, Any], tensors: Iterable[TensorSpec] = ()) -> s
     return matrices.most_common(1)[0][0] if matrices else "BF16"
 
 
-def _why_missing(name: str, names: Collection[str]) -> str:
+def _why_missing(names: Collection[str]) -> str:
     """What to do about a tensor that is not among these names."""
     for prefix, maker in WRAPPERS.items():
         if any(each.startswith(prefix) for each in names):
@@ -209,14 +215,17 @@ def describe(config: dict[str, Any], names: Collection[str]) -> ModelLayout:
     text_config = text_config_of(config, wrapped=config["architectures"][0].endswith("ForConditionalGeneration"))
     check_entries(config, text_config, family.name)
     check_model_type(config, family.model_types)
-    check_layers(text_config, _stored_layers(names))
+    stored = _stored_layers(names)
+    if not stored:
+        raise CheckpointError(f"The checkpoint has no decoder layers. {_why_missing(names)}")
+    check_layers(text_config, stored)
     decoder = derived_decoder(config)
     name = f"{decoder.embedding}.weight"
     prefixes = [each.removesuffix(name) for each in names if each == name or each.endswith(f".{name}")]
     prefixes = [each for each in prefixes if _stored_layers(names, each)]
     if not prefixes:
         name = decoder.place + name
-        raise CheckpointError(f"tensor {name} is missing. {_why_missing(name, names)}", tensor=name)
+        raise CheckpointError(f"tensor {name} is missing. {_why_missing(names)}", tensor=name)
     prefix = decoder.place if decoder.place in prefixes else min(prefixes, key=len)
     heads = [each.removesuffix(".weight") for each in names if each.endswith(f"{decoder.head}.weight")]
     said = {each["tie_word_embeddings"] for each in (config, text_config) if "tie_word_embeddings" in each}

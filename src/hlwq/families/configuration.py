@@ -62,6 +62,8 @@ def _is_rope(value: Any) -> bool:
 SIZE = Kind(f"an integer from 1 to {LARGEST:,}", lambda value: type(value) is int and 1 <= value <= LARGEST)
 FLAG = Kind("true or false", lambda value: type(value) is bool)
 NAMES = Kind("a list of names", lambda value: isinstance(value, list) and all(isinstance(each, str) for each in value))
+LAYERS = "layers_block_type"
+"""An entry by which some models tell how many layers there are, and of which types."""
 ENTRIES: dict[str, Kind] = {
     "vocab_size": SIZE,
     "hidden_size": SIZE,
@@ -84,6 +86,7 @@ ENTRIES: dict[str, Kind] = {
     "rope_scaling": Kind("rotary parameters", _is_rope).or_null(),
     "rope_parameters": Kind("rotary parameters", _is_rope).or_null(),
     "layer_types": NAMES.or_null(),
+    LAYERS: NAMES.or_null(),
     "dtype": Kind(
         "a dtype of weights", lambda value: isinstance(value, str) and value.removeprefix("torch.") in DTYPES
     ).or_null(),
@@ -139,7 +142,7 @@ def check_entries(config: dict[str, Any], text_config: dict[str, Any], family: s
         CheckpointError: one is missing, has another type than transformers accepts, or contradicts another.
     """
     for name in REQUIRED:
-        if name not in text_config:
+        if name not in text_config and not (name == "num_hidden_layers" and text_config.get(LAYERS)):
             raise CheckpointError(f"config.json lacks '{name}', which {family} needs.")
     sections = {"": config} if text_config is config else {"": config, "text_config.": text_config}
     for where, section in sections.items():
@@ -181,7 +184,8 @@ def check_layers(text_config: dict[str, Any], stored: int) -> None:
     Raises:
         CheckpointError: there are more layers than the checkpoint holds, or `layer_types` does not fit them.
     """
-    count, types = text_config["num_hidden_layers"], text_config.get("layer_types")
+    types = text_config.get("layer_types")
+    count = text_config["num_hidden_layers"] if LAYERS not in text_config else len(text_config[LAYERS])
     if count > stored:
         raise CheckpointError(
             f"config.json: num_hidden_layers is {count}, but the checkpoint holds tensors of {stored} layers. "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hlwq.families.family import Family
+from hlwq.families.family import Family, MlxModel
 
 _ROWS = (
     ("Llama", "LlamaForCausalLM", "llama"),
@@ -23,6 +23,22 @@ _ROWS = (
     ("Seed-OSS", "SeedOssForCausalLM", "seed_oss"),
     ("ERNIE 4.5", "Ernie4_5ForCausalLM", "ernie4_5"),
     ("StarCoder 2", "Starcoder2ForCausalLM", "starcoder2"),
-    ("LFM2", "Lfm2ForCausalLM", "lfm2"),
+    ("Falcon-H1", "FalconH1ForCausalLM", "falcon_h1"),
+    ("Nemotron-H", "NemotronHForCausalLM", "nemotron_h"),
+    ("Mistral 3 (vision)", "Mistral3ForConditionalGeneration", "mistral3"),
+    ("Gemma 3 (vision)", "Gemma3ForConditionalGeneration", "gemma3"),
+    ("Qwen3-VL", "Qwen3VLForConditionalGeneration", "qwen3_vl"),
 )
-DENSE = tuple(Family(name, (architecture,), (model_type,)) for name, architecture, model_type in _ROWS)
+LFM2 = Family(
+    "LFM2",
+    ("Lfm2ForCausalLM",),
+    ("lfm2",),
+    fused={"feed_forward.w1": "feed_forward.w13", "feed_forward.w3": "feed_forward.w13"},
+)
+GEMMA4 = Family(
+    "Gemma 4",
+    ("Gemma4ForConditionalGeneration", "Gemma4ForCausalLM"),
+    ("gemma4", "gemma4_text"),
+    mlx=MlxModel(reads_top_level_rope=False),
+)
+DENSE = (*(Family(name, (architecture,), (model_type,)) for name, architecture, model_type in _ROWS), LFM2, GEMMA4)

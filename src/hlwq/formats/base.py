@@ -161,6 +161,7 @@ class Format(ReadableFormat):
         unrotated: what is said of a matrix that stays unrotated whatever the basis, or nothing if it does not; given
             None for the embedding and the output head.
         shared_tensors: what is written beside the tensors of modules, given the checkpoint's contents.
+        multiples: what divides the output and input features of every matrix that it holds.
         default_symmetric: whether uniform codes are symmetric where the user does not say.
         fused_alike: engines run some matrices as one, whose members must have one scheme.
         holds_embeddings: the embedding and the output head can be stored as codes.
@@ -179,6 +180,7 @@ class Format(ReadableFormat):
     cautions: Callable[[Contents], list[str]] = lambda contents: []
     unrotated: Callable[[ModelLayout, Matrix | None], str] = lambda layout, matrix: ""
     shared_tensors: Callable[[Contents], dict[str, Tensor]] = lambda contents: {}
+    multiples: tuple[int, int] = (1, 1)
     default_symmetric: bool = True
     fused_alike: bool = True
     holds_embeddings: bool = False

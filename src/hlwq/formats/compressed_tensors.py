@@ -342,6 +342,7 @@ FORMAT = Format(
     outputs=outputs,
     encode=encode,
     json_files=json_files,
+    multiples=(32, 32),
     cautions=cautions,
     shared_tensors=shared_tensors,
     unrotated=unrotated,

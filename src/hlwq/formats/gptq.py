@@ -257,6 +257,7 @@ FORMAT = Format(
     outputs=outputs,
     encode=encode,
     json_files=json_files,
+    multiples=(32, 32),
     cautions=cautions,
     holds_scattered_groups=True,
 )

@@ -71,19 +71,29 @@ def json_files(config: dict[str, Any], contents: Contents) -> dict[str, dict[str
     config = {**config, "quantization": section, "quantization_config": section}
     if mlx.model_type:
         config["model_type"] = mlx.model_type
+    text = config.get("text_config")
     if mlx.reads_top_level_rope:
-        config |= rope_as_before(config)
+        if isinstance(text, dict):
+            # mlx-lm's wrappers take the size of the vocabulary from outside.
+            config["text_config"] = {**text, **rope_as_before(text)}
+            config.setdefault("vocab_size", text["vocab_size"])
+        else:
+            config |= rope_as_before(config)
     return {"config.json": config}
 
 
 def rope_as_before(config: dict[str, Any]) -> dict[str, Any]:
-    """`rope_theta` and `rope_scaling` at the top level, where mlx-lm reads them.
+    """A decoder's rotary parameters where mlx-lm reads them: beside its other entries.
 
-    transformers 5 moved both into `rope_parameters`; without them mlx-lm takes its own default in silence.
+    transformers 5 moved them into `rope_parameters`, where some models have one set for each type of layer; without
+    them mlx-lm takes its own default in silence.
     """
     parameters = dict(config.get("rope_parameters") or {})
-    theta = parameters.pop("rope_theta", None)
-    top_level = {} if theta is None else {"rope_theta": theta}
+    local = parameters.get("sliding_attention")
+    parameters = dict(parameters.get("full_attention") or local or parameters)
+    top_level = {key: parameters.pop(key) for key in ("rope_theta", "partial_rotary_factor") if key in parameters}
+    if isinstance(local, dict) and "rope_theta" in local:
+        top_level["rope_local_base_freq"] = local["rope_theta"]
     if parameters.get("rope_type", "default") != "default":
         top_level["rope_scaling"] = parameters
     return {key: value for key, value in top_level.items() if key not in config}
@@ -132,11 +142,12 @@ def dequantize(reader: Reader, module: str, scheme: Scheme) -> Tensor:
 
 def restoration(reader: Reader) -> Restoration:
     """What undoes mlx-lm's own conversion, where the family has one and the directory went through it."""
-    family = next((each for each in FAMILIES if each.mlx.converted(reader.tensors)), None)
-    if family is not None:
-        return family.mlx.restoration
-    family = family_of(reader.config)
-    return Restoration(family.mlx.restoration.config) if family else Restoration()
+    model_type = reader.config.get("model_type")
+    for family in FAMILIES:
+        if model_type in family.model_types and family.mlx.converted(reader.tensors):
+            return family.mlx.restoration
+    known = family_of(reader.config)
+    return Restoration(known.mlx.restoration.config) if known else Restoration()
 
 
 def demands(reader: Reader, layout: ModelLayout, modules: dict[str, StoredModule]) -> list[Demand]:
@@ -159,7 +170,7 @@ def demands(reader: Reader, layout: ModelLayout, modules: dict[str, StoredModule
         demand(engine, "config.json says whether embeddings are tied", untold, again),
     ]
     if mlx.reads_top_level_rope:
-        unread = list(rope_as_before(config))
+        unread = list(rope_as_before(text))
         lines.append(demand(engine, "rope_theta and rope_scaling stand at the top level", unread, again))
     lines += [demand(engine, *each) for each in mlx.demands(text)]
     if mlx.model_type:
@@ -180,6 +191,7 @@ FORMAT = Format(
     outputs=outputs,
     encode=encode,
     json_files=json_files,
+    multiples=(1, 32),
     restoration=restoration,
     default_symmetric=False,
     fused_alike=False,
