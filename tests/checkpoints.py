@@ -82,7 +82,11 @@ _OWN: dict[str, dict[str, Any]] = {
     "olmo3": {"sliding_window": 16},
     "cohere2": {"tie_word_embeddings": True, "sliding_window": 16},
     "glm4": {"head_dim": 32, "pad_token_id": 0, "partial_rotary_factor": 0.5},
-    "exaone4": {"sliding_window": 16, "sliding_window_pattern": "LLLG", "head_dim": 32, "rope_scaling": None},
+    "exaone4": {
+        "num_hidden_layers": 4,
+        "layer_types": [*3 * ["sliding_attention"], "full_attention"],
+        **{"sliding_window": 16, "sliding_window_pattern": "LLLG", "head_dim": 32, "rope_scaling": None},
+    },
     "seed_oss": {"head_dim": 32},
     "ernie4_5": {"head_dim": 32},
     "granite": {"tie_word_embeddings": True},
@@ -164,7 +168,8 @@ def model_config(family: str, **overrides: Any) -> dict[str, Any]:
 def some_names(config: dict[str, Any], prefix: str = "model.") -> list[str]:
     """Names of tensors, without an output head, that say where a decoder is and how many layers it has."""
     layers = (config.get("text_config") or config).get("num_hidden_layers")
-    return [f"{prefix}embed_tokens.weight", *(f"{prefix}layers.{index}.some.weight" for index in range(layers or 0))]
+    embedding = "embeddings" if config.get("model_type") == "nemotron_h" else "embed_tokens"
+    return [f"{prefix}{embedding}.weight", *(f"{prefix}layers.{index}.some.weight" for index in range(layers or 0))]
 
 
 def make_checkpoint(path: Path, family: str, **overrides: Any) -> Path:
@@ -219,7 +224,7 @@ def random_model(config: dict[str, Any]) -> Any:
     model = auto.from_config(parsed, dtype=torch.bfloat16)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for name, values in model.named_parameters():
+        for values in model.parameters():
             noise = 0.1 * torch.randn(values.shape, generator=generator)
             # Norms are near 1 (some families add that themselves), matrices near 0.
             values.copy_(values + noise if values.ndim == 1 else noise)

@@ -234,6 +234,9 @@ def make_plan(
     output_format = format_named(recipe.formats[0] if format_name is None else format_name)
     recipe = recipe.in_format(output_format.name)
     layout = describe(source.config, source.tensors)
+    if refusal := output_format.refusal(layout):
+        message = f"format {output_format.name} is not for {layout.family.name}: {refusal}. Use another format."
+        raise UnsupportedError(message, argument="format")
     check_tensors(source, layout)
     selection = selection or Selection()
     usual = usual_modules(layout) if modules is None else set(modules)
@@ -282,8 +285,8 @@ def _unknown(plan: Plan) -> Iterator[str]:
     family = plan.layout.family
     if family not in FAMILIES:
         yield (
-            f"{family.name} is none of the models that hlwq is tested with (`hlwq models`): its layers are quantized as "
-            "transformers describes them, and engines may want more. Try the result before you share it"
+            f"{family.name} is none of the models that hlwq is tested with (`hlwq models`): its layers are quantized "
+            "as transformers describes them, and engines may want more. Try the result before you share it"
         )
     names = [tensor.spec.name for tensor in plan.tensors if tensor.reason == UNKNOWN]
     if names:
@@ -318,7 +321,7 @@ def usual_modules(layout: ModelLayout) -> set[str]:
 
 
 def _unfit(layout: ModelLayout, output_format: Format) -> dict[str, str]:
-    """Matrices of shapes that a format does not hold, those that engines fuse with them too, and what is said of them."""
+    """Matrices of shapes that a format does not hold, with those that engines fuse with them, and why."""
     matrices, (rows, columns) = layout.matrices(), output_format.multiples
     odd = {name for name, matrix in matrices.items() if matrix.shape[0] % rows or matrix.shape[1] % columns}
     if output_format.fused_alike:

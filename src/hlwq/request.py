@@ -15,7 +15,6 @@ from hlwq.errors import RequestError
 from hlwq.options import check_types, option, several
 from hlwq.recipes import Recipe, changed, recipe_named, stage_options
 
-
 USUAL_RECIPE = "best"
 """The recipe that is used unless another is named."""
 

@@ -20,11 +20,14 @@ CONVERTERS = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf", "
 """What transformers reads tokenizers with that have no `tokenizer.json`: packages, and the modules they bring."""
 
 
+def _library() -> Any:
+    """Transformers, imported by those who need it; its own types are too narrow for what it accepts."""
+    return import_module("transformers")
+
+
 def transformers_version() -> str:
     """The installed one."""
-    import transformers
-
-    return str(transformers.__version__)
+    return str(_library().__version__)
 
 
 def model_types_of(architecture: str) -> tuple[str, ...]:
@@ -42,8 +45,7 @@ def load_tokenizer(path: Path) -> Any:
         ResourceError: a package is missing that the tokenizer's files need.
         CheckpointError: there is no tokenizer, or none that loads and gives tokens.
     """
-    import transformers
-
+    transformers = _library()
     files = [file for file in sorted(path.glob("*")) if file.suffix in TOKENIZER_SUFFIXES]
     if pointer := next((file for file in files if lfs_pointer(file)), None):
         message = f"{pointer} is a pointer of Git LFS, not the file itself. Run `git lfs pull` in {path}."
@@ -139,8 +141,7 @@ def build_skeleton(config: dict[str, Any], *, tied: bool, dtype: torch.dtype | N
     Raises:
         UnsupportedError: it does not know the model.
     """
-    import transformers
-
+    transformers = _library()
     model_type = config.get("model_type")
     try:
         kind = type(transformers.AutoConfig.for_model(model_type))
@@ -151,18 +152,18 @@ def build_skeleton(config: dict[str, Any], *, tied: bool, dtype: torch.dtype | N
         ) from None
     try:
         parsed = kind.from_dict(_with_special_floats(config))
+        parsed.validate()
         # The file may name a kernel of the hub, which transformers would download and run.
         parsed._attn_implementation = parsed._experts_implementation = None
         with quiet_transformers(), _WithoutWeights():
             auto = transformers.AutoModelForCausalLM
             if kind not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:  # a language model in a wrapper
                 auto = transformers.AutoModelForImageTextToText
-            skeleton = auto.from_config(
-                parsed, trust_remote_code=False, **({} if dtype is None else {"dtype": dtype})
-            )
+            skeleton = auto.from_config(parsed, trust_remote_code=False, **({} if dtype is None else {"dtype": dtype}))
     except Exception as error:  # of its checks, or of the model's own code
         _let_interrupts_pass(error)
-        message = f"config.json: transformers makes no {model_type} model of it ({reason(error)}). Correct the file."
+        why = reason(error.__cause__ or error)  # a check of a whole configuration says only which it is
+        message = f"config.json: transformers makes no {model_type} model of it ({why}). Correct the file."
         raise CheckpointError(message) from None
     skeleton.config.tie_word_embeddings = tied
     return skeleton.eval()
@@ -199,8 +200,7 @@ def quiet_transformers() -> Iterator[None]:
 
     It imports torchao where that is installed, which complains of a missing GPU.
     """
-    import transformers
-
+    transformers = _library()
     verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""Run in mlx-lm's own environment: log-probabilities of a prompt's tokens by each of some models, or why there are none.
+"""Run in mlx-lm's own environment: log-probabilities of a prompt's tokens by each of some models, or why none.
 
 python mlx_models.py DIRECTORIES.json OUT.json
 """

@@ -15,10 +15,10 @@ __all__ = [
     "LayerRunner",
     "Samples",
     "calibration_memory",
-    "not_calibrated",
     "continued",
     "default_batch_size",
     "kv_bytes_per_token",
     "load_samples",
+    "not_calibrated",
     "prompts_from",
 ]

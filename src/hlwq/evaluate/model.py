@@ -106,7 +106,7 @@ def load_packed(path: Path, device: str | None = None) -> tuple[Any, Any]:
         RequestError: the directory is of another format.
         HlwqError: transformers is not installed, the directory cannot be read, or the device cannot be used.
     """
-    import transformers
+    from transformers import AutoModelForCausalLM
 
     target = torch_device(device)
     checkpoint = DecodedCheckpoint(path)
@@ -120,7 +120,7 @@ def load_packed(path: Path, device: str | None = None) -> tuple[Any, Any]:
         )
     try:
         with quiet_transformers():
-            model = transformers.AutoModelForCausalLM.from_pretrained(
+            model: Any = AutoModelForCausalLM.from_pretrained(
                 path,
                 trust_remote_code=False,
                 use_safetensors=True,

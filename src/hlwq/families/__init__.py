@@ -99,7 +99,7 @@ class ModelLayout:
         return self.embedding if self.tied else self.output_head
 
     def tables(self) -> list[str]:
-        """The modules outside the layers in which tokens are looked up: the embedding, and what some models have beside."""
+        """The modules outside the layers in which tokens are looked up: the embedding, and what else a model has."""
         vocabulary = self.others[f"{self.embedding.removeprefix(self.prefix)}.weight"][0]
         tables = [name for name, shape in self.others.items() if len(shape) == 2 and shape[0] == vocabulary]
         return [self.prefix + name.removesuffix(".weight") for name in tables]
@@ -152,13 +152,13 @@ def check_supported(config: dict[str, Any]) -> Family:
     if family is not None:
         return family
     raise UnsupportedError(
-        f"config.json: {architectures[0]} is no causal language model that transformers {transformers_version()} knows. "
-        "Upgrade transformers, or correct the file."
+        f"config.json: {architectures[0]} is no causal language model that transformers {transformers_version()} "
+        "knows. Upgrade transformers, or correct the file."
     )
 
 
 def family_of(config: dict[str, Any]) -> Family | None:
-    """The family of a `config.json`: one of `FAMILIES`, or what transformers knows of another; None if that is nothing."""
+    """The family of a `config.json`: one of `FAMILIES`, or what transformers knows of another; None if nothing."""
     architectures = config.get("architectures")
     first = architectures[0] if isinstance(architectures, list) and architectures else None
     if not isinstance(first, str):
@@ -212,14 +212,16 @@ def describe(config: dict[str, Any], names: Collection[str]) -> ModelLayout:
         UnsupportedError: the architecture is not supported.
     """
     family = check_supported(config)
-    text_config = text_config_of(config, wrapped=config["architectures"][0].endswith("ForConditionalGeneration"))
+    wrapped = config["architectures"][0].endswith("ForConditionalGeneration")
+    text_config = text_config_of(config, wrapped=wrapped)
     check_entries(config, text_config, family.name)
     check_model_type(config, family.model_types)
     stored = _stored_layers(names)
     if not stored:
         raise CheckpointError(f"The checkpoint has no decoder layers. {_why_missing(names)}")
     check_layers(text_config, stored)
-    decoder = derived_decoder(config)
+    described = {key: value for key, value in config.items() if wrapped or key != "text_config"}
+    decoder = derived_decoder({"model_type": family.model_types[0], **described})
     name = f"{decoder.embedding}.weight"
     prefixes = [each.removesuffix(name) for each in names if each == name or each.endswith(f".{name}")]
     prefixes = [each for each in prefixes if _stored_layers(names, each)]
@@ -227,6 +229,8 @@ def describe(config: dict[str, Any], names: Collection[str]) -> ModelLayout:
         name = decoder.place + name
         raise CheckpointError(f"tensor {name} is missing. {_why_missing(names)}", tensor=name)
     prefix = decoder.place if decoder.place in prefixes else min(prefixes, key=len)
+    if prefix.startswith(tuple(WRAPPERS)):
+        raise CheckpointError(_why_missing(names))
     heads = [each.removesuffix(".weight") for each in names if each.endswith(f"{decoder.head}.weight")]
     said = {each["tie_word_embeddings"] for each in (config, text_config) if "tie_word_embeddings" in each}
     return ModelLayout(

@@ -23,7 +23,6 @@ _ROWS = (
     ("Seed-OSS", "SeedOssForCausalLM", "seed_oss"),
     ("ERNIE 4.5", "Ernie4_5ForCausalLM", "ernie4_5"),
     ("StarCoder 2", "Starcoder2ForCausalLM", "starcoder2"),
-    ("Falcon-H1", "FalconH1ForCausalLM", "falcon_h1"),
     ("Nemotron-H", "NemotronHForCausalLM", "nemotron_h"),
     ("Mistral 3 (vision)", "Mistral3ForConditionalGeneration", "mistral3"),
     ("Gemma 3 (vision)", "Gemma3ForConditionalGeneration", "gemma3"),
@@ -35,10 +34,21 @@ LFM2 = Family(
     ("lfm2",),
     fused={"feed_forward.w1": "feed_forward.w13", "feed_forward.w3": "feed_forward.w13"},
 )
+FALCON_H1 = Family(
+    "Falcon-H1",
+    ("FalconH1ForCausalLM",),
+    ("falcon_h1",),
+    mlx=MlxModel(refusal="mlx-lm multiplies weights of this family by constants as it loads them, and codes it cannot"),
+)
 GEMMA4 = Family(
     "Gemma 4",
     ("Gemma4ForConditionalGeneration", "Gemma4ForCausalLM"),
     ("gemma4", "gemma4_text"),
     mlx=MlxModel(reads_top_level_rope=False),
 )
-DENSE = (*(Family(name, (architecture,), (model_type,)) for name, architecture, model_type in _ROWS), LFM2, GEMMA4)
+DENSE = (
+    *(Family(name, (architecture,), (model_type,)) for name, architecture, model_type in _ROWS),
+    LFM2,
+    FALCON_H1,
+    GEMMA4,
+)

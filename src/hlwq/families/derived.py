@@ -62,13 +62,14 @@ def derived_decoder(config: dict[str, Any]) -> Decoder:
 
 @lru_cache(maxsize=16)
 def _derived(config: str) -> Decoder:
-    model = build_skeleton(json.loads(config), tied=False)
-    decoder = model.get_decoder()
-    try:
-        return _described(model, decoder)
-    except Exception as error:  # of the model's own code
-        model = type(decoder).__name__
-        raise UnsupportedError(f"the layers of {model} do not run one by one ({reason(error)}).") from None
+    with torch.device("cpu"):  # whatever a caller, such as transformers' `from_pretrained`, has set
+        model = build_skeleton(json.loads(config), tied=False)
+        decoder = model.get_decoder()
+        try:
+            return _described(model, decoder)
+        except Exception as error:  # of the model's own code
+            name = type(decoder).__name__
+            raise UnsupportedError(f"the layers of {name} do not run one by one ({reason(error)}).") from None
 
 
 def _described(model: Any, decoder: Any) -> Decoder:

@@ -74,7 +74,9 @@ class MlxModel:
     Attributes:
         model_type: what `config.json` must say, where that is not what the checkpoint says.
         path: a module's name after `sanitize`, by its name in the checkpoint.
-        reads_top_level_rope: it looks for `rope_theta` and `rope_scaling` at the top level of the configuration.
+        refusal: why no file of this family runs in mlx-lm with its codes; empty if one does.
+        reads_top_level_vocabulary: a wrapper takes `vocab_size` from the top level of the configuration.
+        reads_top_level_rope: it looks for `rope_theta` and `rope_scaling` beside the decoder's other entries.
         demands: what it wants of a text configuration, each as (requirement, offenders, remedy).
         converted: whether these tensors went through mlx-lm's own conversion, which changes more than their storage.
         restoration: what undoes that conversion. Its `config` also undoes what `model_type` did.
@@ -82,6 +84,8 @@ class MlxModel:
 
     model_type: str = ""
     path: Callable[[str], str] = lambda name: name
+    refusal: str = ""
+    reads_top_level_vocabulary: bool = True
     reads_top_level_rope: bool = True
     demands: Callable[[dict[str, Any]], list[tuple[str, list[str], str]]] = lambda config: []
     converted: Callable[[Iterable[str]], bool] = lambda names: False

@@ -85,6 +85,7 @@ QWEN3_5 = Family(
     mlx=MlxModel(
         model_type="qwen3_5",
         path=_mlx_path,
+        reads_top_level_vocabulary=False,
         reads_top_level_rope=False,
         demands=_mlx_demands,
         converted=lambda names: any(name.startswith(_IN_MLX) for name in names),

@@ -157,6 +157,7 @@ class Format(ReadableFormat):
         outputs: the tensors that `encode` will return for a module on a grid that `hold` gave.
         encode: a quantized matrix as the tensors of the file, by name, given the model's dtype.
         json_files: `config.json`, and whatever else engines read beside it.
+        refusal: why no engine of the format runs a model; empty if one does.
         cautions: what users should know before the work, one line each.
         unrotated: what is said of a matrix that stays unrotated whatever the basis, or nothing if it does not; given
             None for the embedding and the output head.
@@ -177,6 +178,7 @@ class Format(ReadableFormat):
     encode: Callable[[str, QuantizedMatrix, str], dict[str, Tensor]]
     json_files: Callable[[dict[str, Any], Contents], dict[str, dict[str, Any]]]
     _: KW_ONLY
+    refusal: Callable[[ModelLayout], str] = lambda layout: ""
     cautions: Callable[[Contents], list[str]] = lambda contents: []
     unrotated: Callable[[ModelLayout, Matrix | None], str] = lambda layout, matrix: ""
     shared_tensors: Callable[[Contents], dict[str, Tensor]] = lambda contents: {}

@@ -36,8 +36,8 @@ from hlwq.formats.base import (
     demand,
 )
 from hlwq.formats.patterns import (
-    head_pattern,
     check_pattern,
+    head_pattern,
     kept_patterns,
     matches_start,
     patterns_by_scheme,

@@ -72,13 +72,13 @@ def json_files(config: dict[str, Any], contents: Contents) -> dict[str, dict[str
     if mlx.model_type:
         config["model_type"] = mlx.model_type
     text = config.get("text_config")
-    if mlx.reads_top_level_rope:
-        if isinstance(text, dict):
-            # mlx-lm's wrappers take the size of the vocabulary from outside.
-            config["text_config"] = {**text, **rope_as_before(text)}
+    if isinstance(text, dict):
+        if mlx.reads_top_level_vocabulary:
             config.setdefault("vocab_size", text["vocab_size"])
-        else:
-            config |= rope_as_before(config)
+        if mlx.reads_top_level_rope:
+            config["text_config"] = {**text, **rope_as_before(text)}
+    elif mlx.reads_top_level_rope:
+        config |= rope_as_before(config)
     return {"config.json": config}
 
 
@@ -193,6 +193,7 @@ FORMAT = Format(
     json_files=json_files,
     multiples=(1, 32),
     restoration=restoration,
+    refusal=lambda layout: layout.family.mlx.refusal,
     default_symmetric=False,
     fused_alike=False,
     holds_embeddings=True,
