@@ -178,9 +178,9 @@ def make_checkpoint(path: Path, family: str, **overrides: Any) -> Path:
     The tensors depend on nothing but the configuration. `qwen3_5` has parts of a vision tower, whose widths 32 does not
     divide, and of a multi-token prediction head.
     """
-    config = model_config(family, **overrides)
     if family not in FAMILY_NAMES:
-        return _save_model(path, config)
+        return save_model(path, family, **overrides)
+    config = model_config(family, **overrides)
     prefix = "model.language_model." if family == "qwen3_5" else "model."
     layout = describe(config, some_names(config, prefix))
     shapes = layout.required_tensors()
@@ -202,8 +202,9 @@ def make_checkpoint(path: Path, family: str, **overrides: Any) -> Path:
     return path
 
 
-def _save_model(path: Path, config: dict[str, Any]) -> Path:
-    """Write what transformers itself saves of such a model, with random values."""
+def save_model(path: Path, family: str, **overrides: Any) -> Path:
+    """Write what transformers itself saves of a small model of a family, with random values."""
+    config = model_config(family, **overrides)
     model = random_model(config)
     model.save_pretrained(path)
     # Entries that transformers does not keep as they were, and published checkpoints have.

@@ -33,8 +33,13 @@ HEAD_WEIGHTS = 1 << 26
 class Headers(Protocol):
     """What a plan is made for: the configuration and the headers of a checkpoint, dense or decoded as it is read."""
 
-    config: dict[str, Any]
-    tensors: dict[str, TensorSpec]
+    @property
+    def config(self) -> dict[str, Any]:
+        """The parsed `config.json`."""
+
+    @property
+    def tensors(self) -> dict[str, TensorSpec]:
+        """What the files hold, by name."""
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,13 @@ import json
 import sys
 from pathlib import Path
 
-import mlx.core as mx
-from mlx_lm import load
-
 TOKENS = [5 + 37 * place % 1900 for place in range(48)]
 
 
 def main(directories_file: str, out: str) -> None:
+    import mlx.core as mx
+    from mlx_lm import load
+
     results = {}
     for directory in json.loads(Path(directories_file).read_text()):
         try:

@@ -18,7 +18,7 @@ from hlwq.families.configuration import (
     with_tying,
 )
 from hlwq.families.dense import DENSE
-from hlwq.families.derived import derived_decoder
+from hlwq.families.derived import FUSED, derived_decoder
 from hlwq.families.family import Family, Layer, Matrix, MlxModel, Restoration
 from hlwq.families.qwen3_5 import QWEN3_5
 from hlwq.transformers_models import model_types_of, transformers_version
@@ -26,6 +26,7 @@ from hlwq.transformers_models import model_types_of, transformers_version
 __all__ = [
     "FAMILIES",
     "FLOATS",
+    "FUSED",
     "Family",
     "Layer",
     "Matrix",

@@ -10,7 +10,6 @@ _ROWS = (
     ("Ministral 3", "Ministral3ForCausalLM", "ministral3"),
     ("Qwen2 and Qwen2.5", "Qwen2ForCausalLM", "qwen2"),
     ("Qwen3", "Qwen3ForCausalLM", "qwen3"),
-    ("Gemma 2", "Gemma2ForCausalLM", "gemma2"),
     ("Gemma 3 (text)", "Gemma3ForCausalLM", "gemma3_text"),
     ("Phi-3 and Phi-4", "Phi3ForCausalLM", "phi3"),
     ("Granite", "GraniteForCausalLM", "granite"),
@@ -34,6 +33,7 @@ LFM2 = Family(
     ("lfm2",),
     fused={"feed_forward.w1": "feed_forward.w13", "feed_forward.w3": "feed_forward.w13"},
 )
+GEMMA2 = Family("Gemma 2", ("Gemma2ForCausalLM",), ("gemma2",), vllm_packs_embedding=False)
 FALCON_H1 = Family(
     "Falcon-H1",
     ("FalconH1ForCausalLM",),
@@ -48,6 +48,7 @@ GEMMA4 = Family(
 )
 DENSE = (
     *(Family(name, (architecture,), (model_type,)) for name, architecture, model_type in _ROWS),
+    GEMMA2,
     LFM2,
     FALCON_H1,
     GEMMA4,

@@ -22,7 +22,7 @@ from torch import Tensor
 from hlwq.bases import Basis, Hadamard
 from hlwq.containers import DTYPES, Reader, TensorSpec
 from hlwq.errors import CheckpointError, UnsupportedError
-from hlwq.families import Matrix, ModelLayout
+from hlwq.families import FUSED, Matrix, ModelLayout
 from hlwq.formats import reading
 from hlwq.formats.base import (
     PIPELINE_COMMAND,
@@ -314,6 +314,8 @@ def unrotated(layout: ModelLayout, matrix: Matrix | None) -> str:
         return "the output head"
     if matrix.bias:
         return "layers with a bias"
+    if matrix.name.rpartition(".")[2] in FUSED:  # a whole, whose parts vLLM counts too
+        return matrix.name
     return matrix.fused if matrix.fused in layout.family.vllm_unrotated else ""
 
 
