@@ -42,6 +42,12 @@ ARCHITECTURES = {
     "gemma4_text": "Gemma4ForCausalLM",
     "falcon_h1": "FalconH1ForCausalLM",
     "nemotron_h": "NemotronHForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "olmoe": "OlmoeForCausalLM",
+    "glm4_moe": "Glm4MoeForCausalLM",
+    "qwen3_5_moe": "Qwen3_5MoeForConditionalGeneration",
+    "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM",
+    "qwen3_next": "Qwen3NextForCausalLM",
 }
 FAMILY_NAMES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_5", "qwen3_5_text")
 """Those that tests of everything use."""
@@ -72,6 +78,8 @@ _HYBRID = {
     "linear_conv_kernel_dim": 4,
     "full_attention_interval": 4,
 }
+_HYBRIDS = ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next")
+_OF_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 _OWN: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 32},
     "ministral3": {"head_dim": 32},
@@ -109,6 +117,15 @@ _OWN: dict[str, dict[str, Any]] = {
         "num_kv_shared_layers": 0,
         "hidden_size_per_layer_input": 0,
     },
+    "qwen3_moe": {"head_dim": 32, **_OF_EXPERTS},
+    "qwen3_5_moe_text": {**_OF_EXPERTS, "shared_expert_intermediate_size": 64},
+    "qwen3_next": {**_OF_EXPERTS, "shared_expert_intermediate_size": 64},
+    "olmoe": {"intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2},
+    "glm4_moe": {
+        **{"head_dim": 32, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
+        **{"first_k_dense_replace": 1, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "pad_token_id": 0},
+        "rope_scaling": None,
+    },
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 4, "mamba_d_state": 16, "mamba_d_head": 32, "head_dim": 32},
     "nemotron_h": {
         "hybrid_override_pattern": "M*-M",
@@ -127,6 +144,13 @@ _WRAPPED: dict[str, tuple[str, dict[str, Any]]] = {
             "model_type": "qwen3_vl",
             **{"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 128},
             "deepstack_visual_indexes": [0],
+        },
+    ),
+    "qwen3_5_moe": (
+        "qwen3_5_moe_text",
+        {
+            **{"model_type": "qwen3_5_moe", "depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2},
+            "out_hidden_size": 128,
         },
     ),
     "gemma4": ("gemma4_text", {"model_type": "gemma4_vision", **_VISION, "num_key_value_heads": 2, "head_dim": 16}),
@@ -151,10 +175,10 @@ def model_config(family: str, **overrides: Any) -> dict[str, Any]:
         config |= {"text_config": text, "vision_config": vision, "tie_word_embeddings": False}
     elif family in _WRAPPED:
         inner, vision = _WRAPPED[family]
-        text = {**_DECODER, **_OWN.get(inner, {}), "model_type": inner}
+        text = {**(_HYBRID if inner in _HYBRIDS else _DECODER), **_OWN.get(inner, {}), "model_type": inner}
         config |= {"text_config": text, "vision_config": vision, "tie_word_embeddings": text["tie_word_embeddings"]}
     else:
-        config |= _HYBRID if family == "qwen3_5_text" else _DECODER
+        config |= _HYBRID if family in _HYBRIDS else _DECODER
         config |= _OWN.get(family, {})
     decoder = config.get("text_config", config)
     for key, value in overrides.items():
@@ -220,7 +244,7 @@ def random_model(config: dict[str, Any]) -> Any:
     """A random BF16 model of transformers."""
     parsed = transformers.AutoConfig.for_model(**config)
     auto = transformers.AutoModelForCausalLM
-    if type(parsed) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+    if config["architectures"][0].endswith("ForConditionalGeneration"):
         auto = transformers.AutoModelForImageTextToText
     model = auto.from_config(parsed, dtype=torch.bfloat16)
     generator = torch.Generator().manual_seed(0)

@@ -2,18 +2,17 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoints import make_checkpoint
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from hlwq import CheckpointError, HlwqError, RequestError, ResourceError, UnsupportedError
-from hlwq.containers import DTYPES, Reader, TensorSpec, Writer
+from hlwq import CheckpointError, RequestError, ResourceError
+from hlwq.containers import DTYPES, Part, Reader, TensorSpec, Writer, spec_of
+from hlwq.containers.stacks import parts_of
 from hlwq.files import read_json
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -283,197 +282,79 @@ def test_finishing_without_an_announced_tensor_is_a_bug(tmp_path: Path) -> None:
         writer.finish({}, {})
 
 
-# Stacks of tensors, part by part
+# Stacks: tensors that hold those of all experts
 
 
-def stacked_tensors() -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(2)
-    return {
-        "norm": torch.randn(7, generator=generator),
-        "experts": torch.randn(4, 6, 8, generator=generator).bfloat16(),
-        "codes": torch.randint(0, 255, (3, 5), generator=generator, dtype=torch.uint8),
-    }
+def experts_of(count: int = 4) -> dict[str, Tensor]:
+    """Matrices of experts, each by the name that it has alone."""
+    generator, tensors = torch.Generator().manual_seed(2), {}
+    for index in range(count):
+        for name, shape in (("gate_proj", (6, 8)), ("up_proj", (6, 8)), ("down_proj", (8, 6))):
+            values = torch.randn(shape, generator=generator).bfloat16()
+            tensors[f"layers.0.mlp.experts.{index}.{name}.weight"] = values
+    return tensors
 
 
-@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 1, 0, 2], [2, 2, 0, 3, 1, 0]], ids=str)
-def test_a_stack_written_part_by_part_is_the_one_written_whole(order: list[int], tmp_path: Path) -> None:
-    tensors = stacked_tensors()
-    write_all(tmp_path / "whole", tensors)
-    writer = Writer(tmp_path / "parts", specs_of(tensors), ARGUMENTS)
-    for part in order:  # a part may be written again, as after an interruption
-        writer.write("experts", tensors["experts"][part], part)
-    for part in (1, 0, 2):
-        writer.write("codes", tensors["codes"][part], part)
-    writer.write("norm", tensors["norm"])
+def stacked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same as transformers' modules hold them."""
+
+    def of_all(name: str) -> Tensor:
+        return torch.stack([values for each, values in tensors.items() if each.endswith(f"{name}.weight")])
+
+    gate_up = torch.cat([of_all("gate_proj"), of_all("up_proj")], 1)
+    return {"layers.0.mlp.experts.gate_up_proj": gate_up, "layers.0.mlp.experts.down_proj": of_all("down_proj")}
+
+
+def parts_in(tensors: dict[str, Tensor], config: dict[str, Any]) -> list[Part]:
+    return [part for spec in specs_of(tensors) for part in parts_of(spec, config)]
+
+
+def test_experts_of_a_stack_are_read_alone(tmp_path: Path) -> None:
+    tensors = experts_of()
+    write_all(tmp_path / "out", stacked(tensors))
+    reader = Reader(tmp_path / "out")
+    assert reader.tensors.keys() == tensors.keys()
+    for name, expected in tensors.items():
+        assert reader.tensors[name] == spec_of(name, expected)
+        assert torch.equal(reader.read(name), expected)
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_a_stack_written_expert_by_expert_is_the_one_written_whole(backwards: bool, tmp_path: Path) -> None:
+    tensors = experts_of()
+    write_all(tmp_path / "whole", stacked(tensors))
+    writer = Writer(tmp_path / "parts", specs_of(tensors), ARGUMENTS, parts=parts_in(stacked(tensors), {}))
+    for name in reversed(tensors) if backwards else tensors:
+        writer.write(name, tensors[name])
     writer.commit("all", tensors, {})
     writer.finish({}, {"config.json": {}})
+    assert set(writer.digests()) == set(tensors)
     writer.publish()
     assert bytes_of(tmp_path / "parts") == bytes_of(tmp_path / "whole")
 
 
-def test_parts_of_a_stack_are_read_alone(tmp_path: Path) -> None:
-    tensors = stacked_tensors()
-    write_all(tmp_path / "out", tensors)
-    reader = Reader(tmp_path / "out")
-    for name in ("experts", "codes"):
-        for part, expected in enumerate(tensors[name]):
-            found = reader.read(name, part=part)
-            assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
-            assert torch.equal(found, expected)
-    assert torch.equal(reader.read("experts"), tensors["experts"])
-
-
-@pytest.mark.parametrize("missing", [0, 3])
-def test_a_stack_that_lacks_a_part_is_a_bug(missing: int, tmp_path: Path) -> None:
-    tensors = stacked_tensors()
-    writer = Writer(tmp_path / "out", specs_of(tensors), ARGUMENTS)
-    for name in ("norm", "codes"):
+def test_a_stack_that_lacks_an_expert_is_a_bug(tmp_path: Path) -> None:
+    tensors = experts_of()
+    writer = Writer(tmp_path / "out", specs_of(tensors), ARGUMENTS, parts=parts_in(stacked(tensors), {}))
+    lacking = "layers.0.mlp.experts.2.up_proj.weight"
+    for name in tensors.keys() - {lacking}:
         writer.write(name, tensors[name])
-    for part in {0, 1, 2, 3} - {missing}:
-        writer.write("experts", tensors["experts"][part], part)
-    with pytest.raises(ValueError, match=r"not written: \['experts'\]"):
-        writer.finish({}, {})
-    writer.write("experts", tensors["experts"][missing], part=missing)
-    writer.finish({}, {})
-
-
-def test_a_part_of_another_shape_is_a_bug(tmp_path: Path) -> None:
-    tensors = stacked_tensors()
-    writer = Writer(tmp_path / "out", specs_of(tensors), ARGUMENTS)
-    for wrong in (tensors["experts"], tensors["experts"][0].float(), tensors["experts"][0, 0]):
-        with pytest.raises(ValueError, match=r"experts: planned BF16 \(6, 8\)"):
-            writer.write("experts", wrong, part=0)
-
-
-@pytest.mark.parametrize("part", [4, -1])
-def test_a_part_that_the_stack_does_not_have_is_a_bug(part: int, tmp_path: Path) -> None:
-    tensors = stacked_tensors()
-    writer = Writer(tmp_path / "out", specs_of(tensors), ARGUMENTS)
-    writer.write("norm", tensors["norm"])
-    before = bytes_of(writer.partial)
-    with pytest.raises(ValueError, match=f"experts has 4 parts, and none of index {part}"):
-        writer.write("experts", tensors["experts"][0], part=part)
-    assert bytes_of(writer.partial) == before
-
-
-def test_parts_of_an_interrupted_unit_are_written_anew(tmp_path: Path) -> None:
-    tensors = stacked_tensors()
-    interrupted_run = Writer(tmp_path / "out", specs_of(tensors), ARGUMENTS)
-    interrupted_run.write("norm", tensors["norm"])
-    interrupted_run.commit("norm", ["norm"], {})
-    interrupted_run.write("experts", tensors["experts"][0], part=0)
-    writer = Writer(tmp_path / "out", specs_of(tensors), ARGUMENTS)
-    writer.write("codes", tensors["codes"])
-    for part in (1, 2, 3):
-        writer.write("experts", tensors["experts"][part], part)
-    with pytest.raises(ValueError, match=r"not written: \['experts'\]"):
+    with pytest.raises(ValueError, match=r"not written: \['layers\.0\.mlp\.experts\.2\.up_proj\.weight'\]"):
         writer.finish({}, {})
 
 
-SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
-INDEX = "model.safetensors.index.json"
-
-
-def sharded_checkpoint(path: Path) -> Path:
-    make_checkpoint(path, "llama")
-    tensors = load_file(path / "model.safetensors")
-    (path / "model.safetensors").unlink()
-    parts = dict(zip(SHARDS, (sorted(tensors)[::2], sorted(tensors)[1::2]), strict=True))
-    for file, names in parts.items():
-        save_file({name: tensors[name] for name in names}, path / file)
-    weight_map = {name: file for file, names in parts.items() for name in names}
-    (path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return path
-
-
-def truncate(name: str, keep: float) -> Callable[[Path], None]:
-    def damage(path: Path) -> None:
-        content = (path / name).read_bytes()
-        (path / name).write_bytes(content[: int(len(content) * keep)])
-
-    return damage
-
-
-def overwrite(name: str, content: str) -> Callable[[Path], None]:
-    def damage(path: Path) -> None:
-        (path / name).write_text(content)
-
-    return damage
-
-
-def remove(name: str) -> Callable[[Path], None]:
-    return lambda path: (path / name).unlink()
-
-
-def pickle_only(path: Path) -> None:
-    for name in (*SHARDS, INDEX):
-        (path / name).unlink()
-    torch.save({}, path / "pytorch_model.bin")
-
-
-def name_a_tensor_that_is_nowhere(path: Path) -> None:
-    index = json.loads((path / INDEX).read_text())
-    index["weight_map"]["lost.weight"] = SHARDS[1]
-    (path / INDEX).write_text(json.dumps(index))
-
-
-def add_unsupported_dtype(path: Path) -> None:
-    save_file({"odd": torch.zeros(8, dtype=torch.complex64)}, path / SHARDS[0])
-
-
-DAMAGES: dict[str, tuple[Callable[[Path], None], str, str]] = {
-    "missing shard": (remove(SHARDS[1]), SHARDS[1], "is missing"),
-    "shard cut in its data": (truncate(SHARDS[1], 0.9), SHARDS[1], "damaged or truncated"),
-    "shard cut in its header": (truncate(SHARDS[0], 0.001), SHARDS[0], "damaged or truncated"),
-    "empty shard": (truncate(SHARDS[0], 0), SHARDS[0], "damaged or truncated"),
-    "shard that is something else": (overwrite(SHARDS[0], "<html>404</html>"), SHARDS[0], "damaged or truncated"),
-    "unsupported dtype": (add_unsupported_dtype, SHARDS[0], "dtype C64"),
-    "pickled only": (pickle_only, "pytorch_model.bin", "pickled"),
-    "tensor in the index but in no file": (name_a_tensor_that_is_nowhere, SHARDS[1], r"tensor lost\.weight is missing"),
-    "config that is not JSON": (overwrite("config.json", "{"), "config.json", "not valid JSON"),
-    "config that is no object": (overwrite("config.json", "[]"), "config.json", "JSON object"),
-    "empty config": (truncate("config.json", 0), "config.json", "not valid JSON"),
-    "no config": (remove("config.json"), "config.json", "is missing"),
-    "index that is not JSON": (overwrite(INDEX, "nonsense"), INDEX, "not valid JSON"),
-    "index without a map": (overwrite(INDEX, '{"metadata": {}}'), INDEX, "weight_map"),
-    "index whose map is no object": (overwrite(INDEX, '{"weight_map": []}'), INDEX, "weight_map"),
-}
-
-
-@pytest.mark.parametrize(("damage", "file", "said"), DAMAGES.values(), ids=DAMAGES.keys())
-def test_a_damaged_checkpoint_is_refused_in_one_line_that_names_the_file(
-    damage: Callable[[Path], None], file: str, said: str, tmp_path: Path
-) -> None:
-    path = sharded_checkpoint(tmp_path / "model")
-    damage(path)
-    with pytest.raises(HlwqError, match=said) as caught:
-        Reader(path)
-    assert type(caught.value) is (UnsupportedError if said in ("pickled", "dtype C64") else CheckpointError)
-    assert caught.value.path == path / file
-    assert str(path / file) in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_directory_without_weights_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"holds no \*\.safetensors"):
-        Reader(tmp_path)
-
-
-def test_shards_read_as_one_checkpoint(tmp_path: Path) -> None:
-    whole, parts = Reader(make_checkpoint(tmp_path / "one", "llama")), Reader(sharded_checkpoint(tmp_path / "two"))
-    assert whole.tensors == parts.tensors
-    assert_same_tensors(
-        {name: parts.read(name) for name in parts.tensors}, load_file(tmp_path / "one" / "model.safetensors")
-    )
-
-
-def test_files_that_the_index_does_not_name_are_not_read(tmp_path: Path) -> None:
-    path = sharded_checkpoint(tmp_path / "model")
-    save_file({"adapter": torch.ones(2)}, path / "adapter.safetensors")
-    assert "adapter" not in Reader(path).tensors
-
-
-def test_reading_a_tensor_that_is_not_there_names_it(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"tensor lost\.weight is missing"):
-        Reader(make_checkpoint(tmp_path / "model", "llama")).read("lost.weight")
+def test_bytes_of_an_expert_are_described_by_the_configuration(tmp_path: Path) -> None:
+    codes, norms = torch.arange(24, dtype=torch.uint8).reshape(2, 3, 4), torch.randn(2, 3, 2).half()
+    packed = torch.cat([codes.reshape(2, -1), norms.reshape(2, -1).view(torch.uint8)], 1)
+    described = [["up_proj.weight_packed", "U8", [3, 4]], ["up_proj.weight_norms", "F16", [3, 2]]]
+    config = {"quantization_config": {"experts": described}}
+    write_all(tmp_path / "out", {"mlp.experts.packed": packed})
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    reader = Reader(tmp_path / "out")
+    assert torch.equal(reader.read("mlp.experts.1.up_proj.weight_packed"), codes[1])
+    assert torch.equal(reader.read("mlp.experts.1.up_proj.weight_norms"), norms[1])
+    for wrong in (None, [["up_proj.weight_packed", "U8"]], [["up_proj.weight_packed", "U8", [3, 5]]]):
+        config["quantization_config"]["experts"] = wrong
+        (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+        with pytest.raises(CheckpointError, match=r"quantization_config\.experts"):
+            Reader(tmp_path / "out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Container, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from hlwq.bases import Hadamard, Identity
 from hlwq.calibration import GENERATION_BYTES, Calibration, calibration_memory, kv_bytes_per_token, not_calibrated
-from hlwq.containers import DTYPES, TensorSpec, spec_of
+from hlwq.containers import DTYPES, Part, TensorSpec, spec_of
 from hlwq.devices import available_memory, compute_dtype, torch_device
 from hlwq.errors import CheckpointError, HlwqError, RequestError, UnsupportedError
 from hlwq.families import FAMILIES, FLOATS, Matrix, ModelLayout, describe, model_dtype
@@ -121,6 +122,10 @@ class Plan:
         for tensor in self.tensors:
             yield from tensor.outputs
         yield from (spec_of(name, tensor) for name, tensor in self.shared_tensors().items())
+
+    def parts(self) -> list[Part]:
+        """Which of them lie in stacks."""
+        return self.format.parts(self.outputs())
 
     def shared_tensors(self) -> dict[str, Tensor]:
         """What the format writes beside the tensors of modules."""
@@ -256,6 +261,7 @@ def make_plan(
     if recipe.calibrated and layout.tables() != [layout.embedding]:
         raise UnsupportedError(not_calibrated(layout), argument="recipe")
     matrices, required = layout.matrices(), layout.required_tensors()
+    widths = _common_widths(layout)
     dtype = model_dtype(source.config, source.tensors.values())
     remarks: dict[str, None] = {}  # in the order in which they come up, each once
     planned = []
@@ -269,7 +275,8 @@ def make_plan(
             if module == layout.head:
                 solver = recipe.solver.without_originals()
             own = recipe if bits is None else changed(recipe, {"bits": bits[module]})
-            stages = _stages(own, spec, output_format, dtype, solver, rotated=not unrotated)
+            width = widths.get(module) if output_format.fused_alike else None
+            stages = _stages(own, spec, output_format, dtype, solver, rotated=not unrotated, width=width)
             for stage, fitted in zip(own.stages, stages, strict=True):
                 remarks |= dict.fromkeys(_fallbacks(stage, fitted, spec.shape[1], unrotated))
             outputs = tuple(output_format.outputs(module, (spec.shape[0], spec.shape[1]), stages[-1].grid, dtype))
@@ -447,8 +454,25 @@ def _check_fused(layout: ModelLayout, chosen: set[str]) -> None:
             )
 
 
+def _common_widths(layout: ModelLayout) -> dict[str, int]:
+    """What groups of each expert's matrices have to divide, since engines run all of a layer with one scheme."""
+    widths: dict[str, int] = {}
+    for index, layer in enumerate(layout.layers):
+        of_experts = [matrix for matrix in layer.matrices() if matrix.experts]
+        common = math.gcd(*{matrix.shape[1] for matrix in of_experts})
+        widths |= {layout.layer_prefix(index) + matrix.name: common for matrix in of_experts}
+    return widths
+
+
 def _stages(
-    recipe: Recipe, spec: TensorSpec, output_format: Format, dtype: str, solver: Solver, *, rotated: bool
+    recipe: Recipe,
+    spec: TensorSpec,
+    output_format: Format,
+    dtype: str,
+    solver: Solver,
+    *,
+    rotated: bool,
+    width: int | None = None,
 ) -> tuple[Stage, ...]:
     """The stages of a recipe for one matrix: groups and blocks that divide it, the last grid as the format has it.
 
@@ -459,12 +483,13 @@ def _stages(
         dtype: the model's.
         solver: the last stage's for this matrix.
         rotated: whether its basis is the recipe's.
+        width: what groups have to divide; its input features if None.
     """
     shape, stages = (spec.shape[0], spec.shape[1]), []
     try:
         for stage in recipe.stages:
-            grid = stage.grid.fitted(shape[1], output_format.default_symmetric)
-            basis = stage.basis.fitted(shape[1], grid.group_size)
+            grid = stage.grid.fitted(width or shape[1], output_format.default_symmetric)
+            basis = stage.basis.fitted(width or shape[1], grid.group_size)
             stages.append(replace(stage, grid=grid, basis=basis))
     except HlwqError as error:
         raise error.about(spec.name) from None

@@ -15,6 +15,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hlwq.containers.stacks import Part, parts_of
 from hlwq.containers.tensors import DTYPES, TensorSpec
 from hlwq.errors import CheckpointError, UnsupportedError, reason
 from hlwq.files import LONGEST_NAME, check_file, exists, is_folder, read_json
@@ -36,7 +37,8 @@ class Reader:
     Attributes:
         path: the directory.
         config: the parsed `config.json`.
-        tensors: what the checkpoint holds, by name, in the order of its files.
+        tensors: what the checkpoint holds, by name, in the order of its files; the experts of a layer each alone, also
+            where they are stacked.
     """
 
     def __init__(self, path: Path) -> None:
@@ -53,18 +55,19 @@ class Reader:
         self.config = read_json(path / "config.json")
         self.tensors: dict[str, TensorSpec] = {}
         self._files: dict[str, Path] = {}
+        self._parts: dict[str, Part] = {}
         for file, specs in _contents(path).items():
-            self.tensors |= specs
-            self._files |= dict.fromkeys(specs, file)
+            for name, spec in specs.items():
+                parts = {part.spec.name: part for part in parts_of(spec, self.config)}
+                self._parts |= parts
+                found = {each: part.spec for each, part in parts.items()} or {name: spec}
+                self.tensors |= found
+                self._files |= dict.fromkeys(found, file)
         if not self.tensors:
             raise CheckpointError(f"{path} holds no tensor. Download the checkpoint again.", path=path)
 
-    def read(self, name: str, part: int | None = None) -> Tensor:
+    def read(self, name: str) -> Tensor:
         """Load one tensor, in its own dtype and shape, on the CPU.
-
-        Args:
-            name: the tensor's.
-            part: the index along the first axis, to load one of a stack of tensors.
 
         Raises:
             CheckpointError: the checkpoint has no such tensor.
@@ -74,7 +77,8 @@ class Reader:
             raise CheckpointError(message, path=self.path, tensor=name)
         # Opened anew each time, so that no mapping of a shard outlives the tensors taken from it.
         with _opened(self._files[name]) as handle:
-            tensor: Tensor = handle.get_tensor(name) if part is None else handle.get_slice(name)[part]
+            part = self._parts.get(name)
+            tensor: Tensor = handle.get_tensor(name) if part is None else _read_part(handle, part)
         return tensor
 
     def stamps(self) -> dict[str, str]:
@@ -234,6 +238,15 @@ def _tensors_in(file: Path) -> dict[str, TensorSpec]:
                 raise UnsupportedError(message, path=file, tensor=name)
             specs[name] = TensorSpec(name, view.get_dtype(), tuple(view.get_shape()))
     return specs
+
+
+def _read_part(handle: Any, part: Part) -> Tensor:
+    """A tensor inside a stack: rows of one entry along the first axis."""
+    view, (entries, rows) = handle.get_slice(part.stack.name), part.stack.shape[:2]
+    row_bytes = part.stack.nbytes // (entries * rows)
+    index, start = divmod(part.offset // row_bytes, rows)
+    values: Tensor = view[index, start : start + part.spec.nbytes // row_bytes]
+    return values.contiguous().view(DTYPES[part.spec.dtype]).reshape(part.spec.shape)
 
 
 def _stamp(file: Path) -> str:

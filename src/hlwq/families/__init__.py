@@ -20,7 +20,7 @@ from hlwq.families.configuration import (
 from hlwq.families.dense import DENSE
 from hlwq.families.derived import FUSED, derived_decoder
 from hlwq.families.family import Family, Layer, Matrix, MlxModel, Restoration
-from hlwq.families.qwen3_5 import QWEN3_5
+from hlwq.families.qwen3_5 import QWEN3_5, QWEN3_5_MOE, QWEN3_NEXT
 from hlwq.transformers_models import model_types_of, transformers_version
 
 __all__ = [
@@ -50,7 +50,7 @@ WRAPPERS = {
     "model._orig_mod.": "torch.compile",
 }
 """Beginnings of names in checkpoints that were saved from around a model."""
-FAMILIES = (*DENSE, QWEN3_5)
+FAMILIES = (*DENSE, QWEN3_5, QWEN3_5_MOE, QWEN3_NEXT)
 """Those that hlwq is tested with."""
 PARTS = {
     "visual": "vision tower",

@@ -25,6 +25,8 @@ FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj
 """Matrices that every engine runs as one if they share an input, by the name of the whole."""
 SUMS = ("add", "add_", "__add__", "__radd__", "__iadd__")
 """The names of torch's functions that add two tensors."""
+EXPERTS = ("gate_up_proj", "down_proj")
+"""The stacks in which transformers' modules hold the matrices of all experts of a layer."""
 TOKENS = 4
 """Tokens of the sample that goes through a layer."""
 
@@ -67,6 +69,8 @@ def _derived(config: str) -> Decoder:
         decoder = model.get_decoder()
         try:
             return _described(model, decoder)
+        except UnsupportedError:
+            raise
         except Exception as error:  # of the model's own code
             name = type(decoder).__name__
             raise UnsupportedError(f"the layers of {name} do not run one by one ({reason(error)}).") from None
@@ -158,6 +162,7 @@ def _described_layer(layer: nn.Module, positional: tuple[Any, ...], named: dict[
     def after(name: str) -> Callable[..., None]:
         return lambda module, args, output: outputs.__setitem__(name, output)
 
+    experts = {name: module for name, module in modules.items() if _holds_experts(module)}
     hooks = [module.register_forward_pre_hook(before(name)) for name, module in modules.items() if name]
     hooks += [module.register_forward_hook(after(name)) for name, module in linears.items()]
     with quiet_transformers(), torch.no_grad(), _Sums() as sums:
@@ -173,22 +178,52 @@ def _described_layer(layer: nn.Module, positional: tuple[Any, ...], named: dict[
                 steps.append([name])
             else:
                 step.append(name)
-    matrices = [
-        tuple(
-            Matrix(
-                name,
-                (linears[name].out_features, linears[name].in_features),
-                _fused(name, step),
-                linears[name].bias is not None,
-                stream=_stream(outputs[name], sums.pairs, normed),
+        elif name in experts:
+            steps.append([name])
+    matrices: list[tuple[Matrix, ...]] = []
+    for step in steps:
+        if step[0] in experts:
+            matrices += _of_experts(step[0], experts[step[0]])
+            continue
+        matrices.append(
+            tuple(
+                Matrix(
+                    name,
+                    (linears[name].out_features, linears[name].in_features),
+                    _fused(name, step),
+                    linears[name].bias is not None,
+                    stream=_stream(outputs[name], sums.pairs, normed),
+                )
+                for name in step
             )
-            for name in step
         )
-        for step in steps
-    ]
-    own = {f"{name}.{part}" for step in steps for name in step for part in ("weight", "bias")}
+    own = {f"{name}.{part}" for step in steps for name in step for part in (*("weight", "bias"), *EXPERTS)}
     rest = {name: tuple(each.shape) for name, each in layer.state_dict().items() if name not in own}
     return Layer(tuple(matrices), rest)
+
+
+def _holds_experts(module: nn.Module) -> bool:
+    """Whether a module holds the matrices of experts as two stacks."""
+    return all(getattr(getattr(module, name, None), "ndim", 0) == 3 for name in EXPERTS)
+
+
+def _of_experts(name: str, module: nn.Module) -> list[tuple[Matrix, ...]]:
+    """The steps of each expert: gate and up, then down."""
+    gate_up, down = (module.get_parameter(stack) for stack in EXPERTS)
+    count, rows, hidden = gate_up.shape
+    inner = rows // 2
+    usual = {"is_transposed": False, "is_concatenated": True, "has_gate": True, "has_bias": False}
+    if down.shape != (count, hidden, inner) or any(getattr(module, key, usual[key]) != usual[key] for key in usual):
+        raise UnsupportedError(f"{type(module).__name__} holds its experts in another way than as gate, up and down")
+    steps: list[tuple[Matrix, ...]] = []
+    for index in range(count):
+        place = f"{name}.{index}."
+        gate, up = (
+            Matrix(f"{place}{part}", (inner, hidden), name, experts=name, expert=index)
+            for part in ("gate_proj", "up_proj")
+        )
+        steps += [(gate, up), (Matrix(f"{place}down_proj", (hidden, inner), name, experts=name, expert=index),)]
+    return steps
 
 
 def _fused(name: str, step: list[str]) -> str:

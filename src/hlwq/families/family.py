@@ -10,6 +10,8 @@ from torch import Tensor
 
 from hlwq.containers import TensorSpec
 
+GATE = "a gate, and tiny"
+
 
 @dataclass(frozen=True)
 class Matrix:
@@ -23,6 +25,8 @@ class Matrix:
         bias: whether a bias vector goes with it.
         keep: why it stays in its own dtype unless the user includes it; empty if it is quantized.
         stream: the module whose inputs are the hidden states that its outputs are added to; empty if they are not.
+        experts: the module inside the layer that holds all experts, if it is a matrix of one of them.
+        expert: which.
     """
 
     name: str
@@ -31,6 +35,8 @@ class Matrix:
     bias: bool = False
     keep: str = ""
     stream: str = ""
+    experts: str = ""
+    expert: int = -1
 
 
 @dataclass(frozen=True)
@@ -126,7 +132,7 @@ class Family:
                 replace(
                     matrix,
                     fused=self.fused.get(matrix.name, matrix.fused),
-                    keep=self.keep.get(matrix.name, matrix.keep),
+                    keep=self.keep.get(matrix.name, matrix.keep or (GATE if matrix.shape[0] == 1 else "")),
                 )
                 for matrix in step
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -44,8 +45,8 @@ def _mlx_demands(config: dict[str, Any]) -> list[tuple[str, list[str], str]]:
 
 def _config_before_mlx(config: dict[str, Any]) -> dict[str, Any]:
     """A text-only checkpoint by its own model type again."""
-    if config.get("model_type") == "qwen3_5" and "text_config" not in config:
-        return {**config, "model_type": "qwen3_5_text"}
+    if config.get("model_type") in ("qwen3_5", "qwen3_5_moe") and "text_config" not in config:
+        return {**config, "model_type": f"{config['model_type']}_text"}
     return config
 
 
@@ -68,17 +69,19 @@ def _shape_before_mlx(spec: TensorSpec) -> tuple[int, ...]:
     return (spec.shape[0], spec.shape[2], spec.shape[1]) if spec.name.endswith("conv1d.weight") else spec.shape
 
 
+_FUSED = {
+    "linear_attn.in_proj_qkv": "linear_attn.in_proj_qkvz",
+    "linear_attn.in_proj_z": "linear_attn.in_proj_qkvz",
+    "linear_attn.in_proj_b": "linear_attn.in_proj_ba",
+    "linear_attn.in_proj_a": "linear_attn.in_proj_ba",
+}
+_KEEP = {"linear_attn.in_proj_b": _GATES, "linear_attn.in_proj_a": _GATES}
 QWEN3_5 = Family(
     "Qwen3.5 (hybrid)",
     ("Qwen3_5ForConditionalGeneration", "Qwen3_5ForCausalLM"),
     ("qwen3_5", "qwen3_5_text"),
-    fused={
-        "linear_attn.in_proj_qkv": "linear_attn.in_proj_qkvz",
-        "linear_attn.in_proj_z": "linear_attn.in_proj_qkvz",
-        "linear_attn.in_proj_b": "linear_attn.in_proj_ba",
-        "linear_attn.in_proj_a": "linear_attn.in_proj_ba",
-    },
-    keep={"linear_attn.in_proj_b": _GATES, "linear_attn.in_proj_a": _GATES},
+    fused=_FUSED,
+    keep=_KEEP,
     architecture_of={"qwen3_5_text": "Qwen3_5ForCausalLM"},
     vllm_unrotated=("linear_attn.in_proj_qkvz",),
     vllm_packs_embedding=False,
@@ -91,4 +94,22 @@ QWEN3_5 = Family(
         converted=lambda names: any(name.startswith(_IN_MLX) for name in names),
         restoration=Restoration(_config_before_mlx, _name_before_mlx, _shape_before_mlx, _tensor_before_mlx),
     ),
+)
+QWEN3_5_MOE = Family(
+    "Qwen3.5-MoE (hybrid)",
+    ("Qwen3_5MoeForConditionalGeneration", "Qwen3_5MoeForCausalLM"),
+    ("qwen3_5_moe", "qwen3_5_moe_text"),
+    fused=_FUSED,
+    keep=_KEEP,
+    vllm_unrotated=("linear_attn.in_proj_qkvz",),
+    vllm_packs_embedding=False,
+    mlx=replace(QWEN3_5.mlx, model_type="qwen3_5_moe"),
+)
+QWEN3_NEXT = Family(
+    "Qwen3-Next (hybrid)",
+    ("Qwen3NextForCausalLM",),
+    ("qwen3_next",),
+    keep={"linear_attn.in_proj_ba": _GATES},
+    vllm_unrotated=("linear_attn.in_proj_qkvz",),
+    mlx=MlxModel(refusal="mlx-lm changes norms and convolutions of this family only where it stacks experts itself"),
 )

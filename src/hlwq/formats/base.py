@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from hlwq.bases import Basis
-from hlwq.containers import Reader, TensorSpec
+from hlwq.containers import Part, Reader, TensorSpec
 from hlwq.errors import UnsupportedError
 from hlwq.families import Matrix, ModelLayout, Restoration
 from hlwq.grids import Grid
@@ -162,6 +162,7 @@ class Format(ReadableFormat):
         unrotated: what is said of a matrix that stays unrotated whatever the basis, or nothing if it does not; given
             None for the embedding and the output head.
         shared_tensors: what is written beside the tensors of modules, given the checkpoint's contents.
+        parts: which of the tensors that are written lie in stacks.
         multiples: what divides the output and input features of every matrix that it holds.
         default_symmetric: whether uniform codes are symmetric where the user does not say.
         fused_alike: engines run some matrices as one, whose members must have one scheme.
@@ -182,6 +183,7 @@ class Format(ReadableFormat):
     cautions: Callable[[Contents], list[str]] = lambda contents: []
     unrotated: Callable[[ModelLayout, Matrix | None], str] = lambda layout, matrix: ""
     shared_tensors: Callable[[Contents], dict[str, Tensor]] = lambda contents: {}
+    parts: Callable[[Iterable[TensorSpec]], list[Part]] = lambda tensors: []
     multiples: tuple[int, int] = (1, 1)
     default_symmetric: bool = True
     fused_alike: bool = True

@@ -9,13 +9,15 @@ in the HF layout as the sign that the norms are in it too. Only the per-module o
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hlwq.bases import Basis
-from hlwq.containers import DTYPES, Reader, TensorSpec
+from hlwq.containers import DTYPES, EXPERT, Part, Reader, TensorSpec, stack_of_matrices
 from hlwq.errors import CheckpointError, UnsupportedError
 from hlwq.families import FAMILIES, ModelLayout, Restoration, family_of
 from hlwq.formats import reading
@@ -67,7 +69,7 @@ def json_files(config: dict[str, Any], contents: Contents) -> dict[str, dict[str
     section: dict[str, Any] = {"group_size": common.group_size, "bits": common.bits, "mode": "affine"}
     for module, scheme in contents.quantized.items():
         if scheme != common:
-            section[mlx.path(module)] = {"group_size": scheme.group_size, "bits": scheme.bits}
+            section[mlx.path(_switched(module))] = {"group_size": scheme.group_size, "bits": scheme.bits}
     config = {**config, "quantization": section, "quantization_config": section}
     if mlx.model_type:
         config["model_type"] = mlx.model_type
@@ -80,6 +82,21 @@ def json_files(config: dict[str, Any], contents: Contents) -> dict[str, dict[str
     elif mlx.reads_top_level_rope:
         config |= rope_as_before(config)
     return {"config.json": config}
+
+
+def parts(tensors: Iterable[TensorSpec]) -> list[Part]:
+    """The experts of a layer, each matrix and its scales and biases in stacks, as mlx-lm's `switch_mlp` has them."""
+    stacks: dict[str, dict[int, TensorSpec]] = {}
+    for spec in tensors:
+        if found := EXPERT.match(spec.name):
+            name = f"{found[1]}switch_mlp.{found[3]}.{found[4]}"
+            stacks.setdefault(name, {})[int(found[2])] = spec
+    return [part for name, each in stacks.items() for part in stack_of_matrices(name, [each[i] for i in sorted(each)])]
+
+
+def _switched(module: str) -> str:
+    """The path by which mlx-lm knows a matrix of an expert: that of the stack; any other module's own."""
+    return re.sub(r"\.experts\.\d+\.", ".switch_mlp.", module)
 
 
 def rope_as_before(config: dict[str, Any]) -> dict[str, Any]:
@@ -114,7 +131,7 @@ def stored_modules(reader: Reader) -> dict[str, StoredModule]:
         parts = reading.require_parts(reader, module, "weight", "scales", "biases")
         (rows, words), (_, groups), _ = (reading.matrix_shape(reader, part) for part in parts)
         # An override goes by MLX's path, which is the file's own name or what `sanitize` makes of it.
-        paths = (module, *(each.mlx.path(module) for each in FAMILIES))
+        paths = (module, _switched(module), *(each.mlx.path(_switched(module)) for each in FAMILIES))
         path = next((path for path in paths if isinstance(section.get(path), dict)), None)
         chosen, here = (section[path], f"{where}.{path}") if path else (section, where)
         scheme = Scheme(
@@ -191,6 +208,7 @@ FORMAT = Format(
     outputs=outputs,
     encode=encode,
     json_files=json_files,
+    parts=parts,
     multiples=(1, 32),
     restoration=restoration,
     refusal=lambda layout: layout.family.mlx.refusal,
