@@ -131,6 +131,7 @@ class HLWQExperts(nn.Module):
     """
 
     packed: nn.Parameter
+    gating: Any
 
     def __init__(self, dense: nn.Module, scheme: Scheme) -> None:
         """Leave the codes empty, and take the matrices from the module that is replaced.
@@ -143,10 +144,8 @@ class HLWQExperts(nn.Module):
         count, rows, self.hidden = dense.get_parameter("gate_up_proj").shape
         self.inner, self.scheme = rows // 2, scheme
         del dense.gate_up_proj, dense.down_proj
-        self.gating = dense
-        sizes = [self.codes_bytes(*shape) for shape in self.shapes] + [
-            self.norms_bytes(*shape) for shape in self.shapes
-        ]
+        self.__dict__["gating"] = dense  # no child, whose matrices transformers would look for
+        sizes = [of(*shape) for of in (self.codes_bytes, self.norms_bytes) for shape in self.shapes]
         self.starts = [sum(sizes[:place]) for place in range(len(sizes) + 1)]
         packed = torch.empty(count, self.starts[-1], dtype=torch.uint8, device="meta")
         self.packed = nn.Parameter(packed, requires_grad=False)
@@ -165,7 +164,7 @@ class HLWQExperts(nn.Module):
         return rows * (columns // self.scheme.group_size) * 2
 
     def matrix(self, expert: Tensor, place: int) -> tuple[Tensor, Tensor]:
-        """Codes, uint8 (rows, bytes), and norms, float16 (rows, groups), of gate, up or down; views of an expert's row."""
+        """Codes, uint8 (rows, bytes), and norms, float16 (rows, groups), of gate, up or down, in an expert's row."""
         rows, starts = self.shapes[place][0], self.starts
         codes = expert[starts[place] : starts[place + 1]].view(rows, -1)
         norms = expert[starts[place + 3] : starts[place + 4]].view(torch.float16).view(rows, -1)
@@ -191,7 +190,7 @@ class HLWQExperts(nn.Module):
     def compute(self, expert: Tensor, inputs: Tensor) -> Tensor:
         """What one expert makes of inputs (n, hidden): (n, hidden), in their dtype."""
         gate, up = (matmul(inputs, *self.matrix(expert, place), self.scheme.bits) for place in (0, 1))
-        gated: Tensor = self.gating._apply_gate(torch.cat([gate, up], -1))  # type: ignore[operator]
+        gated: Tensor = self.gating._apply_gate(torch.cat([gate, up], -1))
         return matmul(gated, *self.matrix(expert, 2), self.scheme.bits)
 
     def dequantize(self, dtype: torch.dtype) -> nn.Module:
@@ -202,11 +201,13 @@ class HLWQExperts(nn.Module):
         ]
         self.gating.gate_up_proj = nn.Parameter(torch.cat(decoded[:2], 1), requires_grad=False)
         self.gating.down_proj = nn.Parameter(decoded[2], requires_grad=False)
-        return self.gating
+        dense: nn.Module = self.gating
+        return dense
 
     def extra_repr(self) -> str:
         """What is printed between the parentheses."""
-        return f"{len(self.packed)}, {self.hidden}, {self.inner}, bits={self.scheme.bits}, group_size={self.scheme.group_size}"
+        scheme = f"bits={self.scheme.bits}, group_size={self.scheme.group_size}"
+        return f"{len(self.packed)}, {self.hidden}, {self.inner}, {scheme}"
 
 
 class HLWQEmbedding(_Packed):

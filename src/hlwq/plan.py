@@ -275,7 +275,7 @@ def make_plan(
             if module == layout.head:
                 solver = recipe.solver.without_originals()
             own = recipe if bits is None else changed(recipe, {"bits": bits[module]})
-            width = widths.get(module) if output_format.fused_alike else None
+            width = widths.get(module)
             stages = _stages(own, spec, output_format, dtype, solver, rotated=not unrotated, width=width)
             for stage, fitted in zip(own.stages, stages, strict=True):
                 remarks |= dict.fromkeys(_fallbacks(stage, fitted, spec.shape[1], unrotated))

@@ -230,10 +230,8 @@ class HLWQQuantizer(HfQuantizer):
         Raises:
             UnsupportedError: some of the codes are offloaded.
         """
-        if any(
-            name.endswith((".weight_packed", ".experts.packed")) and codes.is_meta
-            for name, codes in model.named_parameters()
-        ):
+        packed = (".weight_packed", ".experts.packed")
+        if any(name.endswith(packed) and codes.is_meta for name, codes in model.named_parameters()):
             raise UnsupportedError(
                 "Offloaded weights cannot be decoded. Load the model whole, as with device_map='cpu'."
             )
@@ -257,7 +255,9 @@ class HLWQQuantizer(HfQuantizer):
         """Let the section call modules what `save_pretrained` will: a model without its head leaves a prefix out."""
         modules = {}
         for module, scheme in self.quantization_config.modules.items():
-            if module in self.names:
+            if OF_EXPERT.search(module):
+                modules[module] = scheme
+            elif module in self.names:
                 saved = revert_weight_conversion(model, {f"{self.names[module]}.weight_packed": torch.empty(0)})
                 modules[next(iter(saved)).removesuffix(".weight_packed")] = scheme
         self.quantization_config.modules = modules
@@ -329,19 +329,16 @@ def _stored_schemes(directory: Path, model: PreTrainedModel) -> dict[str, Scheme
 
 def _experts_in(model: PreTrainedModel, schemes: Mapping[str, Scheme]) -> dict[str, Scheme]:
     """The modules that hold experts which a checkpoint has packed, by the model's own names, with their schemes."""
-    found = {}
-    packed = {
-        module[: place.start()] + ".experts": scheme
-        for module, scheme in schemes.items()
-        if (place := OF_EXPERT.search(module))
-    }
+    found: dict[str, Scheme] = {}
+    packed: dict[str, Scheme] = {}
+    for module, scheme in schemes.items():
+        if place := OF_EXPERT.search(module):
+            packed[f"{module[: place.start()]}.experts"] = scheme
     for name, module in model.named_modules():
         if name.endswith(".experts") and hasattr(module, "gate_up_proj"):
-            # By the place behind the layers' prefix, which differs where the model is in a wrapper.
-            place = name[name.index("layers.") :]
-            scheme = next((scheme for each, scheme in packed.items() if each.endswith(f".{place}")), None)
-            if scheme is not None:
-                found[name] = scheme
+            # Their place is the same, the names before the layers differ where the model is in a wrapper.
+            inside = name[name.index("layers.") :]
+            found.update((name, scheme) for each, scheme in packed.items() if each.endswith(f".{inside}"))
     return found
 
 
