@@ -316,7 +316,8 @@ def unrotated(layout: ModelLayout, matrix: Matrix | None) -> str:
         return "layers with a bias"
     if matrix.name.rpartition(".")[2] in FUSED:  # a whole, whose parts vLLM counts too
         return matrix.name
-    return matrix.fused if matrix.fused in layout.family.vllm_unrotated else ""
+    whole = matrix.fused or matrix.name
+    return whole if whole in layout.family.vllm_unrotated else ""
 
 
 def cautions(contents: Contents) -> list[str]:
