@@ -88,7 +88,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "phi3": {"pad_token_id": 0},
     "smollm3": {"tie_word_embeddings": True, "pad_token_id": 0},
     "olmo3": {"sliding_window": 16},
-    "cohere2": {"tie_word_embeddings": True, "sliding_window": 16},
+    "cohere2": {"logit_scale": 1.0, "tie_word_embeddings": True, "sliding_window": 16},
     "glm4": {"head_dim": 32, "pad_token_id": 0, "partial_rotary_factor": 0.5},
     "exaone4": {
         "num_hidden_layers": 4,
@@ -104,7 +104,7 @@ _OWN: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 3,
         "layer_types": ["conv", "full_attention", "conv"],
         **{"block_dim": 128, "block_ff_dim": 256, "block_multiple_of": 32, "block_ffn_dim_multiplier": 1.0},
-        **{"block_auto_adjust_ff_dim": False, "conv_bias": False, "conv_L_cache": 3, "norm_eps": 1e-5},
+        **{"block_auto_adjust_ff_dim": False, "conv_bias": False, "conv_L_cache": 3, "conv_dim": 128, "norm_eps": 1e-5},
     },
     "qwen3_vl_text": {"head_dim": 32, "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6]}},
     "gemma4_text": {

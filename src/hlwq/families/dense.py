@@ -16,7 +16,6 @@ _ROWS = (
     ("OLMo 2", "Olmo2ForCausalLM", "olmo2"),
     ("OLMo 3", "Olmo3ForCausalLM", "olmo3"),
     ("SmolLM3", "SmolLM3ForCausalLM", "smollm3"),
-    ("Cohere 2", "Cohere2ForCausalLM", "cohere2"),
     ("GLM-4", "Glm4ForCausalLM", "glm4"),
     ("EXAONE 4", "Exaone4ForCausalLM", "exaone4"),
     ("Seed-OSS", "SeedOssForCausalLM", "seed_oss"),
@@ -28,19 +27,25 @@ _ROWS = (
     ("GLM-4.5-MoE", "Glm4MoeForCausalLM", "glm4_moe"),
     ("Mistral 3 (vision)", "Mistral3ForConditionalGeneration", "mistral3"),
     ("Gemma 3 (vision)", "Gemma3ForConditionalGeneration", "gemma3"),
-    ("Qwen3-VL", "Qwen3VLForConditionalGeneration", "qwen3_vl"),
 )
 LFM2 = Family(
     "LFM2",
     ("Lfm2ForCausalLM",),
     ("lfm2",),
+    vllm_unrotated=("conv.in_proj",),
+    vllm_packs_embedding=False,
     fused={"feed_forward.w1": "feed_forward.w13", "feed_forward.w3": "feed_forward.w13"},
 )
+COHERE2 = Family("Cohere 2", ("Cohere2ForCausalLM",), ("cohere2",), vllm_packs_embedding=False)
+QWEN3_VL = Family("Qwen3-VL", ("Qwen3VLForConditionalGeneration",), ("qwen3_vl",), vllm_packs_embedding=False)
 GEMMA2 = Family("Gemma 2", ("Gemma2ForCausalLM",), ("gemma2",), vllm_packs_embedding=False)
+_MIXER = "of the state-space mixer, which vLLM runs in its own dtype"
 FALCON_H1 = Family(
     "Falcon-H1",
     ("FalconH1ForCausalLM",),
     ("falcon_h1",),
+    keep={"mamba.in_proj": _MIXER, "mamba.out_proj": _MIXER},
+    vllm_packs_embedding=False,
     mlx=MlxModel(refusal="mlx-lm multiplies weights of this family by constants as it loads them, and codes it cannot"),
 )
 GEMMA4 = Family(
@@ -51,6 +56,8 @@ GEMMA4 = Family(
 )
 DENSE = (
     *(Family(name, (architecture,), (model_type,)) for name, architecture, model_type in _ROWS),
+    COHERE2,
+    QWEN3_VL,
     GEMMA2,
     LFM2,
     FALCON_H1,

@@ -111,7 +111,7 @@ class Family:
         keep: why a matrix stays in its own dtype unless the user includes it, by its path inside a layer.
         architecture_of: architectures by `model_type`, for configurations that were saved without one.
         vllm_unrotated: fused matrices, by their paths inside a layer, whose inputs vLLM does not rotate.
-        vllm_packs_embedding: vLLM's model can hold its embedding as codes.
+        vllm_packs_embedding: vLLM's model can hold its embedding and its output head as codes.
         mlx: the family in mlx-lm.
     """
 
