@@ -58,7 +58,9 @@ class CalibratedLayers:
             streams = {m.name: m.stream for m in layout.layers[index].matrices() if m.stream and m.name in planned}
         work.report(work.done, work.total, f"layer {index}")
         with memory_errors(f"layer {index}: the device has too little memory. Lower `batch_size`."):
-            runner.quantize(work.read, [step for step in steps if step], solve, streams)
+            counts = runner.quantize(work.read, [step for step in steps if step], solve, streams, self._written.read)
+        for name, count in counts.items():
+            errors[prefix + name]["calibration_tokens"] = count
         return errors
 
     def _solve(self, layer: nn.Module, matrices: dict[str, PlannedTensor], gram: Gram) -> dict[str, dict[str, float]]:

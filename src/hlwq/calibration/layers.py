@@ -18,6 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hlwq.calibration.experts import (
+    MATRICES,
+    ReadExpert,
+    Routed,
+    hidden_of,
+    module_of,
+    stream_experts,
+    tokens_of,
+    without_stacks,
+)
 from hlwq.calibration.texts import Calibration
 from hlwq.devices import compute_dtype
 from hlwq.errors import UnsupportedError
@@ -169,13 +179,21 @@ class LayerRunner:
 
     @torch.no_grad()
     def quantize(
-        self, read: Read, steps: Sequence[Sequence[str]], solve: Solve, streams: Mapping[str, str] | None = None
-    ) -> None:
+        self,
+        read: Read,
+        steps: Sequence[Sequence[str]],
+        solve: Solve,
+        streams: Mapping[str, str] | None = None,
+        read_solved: Read | None = None,
+    ) -> dict[str, int]:
         """Run the next layer, and have the modules of each step quantized when the forward pass reaches them.
 
         The last batch runs through the layer once and pauses at each step, while the step's inputs, which depend on
         what is quantized by then, are gathered from it and from the other batches, which are run up to there. Then
         `solve` replaces the weights and the pass goes on with them. A single batch thus needs a single pass.
+
+        Of a mixture of experts, one expert is in memory at a time: what the experts are given is kept for all samples,
+        and each is solved on the tokens that go to it, weighted by how much of it is added for them.
 
         Args:
             read: where the layer's weights come from.
@@ -183,8 +201,16 @@ class LayerRunner:
             solve: called for each step.
             streams: by the first module of a step, the module whose inputs are the hidden states that the step's
                 outputs are added to; for a solver that needs to know how those differ from the original model's.
+            read_solved: where the experts that `solve` was called for are read from afterwards.
+
+        Returns:
+            How many tokens went to each expert, by the paths of its modules.
         """
         *others, last = self._batches
+        of_expert = {m.name: m for m in self._layout.layers[self.index].matrices() if m.experts}
+        expert_steps = [step for step in steps if step[0] in of_expert]
+        steps = [step for step in steps if step[0] not in of_expert]
+        counts: dict[str, int] = {}
         original_states, streams = self._originals, streams or {}
         with quiet_transformers(), self._loaded(read) as layer:
             original = layer if original_states is None else deepcopy(layer)
@@ -193,7 +219,8 @@ class LayerRunner:
             for stream in streams.values():
                 _before(layer, [stream], partial(passed.__setitem__, stream))
             if original_states is not None:
-                for module in (*(step[0] for step in steps), *streams.values()):
+                experts = {of_expert[step[0]].experts for step in expert_steps}
+                for module in (*(step[0] for step in steps), *streams.values(), *experts):
                     _before(original, [module], partial(original_passed.__setitem__, module))
                 original_outputs = self._run(original, original_states, last)
 
@@ -217,8 +244,37 @@ class LayerRunner:
             def pause_at(step: Sequence[str]) -> None:
                 _before(layer, step, lambda inputs: solve(layer, step, gather(step[0], inputs)))
 
+            def solve_experts(name: str, given: tuple[Any, ...]) -> None:
+                routed = [Routed(*given), *(self._routed(layer, self._states, batch, name) for batch in others)]
+                originals = None
+                if original_states is not None:
+                    hidden = (self._routed(original, original_states, batch, name).hidden for batch in others)
+                    originals = torch.cat([original_passed.pop(name), *hidden])
+                whole = Routed(
+                    *(torch.cat(each) for each in zip(*((r.hidden, r.experts, r.weights) for r in routed), strict=True))
+                )
+                module, solved = layer.get_submodule(name), set[str]()
+                for expert in sorted(
+                    {of_expert[step[0]].expert for step in expert_steps if step[0].startswith(f"{name}.")}
+                ):
+                    own = [step for step in expert_steps if of_expert[step[0]].expert == expert]
+                    own = [step for step in own if of_expert[step[0]].experts == name]
+                    count = self._solve_expert(module, name, expert, own, whole, originals, read, solve)
+                    counts.update((member, count) for step in own for member in step)
+                    solved.update(member for step in own for member in step)
+                prefix = self._layout.layer_prefix(self.index)
+                assert read_solved is not None, "experts are read anew when they are solved"
+
+                def read_either(full: str) -> Tensor:
+                    member = full.removeprefix(prefix).removesuffix(".weight")
+                    return (read_solved if member in solved else read)(full)
+
+                stream_experts(module, self._reader_of(name, read_either))
+
             for step in steps:
                 pause_at(step)
+            for name in dict.fromkeys(of_expert[step[0]].experts for step in expert_steps):
+                _before_experts(layer.get_submodule(name), partial(solve_experts, name))
             outputs = self._run(layer, self._states, last)
             self._run_all(layer, self._states, others)
             self._states.write(last, outputs)
@@ -226,6 +282,60 @@ class LayerRunner:
                 self._run_all(original, original_states, others)
                 original_states.write(last, original_outputs)
         self.index += 1
+        return counts
+
+    def _solve_expert(
+        self,
+        module: nn.Module,
+        name: str,
+        expert: int,
+        steps: Sequence[Sequence[str]],
+        routed: Routed,
+        originals: Tensor | None,
+        read: Read,
+        solve: Solve,
+    ) -> int:
+        """Have an expert's matrices solved on the tokens that go to it; returns how many they are."""
+        token, weights, count = tokens_of(routed, expert)
+        reader = self._reader_of(name, read)
+        matrices = [reader(expert, each) for each in MATRICES]
+        holder = module_of({f"{name}.{expert}.{each}": m.clone() for each, m in zip(MATRICES, matrices, strict=True)})
+        gate, up = (holder.get_parameter(f"{name}.{expert}.{each}.weight") for each in MATRICES[:2])
+        inputs, wanted = routed.hidden[token], None if originals is None else originals[token]
+        for step in steps:
+            given, original = inputs, wanted
+            if step[0].endswith(MATRICES[2]):
+                given = hidden_of(module, gate, up, inputs)
+                original = None if wanted is None else hidden_of(module, matrices[0], matrices[1], wanted)
+            hessian = torch.zeros(given.shape[1], given.shape[1], device=self._device)
+            gram = Gram(hessian, None if original is None else torch.zeros_like(hessian))
+            scale = weights[:, None]
+            _accumulate(
+                gram,
+                _Given(given.float() * scale, None),
+                None if original is None else _Given(original.float() * scale, None),
+            )
+            _mirror(hessian)
+            solve(holder, step, gram)
+        return count
+
+    def _reader_of(self, name: str, read: Read) -> ReadExpert:
+        """Reads matrices of a layer's experts, onto the device."""
+        prefix = self._layout.layer_prefix(self.index) + name
+        return lambda expert, matrix: read(f"{prefix}.{expert}.{matrix}.weight").to(self._device, self._dtype)
+
+    def _routed(self, layer: nn.Module, states: _States, batch: slice, name: str) -> Routed:
+        """What the experts of a layer are given for a batch; the pass ends there."""
+
+        def stop(given: tuple[Any, ...]) -> None:
+            raise _ReachedExperts(Routed(*given))
+
+        _before_experts(layer.get_submodule(name), stop)
+        try:
+            self._run(layer, states, batch)
+        except _ReachedExperts as reached:
+            return reached.routed
+        raise AssertionError(f"{name} was not reached")
 
     @torch.no_grad()
     def outputs_gram(self, read: Read) -> Gram:
@@ -250,14 +360,18 @@ class LayerRunner:
         """The next layer with its weights, which are let go afterwards."""
         layer: nn.Module = self._decoder.layers[self.index]
         prefix = self._layout.layer_prefix(self.index)
-        weights = {name: read(prefix + name).to(self._device, self._dtype) for name in layer.state_dict()}
-        layer.load_state_dict(weights, assign=True)
-        layer.to(self._device)  # its buffers, which no file holds
-        del weights
-        try:
-            yield layer
-        finally:
-            layer.load_state_dict({name: each.to("meta") for name, each in layer.state_dict().items()}, assign=True)
+        experts = list(dict.fromkeys(m.experts for m in self._layout.layers[self.index].matrices() if m.experts))
+        with without_stacks(layer, experts):
+            for name in experts:
+                stream_experts(layer.get_submodule(name), self._reader_of(name, read))
+            weights = {name: read(prefix + name).to(self._device, self._dtype) for name in layer.state_dict()}
+            layer.load_state_dict(weights, assign=True)
+            layer.to(self._device)  # its buffers, which no file holds
+            del weights
+            try:
+                yield layer
+            finally:
+                layer.load_state_dict({name: each.to("meta") for name, each in layer.state_dict().items()}, assign=True)
 
     def _run(self, layer: nn.Module, states: _States, batch: slice) -> Tensor:
         positional, named = self._arguments[batch.stop - batch.start][self.index]
@@ -301,7 +415,10 @@ def default_batch_size(layout: ModelLayout, sequence_length: int) -> int:
 
 def activation_bytes(layout: ModelLayout, sequence_length: int) -> int:
     """An estimate of what one sample's activations take in its way through a layer."""
-    features = max(sum(matrix.shape[0] for matrix in layer.matrices()) for layer in layout.layers)
+    active = layout.text_config.get("num_experts_per_tok") or 1
+    features = max(
+        sum(matrix.shape[0] for matrix in layer.matrices() if matrix.expert < active) for layer in layout.layers
+    )
     return BYTES_PER_FEATURE * features * sequence_length
 
 
@@ -322,7 +439,8 @@ def calibration_memory(layout: ModelLayout, calibration: Calibration, solver: So
     activations = activation_bytes(layout, calibration.sequence_length) * min(batch, samples)
     weights = problem = 0
     for layer in layout.layers:
-        weights = max(weights, width * sum(matrix.shape[0] * matrix.shape[1] for matrix in layer.matrices()))
+        held = [matrix for matrix in layer.matrices() if matrix.expert < 1]  # of the experts, one
+        weights = max(weights, width * sum(matrix.shape[0] * matrix.shape[1] for matrix in held))
         for step in layer.steps:
             problem = max(problem, solver.memory(sum(matrix.shape[0] for matrix in step), step[0].shape[1]))
     stored = 0 if calibration.offload_activations else copies * states
@@ -370,6 +488,21 @@ def _before(layer: nn.Module, modules: Sequence[str], act: Callable[[Tensor], No
         act(inputs[0])
 
     handles += [layer.get_submodule(module).register_forward_pre_hook(hook) for module in modules]
+
+
+class _ReachedExperts(Exception):
+    def __init__(self, routed: Routed) -> None:
+        self.routed = routed
+
+
+def _before_experts(module: nn.Module, act: Callable[[tuple[Any, ...]], None]) -> None:
+    """Call `act` once with what a module of experts is given."""
+
+    def hook(_: nn.Module, given: tuple[Any, ...]) -> None:
+        handle.remove()
+        act(given)
+
+    handle = module.register_forward_pre_hook(hook)
 
 
 def _accumulate(gram: Gram, given: _Given, originals: _Given | None = None) -> None:
