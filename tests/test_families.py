@@ -43,6 +43,16 @@ WHOLES: dict[str, dict[str, set[str]]] = {
     "lfm2": {"self_attn.qkv_proj": _QKV, "feed_forward.w13": {"w1", "w3"}},
     "falcon_h1": {"self_attn.qkv_proj": _QKV, "feed_forward.gate_up_proj": _GATED},
     "nemotron_h": {"mixer.qkv_proj": _QKV},
+    "qwen3_moe": {"self_attn.qkv_proj": _QKV},
+    "olmoe": {"self_attn.qkv_proj": _QKV},
+    "glm4_moe": {
+        "self_attn.qkv_proj": _QKV,
+        "mlp.gate_up_proj": _GATED,
+        "mlp.shared_experts.gate_up_proj": _GATED,
+    },
+    "qwen3_5_moe": {"self_attn.qkv_proj": _QKV, "mlp.shared_expert.gate_up_proj": _GATED},
+    "qwen3_5_moe_text": {"self_attn.qkv_proj": _QKV, "mlp.shared_expert.gate_up_proj": _GATED},
+    "qwen3_next": {"self_attn.qkv_proj": _QKV, "mlp.shared_expert.gate_up_proj": _GATED},
 }
 """What engines fuse in a family, where it is not what they fuse in most."""
 
@@ -84,6 +94,15 @@ def test_matrices_are_exactly_the_linear_layers_of_the_decoder(family: str, tmp_
         if isinstance(module, torch.nn.Linear) and ".layers." in name and "vision" not in name
     }
     layout = describe(model_config(family), model.state_dict())
+    for name, module in model.named_modules():
+        for expert in range(len(getattr(module, "gate_up_proj", ())) if name.endswith(".experts") else 0):
+            rows, hidden = module.gate_up_proj.shape[1:]
+            shapes = {
+                "gate_proj": (rows // 2, hidden),
+                "up_proj": (rows // 2, hidden),
+                "down_proj": (hidden, rows // 2),
+            }
+            linears |= {f"{name}.{expert}.{matrix}": (*shape, False) for matrix, shape in shapes.items()}
     assert linears
     matrices = {
         layout.layer_prefix(index) + matrix.name: (*matrix.shape, matrix.bias)
@@ -105,7 +124,9 @@ def test_what_engines_fuse_shares_its_input_and_its_fate(family: str) -> None:
         for step in layer.steps:
             assert len({matrix.shape[1] for matrix in step}) == 1
         for matrix in layer.matrices():
-            if matrix.fused:
+            if matrix.experts:
+                assert matrix.fused == matrix.experts
+            elif matrix.fused:
                 fused.setdefault(matrix.fused, set()).add(matrix.name)
                 partners = [each for each in layer.matrices() if each.fused == matrix.fused]
                 assert len({each.shape[1] for each in partners}) == len({each.keep for each in partners}) == 1
@@ -207,6 +228,7 @@ def test_the_checkpoints_of_these_tests_hold_what_is_required(family: str, tmp_p
     reader = Reader(make_checkpoint(tmp_path / "model", family))
     required = describe(reader.config, reader.tensors).required_tensors()
     assert {name: reader.tensors[name].shape for name in required} == required
-    assert {spec.dtype for spec in reader.tensors.values()} == {"BF16"}
+    routing = {spec.dtype for name, spec in reader.tensors.items() if name.endswith("e_score_correction_bias")}
+    assert {spec.dtype for spec in reader.tensors.values()} == {"BF16", *routing}
     beside = tuple(describe(reader.config, reader.tensors).beside)
     assert all(name.startswith(beside) for name in reader.tensors.keys() - required.keys())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, GraniteConfig
 from hlwq.calibration import LayerRunner
 from hlwq.containers import Reader
 from hlwq.evaluate.model import load_model
-from hlwq.families import ModelLayout, describe
+from hlwq.families import Matrix, ModelLayout, describe
 from hlwq.solvers import INPUTS, ORIGINAL_INPUTS, STREAM, Gram
 
 TOKENS = torch.randint(0, 96, (5, 70), generator=torch.Generator().manual_seed(0))
@@ -25,7 +25,10 @@ WRITERS = {
         ("gemma2", "gemma3", "gemma3_text", "gemma4", "gemma4_text", "olmo2", "olmo3", "glm4", "exaone4"), 0
     ),
     **dict.fromkeys(("granite", "falcon_h1"), 0),
-    **dict.fromkeys(("cohere2", "nemotron_h"), 1),
+    # Of a mixture of experts, what is added is the sum of many.
+    **dict.fromkeys(
+        ("cohere2", "nemotron_h", "qwen3_moe", "olmoe", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next"), 1
+    ),
 }
 """Matrices of a layer whose outputs are added to the hidden states as they are, where that is not two."""
 every_family = pytest.mark.parametrize("family", ALL_FAMILY_NAMES)
@@ -59,6 +62,11 @@ def whole_model(source: Reader) -> Any:
     return load_model(source.path, dtype=torch.float32)[0]
 
 
+def single(matrices: Iterable[Matrix]) -> list[Matrix]:
+    """Those that are none of an expert's, which `test_experts.py` looks at."""
+    return [matrix for matrix in matrices if not matrix.experts]
+
+
 def states(runner: LayerRunner) -> Tensor:
     return runner._states.read(slice(0, len(TOKENS)))
 
@@ -85,13 +93,13 @@ def test_members_of_a_step_share_their_input(source: Reader) -> None:
         return lambda module, inputs: seen.__setitem__(name, inputs[0])
 
     for index, layer in enumerate(layout.layers):
-        for matrix in layer.matrices():
+        for matrix in single(layer.matrices()):
             module = model.get_decoder().layers[index].get_submodule(matrix.name)
             module.register_forward_pre_hook(record(f"{index} {matrix.name}"))
     with torch.no_grad():
         model(input_ids=TOKENS)
     for index, layer in enumerate(layout.layers):
-        for step in layer.steps:
+        for step in filter(single, layer.steps):
             first, *others = [seen[f"{index} {matrix.name}"] for matrix in step]
             assert all(torch.equal(first, other) for other in others)
 
@@ -101,10 +109,12 @@ def test_outputs_are_added_to_the_stream_that_the_family_names(source: Reader) -
     seen: dict[str, Tensor] = {}
     for index, layer in enumerate(layout.layers):
         module = model.get_decoder().layers[index]
-        for name in {m.stream for m in layer.matrices() if m.stream}:
+        for name in {"post_attention_layernorm", *(m.stream for m in layer.matrices() if m.stream)} & dict(
+            module.named_modules()
+        ).keys():
             hook = partial(lambda name, _, inputs: seen.__setitem__(name, inputs[0]), name)
             module.get_submodule(name).register_forward_pre_hook(hook)
-        for m in layer.matrices():
+        for m in single(layer.matrices()):
             hook = partial(lambda name, _, inputs, outputs: seen.__setitem__(name, outputs), m.name)
             module.get_submodule(m.name).register_forward_hook(hook)
         module.register_forward_hook(lambda _, inputs, outputs: seen.__setitem__("end", outputs))
@@ -112,8 +122,11 @@ def test_outputs_are_added_to_the_stream_that_the_family_names(source: Reader) -
             model(input_ids=TOKENS)
         end = seen["end"][0] if isinstance(seen["end"], tuple) else seen["end"]
         writers = [m for m in layer.matrices() if m.stream]
-        assert len(writers) == WRITERS.get(source.config["model_type"], 2)
+        of_experts = any(m.experts for m in layer.matrices())  # of which the sum of many is added
+        assert len(writers) == (1 if of_experts else WRITERS.get(source.config["model_type"], 2))
         sums = [seen[m.stream] + seen[m.name] for m in writers]
+        if of_experts:
+            end = seen["post_attention_layernorm"]
         if source.config["model_type"] == "cohere2":  # both add to what goes by the layer
             sums = [sums[0] + seen["mlp.down_proj"]]
         for each, after in zip(sums, [*(seen[m.stream] for m in writers[1:]), end], strict=bool(writers)):
@@ -138,11 +151,13 @@ def test_steps_are_given_what_the_quantized_part_makes(
     for index in range(2):
         described = layout.layers[index]
         streams = {m.name: m.stream for m in described.matrices() if m.stream} if STREAM in needs else {}
-        runner.quantize(source.read, [[m.name for m in step] for step in described.steps], halve, streams)
+        runner.quantize(
+            source.read, [[m.name for m in step] for step in described.steps if single(step)], halve, streams
+        )
     model, original = whole_model(source), whole_model(source)
     for index in range(2):
         layer, layer_before = (each.get_decoder().layers[index] for each in (model, original))
-        for step in layout.layers[index].steps:
+        for step in filter(single, layout.layers[index].steps):
             name, gram = grams.pop(0)
             assert name == step[0].name
             inputs, originals = inputs_of(model, layer, name), inputs_of(original, layer_before, name)
@@ -167,12 +182,12 @@ def inputs_of(model: Any, layer: nn.Module, name: str) -> Tensor:
     with torch.no_grad():
         model(input_ids=TOKENS)
     handle.remove()
-    return seen[0].flatten(0, 1)
+    return seen[0].flatten(0, -2)
 
 
 def has_weights(module: nn.Module) -> bool:
-    """Vectors aside, which transformers may fill when it builds a model."""
-    return any(not parameter.is_meta for parameter in module.parameters() if parameter.ndim > 1)
+    """Vectors and routers aside, which transformers may fill when it builds a model."""
+    return any(not each.weight.is_meta for each in module.modules() if isinstance(each, nn.Linear | nn.Embedding))
 
 
 def test_one_layer_has_weights_at_a_time(source: Reader) -> None:

@@ -46,19 +46,24 @@ def without_stacks(layer: nn.Module, names: Sequence[str]) -> Iterator[None]:
     finally:
         for name, stacks in taken.items():
             module = layer.get_submodule(name)
-            module.__dict__.pop("forward", None)
+            for own in ("forward", "read"):
+                module.__dict__.pop(own, None)
             for stack, parameter in zip(STACKS, stacks, strict=True):
                 module.register_parameter(stack, parameter)
 
 
 def stream_experts(module: nn.Module, read: ReadExpert) -> None:
-    """Have a module of experts read each expert's matrices when tokens go to it, and let them go again."""
+    """Have a module of experts read each expert's matrices when tokens go to it, and let them go again.
+
+    Where it does so already, it will read them from there, even in a forward pass that has come to the module.
+    """
+    module.__dict__["read"] = read
 
     def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         outputs = torch.zeros_like(hidden_states)
         for expert in top_k_index.unique().tolist():
             token, place = torch.where(top_k_index == expert)
-            matrices = [read(expert, name) for name in MATRICES]
+            matrices = [module.__dict__["read"](expert, name) for name in MATRICES]
             result = run_expert(module, matrices, hidden_states[token]) * top_k_weights[token, place, None]
             outputs.index_add_(0, token, result.to(outputs.dtype))
         return outputs

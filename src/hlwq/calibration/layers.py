@@ -245,11 +245,11 @@ class LayerRunner:
                 _before(layer, step, lambda inputs: solve(layer, step, gather(step[0], inputs)))
 
             def solve_experts(name: str, given: tuple[Any, ...]) -> None:
-                routed = [Routed(*given), *(self._routed(layer, self._states, batch, name) for batch in others)]
+                routed = [*(self._routed(layer, self._states, batch, name) for batch in others), Routed(*given)]
                 originals = None
                 if original_states is not None:
                     hidden = (self._routed(original, original_states, batch, name).hidden for batch in others)
-                    originals = torch.cat([original_passed.pop(name), *hidden])
+                    originals = torch.cat([*hidden, original_passed.pop(name)])
                 whole = Routed(
                     *(torch.cat(each) for each in zip(*((r.hidden, r.experts, r.weights) for r in routed), strict=True))
                 )
