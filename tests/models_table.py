@@ -1,7 +1,7 @@
 """The table of `hlwq models`: what a test found is what is recorded, or, with HLWQ_RECORD set, is recorded.
 
     HLWQ_RECORD=1 python -m pytest tests/test_models.py
-    HLWQ_RECORD=1 HLWQ_ENGINES=.venvs python -m pytest tests/engines/test_models.py
+    HLWQ_RECORD=1 HLWQ_ENGINES=.venvs python -m pytest tests/engines/test_every_model.py
 
 Set, it also writes docs/models.md anew.
 """

@@ -2,7 +2,8 @@
 
     python vllm_models.py DIRECTORIES.json OUT.json
 
-Each model runs in a process of its own, forked from one that has imported vLLM, which takes longer than all else.
+Each model runs in a process of its own, one for each core at a time, forked from one that has imported vLLM, which takes
+longer than all else.
 """
 
 import json
@@ -18,31 +19,46 @@ TOKENS = [5 + 37 * place % 1900 for place in range(48)]
 def main(directories_file: str, out: str) -> None:
     import vllm  # noqa: F401
 
-    results = {}
-    for directory in json.loads(Path(directories_file).read_text()):
-        report, log = Path(directory) / "vllm.json", Path(directory) / "vllm.log"
+    directories = json.loads(Path(directories_file).read_text())
+    running: set[int] = set()
+    for directory in directories:
+        if len(running) == (os.cpu_count() or 1):
+            running.discard(os.wait()[0])
         child = os.fork()
         if not child:
-            descriptor = os.open(log, os.O_CREAT | os.O_WRONLY)
-            os.dup2(descriptor, 1)
-            os.dup2(descriptor, 2)
-            try:
-                logprobs = run(directory)
-                report.write_text(json.dumps({"logprobs": logprobs}))
-            except BaseException as error:
-                traceback.print_exc()
-                report.write_text(json.dumps({"error": f"{type(error).__name__}: {error}"}))
-            finally:
-                os._exit(0)
-        os.waitpid(child, 0)
+            tell(directory)
+        running.add(child)
+    while running:
+        running.discard(os.wait()[0])
+    results = {}
+    for directory in directories:
+        report = Path(directory) / "vllm.json"
         results[directory] = json.loads(report.read_text()) if report.exists() else {"error": "the process died"}
     Path(out).write_text(json.dumps(results))
 
 
+def tell(directory: str) -> None:
+    """Write what becomes of a model into its directory, and end the process."""
+    descriptor = os.open(Path(directory) / "vllm.log", os.O_CREAT | os.O_WRONLY)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    try:
+        report = {"logprobs": run(directory)}
+    except BaseException as error:
+        traceback.print_exc()
+        report = {"error": f"{type(error).__name__}: {error}"}
+    (Path(directory) / "vllm.json").write_text(json.dumps(report))
+    os._exit(0)
+
+
 def run(directory: str) -> list[float]:
-    from vllm import LLM, SamplingParams
+    from vllm import LLM, ModelRegistry, SamplingParams
 
     config = json.loads((Path(directory) / "config.json").read_text())
+    for name in config["architectures"]:
+        # As a class, vLLM looks at it here; by its name, in a process that imports vLLM once more.
+        if name in ModelRegistry.models:
+            ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
     options = {"language_model_only": True} if "vision_config" in config else {}
     llm = LLM(model=directory, enforce_eager=True, max_model_len=128, **options)
     sampling = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)

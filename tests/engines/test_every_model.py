@@ -90,7 +90,7 @@ def reports(engine: str, formats: tuple[str, ...], sources: dict[str, Path], roo
                 directories[f"{family}/{format_name}-decoded"] = str(root / family / f"{format_name}-decoded")
     out = root / "reports.json"
     payload = write_payload(root / "directories.json", list(directories.values()))
-    run_script(environment, f"{environment}_models.py", payload, out, None)
+    run_script(environment, f"{environment}_models.py", payload, out, None, seconds=3000)
     found_there = json.loads(out.read_text())
     return refused | {key: {**found_there[path], "path": path} for key, path in directories.items()}
 
