@@ -2,8 +2,8 @@
 
     python vllm_models.py DIRECTORIES.json OUT.json
 
-Each model runs in a process of its own, one for each core at a time, forked from one that has imported vLLM, which takes
-longer than all else.
+Each model runs in a process of its own, one for each core at a time, forked from one that has imported vLLM, which
+takes longer than all else.
 """
 
 import json

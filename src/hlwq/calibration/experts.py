@@ -36,6 +36,11 @@ class Routed:
     experts: Tensor
     weights: Tensor
 
+    @classmethod
+    def joined(cls, batches: Sequence[Routed]) -> Routed:
+        """Those of several batches, in their order."""
+        return cls(*(torch.cat([getattr(each, name) for each in batches]) for name in ("hidden", "experts", "weights")))
+
 
 @contextmanager
 def without_stacks(layer: nn.Module, names: Sequence[str]) -> Iterator[None]:

@@ -207,9 +207,8 @@ class LayerRunner:
             How many tokens went to each expert, by the paths of its modules.
         """
         *others, last = self._batches
-        of_expert = {m.name: m for m in self._layout.layers[self.index].matrices() if m.experts}
-        expert_steps = [step for step in steps if step[0] in of_expert]
-        steps = [step for step in steps if step[0] not in of_expert]
+        experts = self._by_expert(steps)
+        steps = [step for step in steps if not any(step in own for each in experts.values() for own in each.values())]
         counts: dict[str, int] = {}
         original_states, streams = self._originals, streams or {}
         with quiet_transformers(), self._loaded(read) as layer:
@@ -219,7 +218,6 @@ class LayerRunner:
             for stream in streams.values():
                 _before(layer, [stream], partial(passed.__setitem__, stream))
             if original_states is not None:
-                experts = {of_expert[step[0]].experts for step in expert_steps}
                 for module in (*(step[0] for step in steps), *streams.values(), *experts):
                     _before(original, [module], partial(original_passed.__setitem__, module))
                 original_outputs = self._run(original, original_states, last)
@@ -245,35 +243,21 @@ class LayerRunner:
                 _before(layer, step, lambda inputs: solve(layer, step, gather(step[0], inputs)))
 
             def solve_experts(name: str, given: tuple[Any, ...]) -> None:
-                routed = [*(self._routed(layer, self._states, batch, name) for batch in others), Routed(*given)]
+                batches = [*(self._routed(layer, self._states, batch, name) for batch in others), Routed(*given)]
                 originals = None
                 if original_states is not None:
                     hidden = (self._routed(original, original_states, batch, name).hidden for batch in others)
                     originals = torch.cat([*hidden, original_passed.pop(name)])
-                whole = Routed(
-                    *(torch.cat(each) for each in zip(*((r.hidden, r.experts, r.weights) for r in routed), strict=True))
-                )
-                module, solved = layer.get_submodule(name), set[str]()
-                for expert in sorted(
-                    {of_expert[step[0]].expert for step in expert_steps if step[0].startswith(f"{name}.")}
-                ):
-                    own = [step for step in expert_steps if of_expert[step[0]].expert == expert]
-                    own = [step for step in own if of_expert[step[0]].experts == name]
-                    count = self._solve_expert(module, name, expert, own, whole, originals, read, solve)
+                module, routed = layer.get_submodule(name), Routed.joined(batches)
+                for expert, own in experts[name].items():
+                    count = self._solve_expert(module, name, expert, own, routed, originals, read, solve)
                     counts.update((member, count) for step in own for member in step)
-                    solved.update(member for step in own for member in step)
-                prefix = self._layout.layer_prefix(self.index)
-                assert read_solved is not None, "experts are read anew when they are solved"
-
-                def read_either(full: str) -> Tensor:
-                    member = full.removeprefix(prefix).removesuffix(".weight")
-                    return (read_solved if member in solved else read)(full)
-
-                stream_experts(module, self._reader_of(name, read_either))
+                # The pass goes on with what was written of them.
+                stream_experts(module, self._reader_of(name, self._either(read, read_solved, counts)))
 
             for step in steps:
                 pause_at(step)
-            for name in dict.fromkeys(of_expert[step[0]].experts for step in expert_steps):
+            for name in experts:
                 _before_experts(layer.get_submodule(name), partial(solve_experts, name))
             outputs = self._run(layer, self._states, last)
             self._run_all(layer, self._states, others)
@@ -283,6 +267,26 @@ class LayerRunner:
                 original_states.write(last, original_outputs)
         self.index += 1
         return counts
+
+    def _by_expert(self, steps: Sequence[Sequence[str]]) -> dict[str, dict[int, list[Sequence[str]]]]:
+        """Those of the next layer's steps that are of experts, by the module that holds them and by their numbers."""
+        matrices = {matrix.name: matrix for matrix in self._layout.layers[self.index].matrices()}
+        found: dict[str, dict[int, list[Sequence[str]]]] = {}
+        for step in steps:
+            matrix = matrices[step[0]]
+            if matrix.experts:
+                found.setdefault(matrix.experts, {}).setdefault(matrix.expert, []).append(step)
+        return found
+
+    def _either(self, read: Read, read_solved: Read | None, solved: Container[str]) -> Read:
+        """Reads modules of the next layer that were solved from where they were written, the others as before."""
+        prefix = self._layout.layer_prefix(self.index)
+
+        def read_either(name: str) -> Tensor:
+            inside = name.removeprefix(prefix).removesuffix(".weight")
+            return read_solved(name) if read_solved and inside in solved else read(name)
+
+        return read_either
 
     def _solve_expert(
         self,
