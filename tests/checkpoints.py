@@ -44,6 +44,7 @@ ARCHITECTURES = {
     "nemotron_h": "NemotronHForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "olmoe": "OlmoeForCausalLM",
+    "mixtral": "MixtralForCausalLM",
     "glm4_moe": "Glm4MoeForCausalLM",
     "qwen3_5_moe": "Qwen3_5MoeForConditionalGeneration",
     "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM",
@@ -120,6 +121,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"head_dim": 32, **_OF_EXPERTS},
     "qwen3_5_moe_text": {**_OF_EXPERTS, "shared_expert_intermediate_size": 64},
     "qwen3_next": {**_OF_EXPERTS, "shared_expert_intermediate_size": 64},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 32},
     "olmoe": {"intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2},
     "glm4_moe": {
         **{"head_dim": 32, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},

@@ -21,7 +21,7 @@ from hlwq.families import describe
 from hlwq.files import read_json
 from hlwq.solvers import INPUTS, ORIGINAL_INPUTS, Gram
 
-FAMILIES = ("qwen3_moe", "olmoe", "glm4_moe", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next")
+FAMILIES = ("qwen3_moe", "olmoe", "mixtral", "glm4_moe", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next")
 TOKENS = torch.randint(0, 96, (5, 70), generator=torch.Generator().manual_seed(0))
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -75,9 +75,11 @@ def test_an_expert_is_solved_on_the_tokens_that_go_to_it(
         for name in names:
             grams[name] = gram
             parameter = layer.get_parameter(f"{name}.weight")
-            halved[f"{layout.layer_prefix(last)}{name}.weight"] = parameter.data = parameter / 2
+            file = layout.layer_prefix(last) + layout.family.in_files(name)
+            halved[f"{file}.weight"] = parameter.data = parameter / 2
 
-    steps = [[m.name for m in step] for step in layout.layers[last].steps if step[0].experts]
+    path = layout.family.in_modules
+    steps = [[path(m.name) for m in step] for step in layout.layers[last].steps if step[0].experts]
     counts = runner.quantize(source.read, steps, halve, {}, halved.__getitem__)
 
     model = whole_model(source.path)

@@ -45,6 +45,7 @@ WHOLES: dict[str, dict[str, set[str]]] = {
     "nemotron_h": {"mixer.qkv_proj": _QKV},
     "qwen3_moe": {"self_attn.qkv_proj": _QKV},
     "olmoe": {"self_attn.qkv_proj": _QKV},
+    "mixtral": {"self_attn.qkv_proj": _QKV},
     "glm4_moe": {
         "self_attn.qkv_proj": _QKV,
         "mlp.gate_up_proj": _GATED,
@@ -104,6 +105,7 @@ def test_matrices_are_exactly_the_linear_layers_of_the_decoder(family: str, tmp_
             }
             linears |= {f"{name}.{expert}.{matrix}": (*shape, False) for matrix, shape in shapes.items()}
     assert linears
+    linears = {layout.family.in_files(name): linear for name, linear in linears.items()}
     matrices = {
         layout.layer_prefix(index) + matrix.name: (*matrix.shape, matrix.bias)
         for index, layer in enumerate(layout.layers)

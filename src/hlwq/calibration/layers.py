@@ -197,7 +197,8 @@ class LayerRunner:
 
         Args:
             read: where the layer's weights come from.
-            steps: paths of modules inside the layer that share an input, in the order of evaluation.
+            steps: paths of modules inside the layer that share an input, in the order of evaluation, as transformers'
+                modules have them.
             solve: called for each step.
             streams: by the first module of a step, the module whose inputs are the hidden states that the step's
                 outputs are added to; for a solver that needs to know how those differ from the original model's.
@@ -270,12 +271,13 @@ class LayerRunner:
 
     def _by_expert(self, steps: Sequence[Sequence[str]]) -> dict[str, dict[int, list[Sequence[str]]]]:
         """Those of the next layer's steps that are of experts, by the module that holds them and by their numbers."""
-        matrices = {matrix.name: matrix for matrix in self._layout.layers[self.index].matrices()}
+        family = self._layout.family
+        matrices = {family.in_modules(each.name): each for each in self._layout.layers[self.index].matrices()}
         found: dict[str, dict[int, list[Sequence[str]]]] = {}
         for step in steps:
             matrix = matrices[step[0]]
             if matrix.experts:
-                found.setdefault(matrix.experts, {}).setdefault(matrix.expert, []).append(step)
+                found.setdefault(family.in_modules(matrix.experts), {}).setdefault(matrix.expert, []).append(step)
         return found
 
     def _either(self, read: Read, read_solved: Read | None, solved: Container[str]) -> Read:
@@ -283,7 +285,7 @@ class LayerRunner:
         prefix = self._layout.layer_prefix(self.index)
 
         def read_either(name: str) -> Tensor:
-            inside = name.removeprefix(prefix).removesuffix(".weight")
+            inside = self._layout.family.in_modules(name.removeprefix(prefix)).removesuffix(".weight")
             return read_solved(name) if read_solved and inside in solved else read(name)
 
         return read_either
@@ -325,8 +327,12 @@ class LayerRunner:
 
     def _reader_of(self, name: str, read: Read) -> ReadExpert:
         """Reads matrices of a layer's experts, onto the device."""
-        prefix = self._layout.layer_prefix(self.index) + name
-        return lambda expert, matrix: read(f"{prefix}.{expert}.{matrix}.weight").to(self._device, self._dtype)
+        prefix, in_files = self._layout.layer_prefix(self.index), self._layout.family.in_files
+
+        def read_expert(expert: int, matrix: str) -> Tensor:
+            return read(prefix + in_files(f"{name}.{expert}.{matrix}.weight")).to(self._device, self._dtype)
+
+        return read_expert
 
     def _routed(self, layer: nn.Module, states: _States, batch: slice, name: str) -> Routed:
         """What the experts of a layer are given for a batch; the pass ends there."""
@@ -364,11 +370,12 @@ class LayerRunner:
         """The next layer with its weights, which are let go afterwards."""
         layer: nn.Module = self._decoder.layers[self.index]
         prefix = self._layout.layer_prefix(self.index)
-        experts = list(dict.fromkeys(m.experts for m in self._layout.layers[self.index].matrices() if m.experts))
+        experts = [self._layout.family.in_modules(name) for name in self._layout.layers[self.index].experts()]
         with without_stacks(layer, experts):
             for name in experts:
                 stream_experts(layer.get_submodule(name), self._reader_of(name, read))
-            weights = {name: read(prefix + name).to(self._device, self._dtype) for name in layer.state_dict()}
+            named = {name: prefix + self._layout.family.in_files(name) for name in layer.state_dict()}
+            weights = {name: read(file).to(self._device, self._dtype) for name, file in named.items()}
             layer.load_state_dict(weights, assign=True)
             layer.to(self._device)  # its buffers, which no file holds
             del weights

@@ -18,8 +18,10 @@ FUSED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)$")
 """Experts as transformers' modules hold them: (experts, out, in), of which gate and up share one."""
 SWITCHED = re.compile(r"(.*\.)switch_mlp\.(gate_proj|up_proj|down_proj)\.(weight|scales|biases)$")
 """Experts as mlx-lm holds them: (experts, out, words or groups)."""
-EXPERT = re.compile(r"(.*\.)experts\.(\d+)\.(gate_proj|up_proj|down_proj)\.(\w+)$")
+EXPERT = re.compile(r"(.*\.)experts\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w3|w2)\.(\w+)$")
 """A tensor of a single expert."""
+OF_MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+"""The names that an expert's matrices have in Mixtral's files."""
 PACKED = "experts.packed"
 """Experts as HLWQ checkpoints hold them: uint8 (experts, bytes); the configuration says what the bytes are."""
 
@@ -61,7 +63,8 @@ def parts_of(spec: TensorSpec, config: dict[str, Any]) -> list[Part]:
             raise CheckpointError(f"tensor {spec.name} has shape {spec.shape}: its rows are not those of two matrices.")
         return _rows(spec, [f"{fused[1]}.{{}}.{name}.weight" for name in names])
     if switched := SWITCHED.match(spec.name):
-        return _rows(spec, [f"{switched[1]}experts.{{}}.{switched[2]}.{switched[3]}"])
+        matrix = OF_MIXTRAL[switched[2]] if switched[1].endswith("block_sparse_moe.") else switched[2]
+        return _rows(spec, [f"{switched[1]}experts.{{}}.{matrix}.{switched[3]}"])
     return []
 
 

@@ -40,6 +40,12 @@ COHERE2 = Family("Cohere 2", ("Cohere2ForCausalLM",), ("cohere2",), vllm_packs_e
 QWEN3_VL = Family("Qwen3-VL", ("Qwen3VLForConditionalGeneration",), ("qwen3_vl",), vllm_packs_embedding=False)
 GEMMA2 = Family("Gemma 2", ("Gemma2ForCausalLM",), ("gemma2",), vllm_packs_embedding=False)
 _MIXER = "of the state-space mixer, which vLLM runs in its own dtype"
+MIXTRAL = Family(
+    "Mixtral",
+    ("MixtralForCausalLM",),
+    ("mixtral",),
+    renamings=(("mlp.", "block_sparse_moe."), ("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")),
+)
 FALCON_H1 = Family(
     "Falcon-H1",
     ("FalconH1ForCausalLM",),
@@ -60,6 +66,7 @@ DENSE = (
     QWEN3_VL,
     GEMMA2,
     LFM2,
+    MIXTRAL,
     FALCON_H1,
     GEMMA4,
 )

@@ -55,6 +55,10 @@ class Layer:
         """All linear layers, in the order of evaluation."""
         return [matrix for step in self.steps for matrix in step]
 
+    def experts(self) -> list[str]:
+        """The modules that hold all experts."""
+        return list(dict.fromkeys(matrix.experts for matrix in self.matrices() if matrix.experts))
+
 
 @dataclass(frozen=True)
 class Restoration:
@@ -110,6 +114,7 @@ class Family:
             all engines do.
         keep: why a matrix stays in its own dtype unless the user includes it, by its path inside a layer.
         architecture_of: architectures by `model_type`, for configurations that were saved without one.
+        renamings: parts of paths inside a layer in transformers' modules, and what the files have instead.
         vllm_unrotated: fused matrices, by their paths inside a layer, whose inputs vLLM does not rotate.
         vllm_packs_embedding: vLLM's model can hold its embedding and its output head as codes.
         mlx: the family in mlx-lm.
@@ -121,9 +126,22 @@ class Family:
     fused: dict[str, str] = field(default_factory=dict)
     keep: dict[str, str] = field(default_factory=dict)
     architecture_of: dict[str, str] = field(default_factory=dict)
+    renamings: tuple[tuple[str, str], ...] = ()
     vllm_unrotated: tuple[str, ...] = ()
     vllm_packs_embedding: bool = True
     mlx: MlxModel = field(default_factory=MlxModel)
+
+    def in_files(self, path: str) -> str:
+        """The path inside a layer by which files call what transformers' modules call `path`."""
+        for module, file in self.renamings:
+            path = path.replace(module, file)
+        return path
+
+    def in_modules(self, path: str) -> str:
+        """The reverse."""
+        for module, file in self.renamings:
+            path = path.replace(file, module)
+        return path
 
     def adapted(self, layer: Layer) -> Layer:
         """A layer as transformers describes it, with what only the family knows."""
@@ -131,11 +149,14 @@ class Family:
             tuple(
                 replace(
                     matrix,
-                    fused=self.fused.get(matrix.name, matrix.fused),
+                    name=self.in_files(matrix.name),
+                    experts=self.in_files(matrix.experts),
+                    fused=self.in_files(self.fused.get(matrix.name, matrix.fused)),
                     keep=self.keep.get(matrix.name, matrix.keep or (GATE if matrix.shape[0] == 1 else "")),
                 )
                 for matrix in step
             )
             for step in layer.steps
         )
-        return replace(layer, steps=tuple(steps))
+        others = {self.in_files(name): shape for name, shape in layer.others.items()}
+        return replace(layer, steps=tuple(steps), others=others)

@@ -68,8 +68,8 @@ def hold(module: str, shape: tuple[int, int], grid: Grid, basis: Basis, dtype: s
 
 PARTS = ("weight_packed", "weight_norms")
 """The tensors of a module."""
-MATRICES = ("gate_proj", "up_proj", "down_proj")
-"""The matrices of an expert."""
+MATRICES = ("gate_proj", "w1", "up_proj", "w3", "down_proj", "w2")
+"""The matrices of an expert in the order of evaluation, by the names of all families."""
 
 
 def outputs(module: str, shape: tuple[int, int], grid: Grid, dtype: str) -> list[TensorSpec]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hlwq.bases import Basis
-from hlwq.containers import DTYPES, EXPERT, Part, Reader, TensorSpec, stack_of_matrices
+from hlwq.containers import DTYPES, EXPERT, OF_MIXTRAL, Part, Reader, TensorSpec, stack_of_matrices
 from hlwq.errors import CheckpointError, UnsupportedError
 from hlwq.families import FAMILIES, ModelLayout, Restoration, family_of
 from hlwq.formats import reading
@@ -84,19 +84,25 @@ def json_files(config: dict[str, Any], contents: Contents) -> dict[str, dict[str
     return {"config.json": config}
 
 
+MATRICES = {name: usual for usual, name in OF_MIXTRAL.items()}
+"""mlx-lm's names of Mixtral's matrices."""
+
+
 def parts(tensors: Iterable[TensorSpec]) -> list[Part]:
     """The experts of a layer, each matrix and its scales and biases in stacks, as mlx-lm's `switch_mlp` has them."""
     stacks: dict[str, dict[int, TensorSpec]] = {}
     for spec in tensors:
         if found := EXPERT.match(spec.name):
-            name = f"{found[1]}switch_mlp.{found[3]}.{found[4]}"
+            name = f"{found[1]}switch_mlp.{MATRICES.get(found[3], found[3])}.{found[4]}"
             stacks.setdefault(name, {})[int(found[2])] = spec
     return [part for name, each in stacks.items() for part in stack_of_matrices(name, [each[i] for i in sorted(each)])]
 
 
 def _switched(module: str) -> str:
     """The path by which mlx-lm knows a matrix of an expert: that of the stack; any other module's own."""
-    return re.sub(r"\.experts\.\d+\.", ".switch_mlp.", module)
+    parent, _, name = module.rpartition(".")
+    switched = re.sub(r"\.experts\.\d+$", ".switch_mlp", parent)
+    return module if switched == parent else f"{switched}.{MATRICES.get(name, name)}"
 
 
 def rope_as_before(config: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from hlwq.formats import reading
 from hlwq.formats.base import Contents, Scheme
 from hlwq.patterns import matcher
 
-EXPERTS_END = r"(\.\d+\.(gate_proj|up_proj|down_proj))?$"
+EXPERTS_END = r"(\.\d+\.(gate_proj|up_proj|down_proj|w1|w2|w3))?$"
 """Behind the name of all experts: nothing, or one matrix of one of them."""
 
 

@@ -333,7 +333,8 @@ def _experts_in(model: PreTrainedModel, schemes: Mapping[str, Scheme]) -> dict[s
     packed: dict[str, Scheme] = {}
     for module, scheme in schemes.items():
         if place := OF_EXPERT.search(module):
-            packed[f"{module[: place.start()]}.experts"] = scheme
+            # Mixtral's files call it otherwise than its module.
+            packed[f"{module[: place.start()].replace('.block_sparse_moe', '.mlp')}.experts"] = scheme
     for name, module in model.named_modules():
         if name.endswith(".experts") and hasattr(module, "gate_up_proj"):
             # Their place is the same, the names before the layers differ where the model is in a wrapper.
