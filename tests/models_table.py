@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from importlib.resources import files
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def found(architecture: str, engine: str, version: str, format_name: str, cell: 
     """A test of a model in an engine and a format ended so: with `tested`, or with why it does not run there."""
     place = f"{engine}, {format_name}"
     if os.environ.get("HLWQ_RECORD"):
-        with FileLock(f"{FILE}.lock"):
+        with FileLock(Path(tempfile.gettempdir()) / "hlwq-models.lock"):
             table = json.loads(FILE.read_text())
             table["versions"][engine] = version
             table["models"].setdefault(architecture, {})[place] = cell

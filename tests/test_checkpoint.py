@@ -2,15 +2,17 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from checkpoints import make_checkpoint
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hlwq import CheckpointError, RequestError, ResourceError
+from hlwq import CheckpointError, HlwqError, RequestError, ResourceError, UnsupportedError
 from hlwq.containers import DTYPES, Part, Reader, TensorSpec, Writer, spec_of
 from hlwq.containers.stacks import parts_of
 from hlwq.files import read_json
@@ -358,3 +360,133 @@ def test_bytes_of_an_expert_are_described_by_the_configuration(tmp_path: Path) -
         (tmp_path / "out" / "config.json").write_text(json.dumps(config))
         with pytest.raises(CheckpointError, match=r"quantization_config\.experts"):
             Reader(tmp_path / "out")
+
+
+def test_experts_of_an_interrupted_unit_are_written_anew(tmp_path: Path) -> None:
+    tensors = experts_of()
+    parts = parts_in(stacked(tensors), {})
+    first, *others = tensors
+    interrupted = Writer(tmp_path / "out", specs_of(tensors), ARGUMENTS, parts=parts)
+    interrupted.write(first, tensors[first])
+    interrupted.commit("first", [first], {})
+    interrupted.write(others[0], tensors[others[0]])
+    writer = Writer(tmp_path / "out", specs_of(tensors), ARGUMENTS, parts=parts)
+    for name in others[1:]:
+        writer.write(name, tensors[name])
+    with pytest.raises(ValueError, match="not written"):
+        writer.finish({}, {})
+    writer.write(others[0], tensors[others[0]])
+    writer.commit("others", others, {})
+    writer.finish({}, {"config.json": {}})
+    writer.publish()
+    write_all(tmp_path / "whole", stacked(tensors))
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
+
+
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+INDEX = "model.safetensors.index.json"
+
+
+def sharded_checkpoint(path: Path) -> Path:
+    make_checkpoint(path, "llama")
+    tensors = load_file(path / "model.safetensors")
+    (path / "model.safetensors").unlink()
+    parts = dict(zip(SHARDS, (sorted(tensors)[::2], sorted(tensors)[1::2]), strict=True))
+    for file, names in parts.items():
+        save_file({name: tensors[name] for name in names}, path / file)
+    weight_map = {name: file for file, names in parts.items() for name in names}
+    (path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return path
+
+
+def truncate(name: str, keep: float) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        content = (path / name).read_bytes()
+        (path / name).write_bytes(content[: int(len(content) * keep)])
+
+    return damage
+
+
+def overwrite(name: str, content: str) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        (path / name).write_text(content)
+
+    return damage
+
+
+def remove(name: str) -> Callable[[Path], None]:
+    return lambda path: (path / name).unlink()
+
+
+def pickle_only(path: Path) -> None:
+    for name in (*SHARDS, INDEX):
+        (path / name).unlink()
+    torch.save({}, path / "pytorch_model.bin")
+
+
+def name_a_tensor_that_is_nowhere(path: Path) -> None:
+    index = json.loads((path / INDEX).read_text())
+    index["weight_map"]["lost.weight"] = SHARDS[1]
+    (path / INDEX).write_text(json.dumps(index))
+
+
+def add_unsupported_dtype(path: Path) -> None:
+    save_file({"odd": torch.zeros(8, dtype=torch.complex64)}, path / SHARDS[0])
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], None], str, str]] = {
+    "missing shard": (remove(SHARDS[1]), SHARDS[1], "is missing"),
+    "shard cut in its data": (truncate(SHARDS[1], 0.9), SHARDS[1], "damaged or truncated"),
+    "shard cut in its header": (truncate(SHARDS[0], 0.001), SHARDS[0], "damaged or truncated"),
+    "empty shard": (truncate(SHARDS[0], 0), SHARDS[0], "damaged or truncated"),
+    "shard that is something else": (overwrite(SHARDS[0], "<html>404</html>"), SHARDS[0], "damaged or truncated"),
+    "unsupported dtype": (add_unsupported_dtype, SHARDS[0], "dtype C64"),
+    "pickled only": (pickle_only, "pytorch_model.bin", "pickled"),
+    "tensor in the index but in no file": (name_a_tensor_that_is_nowhere, SHARDS[1], r"tensor lost\.weight is missing"),
+    "config that is not JSON": (overwrite("config.json", "{"), "config.json", "not valid JSON"),
+    "config that is no object": (overwrite("config.json", "[]"), "config.json", "JSON object"),
+    "empty config": (truncate("config.json", 0), "config.json", "not valid JSON"),
+    "no config": (remove("config.json"), "config.json", "is missing"),
+    "index that is not JSON": (overwrite(INDEX, "nonsense"), INDEX, "not valid JSON"),
+    "index without a map": (overwrite(INDEX, '{"metadata": {}}'), INDEX, "weight_map"),
+    "index whose map is no object": (overwrite(INDEX, '{"weight_map": []}'), INDEX, "weight_map"),
+}
+
+
+@pytest.mark.parametrize(("damage", "file", "said"), DAMAGES.values(), ids=DAMAGES.keys())
+def test_a_damaged_checkpoint_is_refused_in_one_line_that_names_the_file(
+    damage: Callable[[Path], None], file: str, said: str, tmp_path: Path
+) -> None:
+    path = sharded_checkpoint(tmp_path / "model")
+    damage(path)
+    with pytest.raises(HlwqError, match=said) as caught:
+        Reader(path)
+    assert type(caught.value) is (UnsupportedError if said in ("pickled", "dtype C64") else CheckpointError)
+    assert caught.value.path == path / file
+    assert str(path / file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_directory_without_weights_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"holds no \*\.safetensors"):
+        Reader(tmp_path)
+
+
+def test_shards_read_as_one_checkpoint(tmp_path: Path) -> None:
+    whole, parts = Reader(make_checkpoint(tmp_path / "one", "llama")), Reader(sharded_checkpoint(tmp_path / "two"))
+    assert whole.tensors == parts.tensors
+    assert_same_tensors(
+        {name: parts.read(name) for name in parts.tensors}, load_file(tmp_path / "one" / "model.safetensors")
+    )
+
+
+def test_files_that_the_index_does_not_name_are_not_read(tmp_path: Path) -> None:
+    path = sharded_checkpoint(tmp_path / "model")
+    save_file({"adapter": torch.ones(2)}, path / "adapter.safetensors")
+    assert "adapter" not in Reader(path).tensors
+
+
+def test_reading_a_tensor_that_is_not_there_names_it(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"tensor lost\.weight is missing"):
+        Reader(make_checkpoint(tmp_path / "model", "llama")).read("lost.weight")
