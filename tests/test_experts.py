@@ -190,3 +190,22 @@ def test_fused_and_single_experts_are_quantized_alike(tmp_path: Path) -> None:
             manifest = json.loads((tmp_path / f"{source.name}-{format_name}" / "hlwq.json").read_text())
             digests.append(manifest["sha256"])
         assert digests[0] == digests[1]
+
+
+@pytest.mark.parametrize("budget", [{"bits": 4.5}, {"size": 10**6}], ids=str)
+def test_a_width_of_each_matrix_is_refused(budget: dict[str, Any], tmp_path: Path) -> None:
+    source = save_model(tmp_path / "model", "qwen3_moe")
+    with pytest.raises(hlwq.UnsupportedError, match="not measured for mixtures of experts"):
+        hlwq.quantize(source, tmp_path / "out", "hlwq", **budget)
+
+
+def test_what_loads_linear_layers_alone_refuses_experts(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    source = save_model(tmp_path / "model", "qwen3_moe")
+    with pytest.raises(hlwq.UnsupportedError, match="Experts cannot be quantized as they are loaded"):
+        AutoModelForCausalLM.from_pretrained(source, quantization_config=hlwq.HLWQConfig())
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    model = AutoModelForCausalLM.from_pretrained(source)
+    with pytest.raises(hlwq.UnsupportedError, match="Experts are no linear layers"):
+        hlwq.torchao.quantize_(model)

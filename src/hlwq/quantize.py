@@ -13,7 +13,7 @@ from hlwq.allocation import choose, unmeasured, widths_told
 from hlwq.calibration import Calibration
 from hlwq.containers import Reader, partial_of, refuse_unless_empty
 from hlwq.decoded import DecodedCheckpoint, open_dense
-from hlwq.errors import HlwqWarning, RequestError
+from hlwq.errors import HlwqWarning, RequestError, UnsupportedError
 from hlwq.families import describe
 from hlwq.files import expanded, is_folder, locked, resolve_output
 from hlwq.formats import format_named
@@ -46,6 +46,11 @@ def _planned(reader: Reader, request: Request, bits: Mapping[str, int] | None = 
     recipe = request.changed_recipe()
     plan = make_plan(reader, recipe, request.format, request.selection)
     if budget := request.budget:
+        if plan.layout.has_experts:
+            raise UnsupportedError(
+                "What each matrix's own width would cost is not measured for mixtures of experts. Use whole `bits`.",
+                argument="bits" if budget.bits else "size",
+            )
         chosen = bits or choose(plan, budget, unmeasured(plan))
         plan = make_plan(reader, recipe, request.format, request.selection, bits=chosen)
         plan = replace(plan, budget=budget, remarks=(*plan.remarks, widths_told(plan, measured=bits is not None)))

@@ -99,6 +99,11 @@ class ModelLayout:
         """The module path of the output head, which is the embedding where they are tied."""
         return self.embedding if self.tied else self.output_head
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether it is a mixture of experts."""
+        return any(layer.experts() for layer in self.layers)
+
     def tables(self) -> list[str]:
         """The modules outside the layers in which tokens are looked up: the embedding, and what else a model has."""
         vocabulary = self.others[f"{self.embedding.removeprefix(self.prefix)}.weight"][0]
