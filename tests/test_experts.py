@@ -16,6 +16,7 @@ from hlwq.calibration import LayerRunner
 from hlwq.calibration.experts import SHRINKAGE, STARVED, Routed, tokens_of
 from hlwq.containers import Reader
 from hlwq.decoded import DecodedCheckpoint
+from hlwq.demo import held_out_text
 from hlwq.evaluate.model import load_model
 from hlwq.families import describe
 from hlwq.files import read_json
@@ -83,6 +84,11 @@ def test_an_expert_is_solved_on_the_tokens_that_go_to_it(
     counts = runner.quantize(source.read, steps, halve, {}, halved.__getitem__)
 
     model = whole_model(source.path)
+    norm, head = model.get_decoder().get_submodule(layout.norm), model.get_output_embeddings()
+    with torch.no_grad():  # the original beside goes on with the original experts, in all batches
+        assert runner._originals is not None
+        found = head(norm(runner._originals.read(slice(0, len(TOKENS)))))
+        assert torch.allclose(found, model(input_ids=TOKENS).logits, rtol=1e-3, atol=1e-3)
     routed, module = given_to_experts(model, last), model.get_decoder().layers[last].mlp.experts
     assert set(counts) == {name for step in steps for name in step}
     for expert in range(len(module.down_proj)):
@@ -105,7 +111,6 @@ def test_an_expert_is_solved_on_the_tokens_that_go_to_it(
         module.gate_up_proj.mul_(0.5)
         module.down_proj.mul_(0.5)
         expected = model(input_ids=TOKENS).logits
-        norm, head = model.get_decoder().get_submodule(layout.norm), model.get_output_embeddings()
         found = head(norm(runner._states.read(slice(0, len(TOKENS)))))
     assert torch.allclose(found, expected, rtol=1e-3, atol=1e-3)
 
@@ -155,7 +160,7 @@ def test_what_is_calibrated_is_recorded_and_better(
     assert sum(counts.values()) == 3 * layers * config["num_experts_per_tok"] * 32 * 256
     nearest = "hlwq" if options["format"] == "hlwq" else "rtn"
     hlwq.quantize(experts_model, tmp_path / "nearest", nearest, **options)
-    text = hlwq.demo.held_out_text()
+    text = held_out_text()
     best, plain = (
         hlwq.evaluate.divergence(tmp_path / name, experts_model, text, context=512, limit=8)
         for name in ("best", "nearest")
@@ -209,3 +214,57 @@ def test_what_loads_linear_layers_alone_refuses_experts(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(source)
     with pytest.raises(hlwq.UnsupportedError, match="Experts are no linear layers"):
         hlwq.torchao.quantize_(model)
+
+
+@pytest.mark.parametrize("format_name", ["gptq", "compressed-tensors", "mlx", "hlwq"])
+def test_experts_stay_or_go_together(format_name: str, tmp_path: Path) -> None:
+    source = save_model(tmp_path / "model", "qwen3_5_moe_text")
+    recipe = "hlwq" if format_name == "hlwq" else "rtn"
+    with pytest.raises(hlwq.UnsupportedError, match="all or none can be quantized"):
+        hlwq.quantize(source, tmp_path / "some", recipe, format=format_name, exclude=r"experts\.0\.")
+    hlwq.quantize(source, tmp_path / "out", recipe, format=format_name, exclude=r"experts\.\d")
+    checkpoint, original = DecodedCheckpoint(tmp_path / "out"), Reader(source)
+    assert not any(".experts." in module for module in checkpoint.quantized_modules())
+    for name in original.tensors:
+        if ".experts." in name:
+            assert torch.equal(checkpoint.read(name), original.read(name))
+
+
+@every_family
+def test_routers_and_gates_stay(family: str, tmp_path: Path) -> None:
+    source = save_model(tmp_path / "model", family)
+    hlwq.quantize(source, tmp_path / "out", "hlwq")
+    quantized = DecodedCheckpoint(tmp_path / "out").quantized_modules()
+    assert not any(module.endswith((".gate", "shared_expert_gate")) for module in quantized)
+    assert any(".experts." in module for module in quantized)
+
+
+def test_a_stack_beside_single_experts_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    source = save_model(tmp_path / "model", "qwen3_moe")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.0.mlp.experts.down_proj"] = torch.zeros(4, 128, 64, dtype=torch.bfloat16)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(hlwq.CheckpointError, match="alone and in the stack of all experts"):
+        hlwq.quantize(source, tmp_path / "out", "rtn")
+
+
+def test_packed_experts_without_a_head_are_found(tmp_path: Path) -> None:
+    from transformers import AutoModel
+
+    source = save_model(tmp_path / "model", "qwen3_moe")
+    hlwq.quantize(source, tmp_path / "out", "hlwq")
+    first = AutoModel.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    first.save_pretrained(tmp_path / "headless")
+    second = AutoModel.from_pretrained(tmp_path / "headless", dtype=torch.float32)
+    with torch.inference_mode():
+        states = [model(input_ids=TOKENS).last_hidden_state for model in (first, second)]
+    assert torch.equal(*states)
+
+
+def test_vllm_is_said_to_have_no_packed_experts(tmp_path: Path) -> None:
+    source = save_model(tmp_path / "model", "qwen3_moe")
+    hlwq.quantize(source, tmp_path / "out", "hlwq")
+    failed = {each.engine for each in hlwq.check(tmp_path / "out") if not each.passed}
+    assert failed == {"vLLM with hlwq"}

@@ -452,3 +452,10 @@ def test_a_stage_before_the_last_may_be_uniform(llama: Reader) -> None:
     recipe = Recipe("mine", "", (Stage(UniformGrid(8, 32)), Stage(LloydGrid(3, 64), Hadamard())), ("hlwq",))
     for tensor in make_plan(llama, recipe).quantized():
         assert tensor.stages == (Stage(UniformGrid(8, 32, symmetric=True)), Stage(LloydGrid(3, 64), Hadamard(64)))
+
+
+def test_a_model_of_which_no_matrix_fits_is_refused_with_the_formats_that_do(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 72, "intermediate_size": 144, "head_dim": 18}
+    source = Reader(make_checkpoint(tmp_path / "model", "llama", **sizes))
+    with pytest.raises(UnsupportedError, match=r"gptq needs multiples of 32, and no matrix.* Use format .*hlwq"):
+        make_plan(source, recipe_named("rtn"), "gptq")

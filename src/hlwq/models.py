@@ -10,6 +10,7 @@ from pathlib import Path
 
 from hlwq.errors import HlwqError
 from hlwq.families import FAMILIES
+from hlwq.families.configuration import check_architectures
 from hlwq.formats import FORMATS
 from hlwq.plan import make_plan
 from hlwq.recipes import RECIPES
@@ -83,7 +84,7 @@ def outlook(source: str | Path, revision: str | None = None) -> list[Outlook]:
         HlwqError: it cannot be read, or is no language model.
     """
     headers = headers_of(source, revision)
-    architecture = headers.config["architectures"][0] if headers.config.get("architectures") else ""
+    architecture = check_architectures(headers.config)[0]
     known = next((each.engines for each in supported_models() if each.architecture == architecture), {})
     outlooks = []
     for name in FORMATS:

@@ -256,7 +256,7 @@ def make_plan(
     chosen = _choose(source, layout, selection, usual.difference(unfit))
     if modules and not output_format.holds_embeddings:  # what the source had as codes is then written decoded
         chosen -= set(_embeddings(layout))
-    _check_chosen(layout, output_format, chosen, selection)
+    _check_chosen(layout, output_format, chosen, selection, unfit)
     _check_solver(recipe, output_format)
     if recipe.calibrated and layout.tables() != [layout.embedding]:
         raise UnsupportedError(not_calibrated(layout), argument="recipe")
@@ -384,13 +384,22 @@ def _embeddings(layout: ModelLayout) -> list[str]:
     return [layout.embedding] if layout.tied else [layout.embedding, layout.output_head]
 
 
-def _check_chosen(layout: ModelLayout, output_format: Format, chosen: set[str], selection: Selection) -> None:
+def _check_chosen(
+    layout: ModelLayout, output_format: Format, chosen: set[str], selection: Selection, unfit: Mapping[str, str]
+) -> None:
+    if not chosen and unfit and not selection.exclude:
+        others = [name for name, each in FORMATS.items() if not _unfit(layout, each)]
+        reason = next(iter(unfit.values()))
+        message = f"format {reason}, and no matrix of this model has such sides. Use format {' or '.join(others)}."
+        raise UnsupportedError(message, argument="format")
     if not chosen:
         raise RequestError("Nothing is left to quantize. Take some `exclude` away.")
     if not output_format.holds_embeddings:
         _check_unheld(layout, output_format, chosen, selection)
     if output_format.fused_alike:
         _check_fused(layout, chosen)
+    elif not output_format.stores_decoded:
+        _check_experts(layout, chosen)
 
 
 def _check_unheld(layout: ModelLayout, output_format: Format, chosen: set[str], selection: Selection) -> None:
@@ -462,6 +471,20 @@ def _common_widths(layout: ModelLayout) -> dict[str, int]:
         common = math.gcd(*{matrix.shape[1] for matrix in of_experts})
         widths |= {layout.layer_prefix(index) + matrix.name: common for matrix in of_experts}
     return widths
+
+
+def _check_experts(layout: ModelLayout, chosen: set[str]) -> None:
+    """Raise UnsupportedError if some experts of a layer are quantized and others are not: they lie in one stack."""
+    for index, layer in enumerate(layout.layers):
+        for name in layer.experts():
+            of_layer = [layout.layer_prefix(index) + each.name for each in layer.matrices() if each.experts == name]
+            kept = [module for module in of_layer if module not in chosen]
+            if kept and len(kept) < len(of_layer):
+                raise UnsupportedError(
+                    f"the experts of a layer lie in one stack, so all or none can be quantized, and {kept[0]} would "
+                    "not be. Exclude all of them, or none.",
+                    argument="exclude",
+                )
 
 
 def _stages(

@@ -89,9 +89,7 @@ class Request:
     """
 
     source: str | Path
-    recipe: str | Recipe | None = option(
-        "See `hlwq recipes`; by default best, or rtn without transformers.", default=None
-    )
+    recipe: str | Recipe | None = option("See `hlwq recipes`; by default best.", default=None)
     format: str | None = option("See `hlwq formats`; by default the recipe's usual one.", default=None)
     selection: Selection = field(default_factory=Selection)
     changes: Mapping[str, Any] = field(default_factory=dict)

@@ -17,10 +17,12 @@ from huggingface_hub.errors import (
     HFValidationError,
     LocalEntryNotFoundError,
     NotASafetensorsRepoError,
+    SafetensorsParsingError,
 )
 
 from hlwq.containers import Reader, TensorSpec, read_gguf_header, refuse_adapter
-from hlwq.decoded import open_dense
+from hlwq.containers.stacks import parts_of
+from hlwq.decoded import open_dense, refuse_quantized
 from hlwq.errors import CheckpointError, RequestError, ResourceError, UnsupportedError, reason
 from hlwq.families import check_supported
 from hlwq.files import cache_folder, check_file, disk_errors, exists, expanded, hash_file, is_folder, locked, read_json
@@ -97,10 +99,10 @@ def headers_of(source: str | Path, revision: str | None = None) -> HubHeaders | 
         config = read_json(Path(hf_hub_download(str(source), "config.json", revision=revision)))
         check_supported(config)
         files = HfApi().get_safetensors_metadata(str(source), revision=revision).files_metadata.values()
-    tensors = {
-        name: TensorSpec(name, each.dtype, tuple(each.shape)) for file in files for name, each in file.tensors.items()
-    }
-    return HubHeaders(config, tensors)
+    refuse_quantized(config, str(source))
+    specs = (TensorSpec(name, each.dtype, tuple(each.shape)) for file in files for name, each in file.tensors.items())
+    parts = ([part.spec for part in parts_of(spec, config)] or [spec] for spec in specs)
+    return HubHeaders(config, {spec.name: spec for each in parts for spec in each})
 
 
 @contextmanager
@@ -111,8 +113,8 @@ def _hub_errors(source: str | Path) -> Iterator[None]:
     except HFValidationError:
         message = f"{source} is neither a directory nor a hub id (such as Qwen/Qwen3.5-9B)."
         raise RequestError(message, argument="source") from None
-    except NotASafetensorsRepoError:
-        raise UnsupportedError(f"{source} holds no safetensors.", argument="source") from None
+    except (NotASafetensorsRepoError, SafetensorsParsingError) as error:
+        raise UnsupportedError(f"{source} holds no safetensors that can be read: {reason(error)}.") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ResourceError(
             f"{source} is no directory here, and the hub did not give it: {reason(error)}. "

@@ -18,6 +18,9 @@ STARVED = 256
 SHRINKAGE = 0.1
 """Weight of the other tokens that such an expert is calibrated on, relative to its own."""
 
+TOGETHER = 1 << 13
+"""Tokens that go through an expert at once."""
+
 ReadExpert = Callable[[int, str], Tensor]
 """Gives a matrix of an expert by its number and name, such as `gate_proj`."""
 
@@ -83,8 +86,7 @@ def run_expert(module: Any, matrices: Sequence[Tensor], inputs: Tensor) -> Tenso
 
 def hidden_of(module: Any, gate: Tensor, up: Tensor, inputs: Tensor) -> Tensor:
     """What its last matrix is given: (n, inner)."""
-    gated: Tensor = module._apply_gate(torch.cat([inputs @ gate.T, inputs @ up.T], -1))
-    return gated
+    return torch.cat([module._apply_gate(torch.cat([x @ gate.T, x @ up.T], -1)) for x in inputs.split(TOGETHER)])
 
 
 def tokens_of(routed: Routed, expert: int) -> tuple[Tensor, Tensor, int]:

@@ -208,12 +208,14 @@ class LayerRunner:
             How many tokens went to each expert, by the paths of its modules.
         """
         *others, last = self._batches
-        experts = self._by_expert(steps)
-        steps = [step for step in steps if not any(step in own for each in experts.values() for own in each.values())]
+        steps, experts = self._by_expert(steps)
         counts: dict[str, int] = {}
         original_states, streams = self._originals, streams or {}
         with quiet_transformers(), self._loaded(read) as layer:
             original = layer if original_states is None else deepcopy(layer)
+            for name in map(self._layout.family.in_modules, self._layout.layers[self.index].experts()):
+                # The copy has its experts read by a function of its own, which goes on reading the source.
+                stream_experts(original.get_submodule(name), self._reader_of(name, read))
             passed: dict[str, Tensor] = {}
             original_passed: dict[str, Tensor] = {}
             for stream in streams.values():
@@ -269,16 +271,21 @@ class LayerRunner:
         self.index += 1
         return counts
 
-    def _by_expert(self, steps: Sequence[Sequence[str]]) -> dict[str, dict[int, list[Sequence[str]]]]:
-        """Those of the next layer's steps that are of experts, by the module that holds them and by their numbers."""
+    def _by_expert(
+        self, steps: Sequence[Sequence[str]]
+    ) -> tuple[list[Sequence[str]], dict[str, dict[int, list[Sequence[str]]]]]:
+        """The next layer's steps without experts'; and those, by the module that holds them and by their numbers."""
         family = self._layout.family
         matrices = {family.in_modules(each.name): each for each in self._layout.layers[self.index].matrices()}
+        others: list[Sequence[str]] = []
         found: dict[str, dict[int, list[Sequence[str]]]] = {}
         for step in steps:
             matrix = matrices[step[0]]
             if matrix.experts:
                 found.setdefault(family.in_modules(matrix.experts), {}).setdefault(matrix.expert, []).append(step)
-        return found
+            else:
+                others.append(step)
+        return others, found
 
     def _either(self, read: Read, read_solved: Read | None, solved: Container[str]) -> Read:
         """Reads modules of the next layer that were solved from where they were written, the others as before."""
@@ -315,12 +322,8 @@ class LayerRunner:
                 original = None if wanted is None else hidden_of(module, matrices[0], matrices[1], wanted)
             hessian = torch.zeros(given.shape[1], given.shape[1], device=self._device)
             gram = Gram(hessian, None if original is None else torch.zeros_like(hessian))
-            scale = weights[:, None]
-            _accumulate(
-                gram,
-                _Given(given.float() * scale, None),
-                None if original is None else _Given(original.float() * scale, None),
-            )
+            wanted_rows = None if original is None else _Given(original, None, weights)
+            _accumulate(gram, _Given(given, None, weights), wanted_rows)
             _mirror(hessian)
             solve(holder, step, gram)
         return count
@@ -455,22 +458,33 @@ def calibration_memory(layout: ModelLayout, calibration: Calibration, solver: So
         for step in layer.steps:
             problem = max(problem, solver.memory(sum(matrix.shape[0] for matrix in step), step[0].shape[1]))
     stored = 0 if calibration.offload_activations else copies * states
+    if layout.has_experts:  # what those of a layer are given
+        stored += 2 * copies * states
     return transformers + copies * weights + stored + max(activations, problem)
 
 
 @dataclass(frozen=True)
 class _Given:
-    """What a batch gives a module: its inputs (…, in), and the hidden states (…, out) that its outputs are added to."""
+    """What a batch gives a module.
+
+    Attributes:
+        inputs: (…, in).
+        stream: the hidden states (…, out) that its outputs are added to.
+        weights: how much each of the inputs counts, (tokens,); 1 if None.
+    """
 
     inputs: Tensor
     stream: Tensor | None
+    weights: Tensor | None = None
 
     def rows(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Both in float32, as rows, some at a time."""
         inputs = self.inputs.flatten(0, -2).split(GRAM_TOKENS)
         streams = [None] * len(inputs) if self.stream is None else self.stream.flatten(0, -2).split(GRAM_TOKENS)
-        for values, stream in zip(inputs, streams, strict=True):
-            yield values.float(), None if stream is None else stream.float()
+        weights = [None] * len(inputs) if self.weights is None else self.weights.split(GRAM_TOKENS)
+        for values, stream, weight in zip(inputs, streams, weights, strict=True):
+            rows = values.float() if weight is None else values.float() * weight[:, None]
+            yield rows, None if stream is None else stream.float()
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -12,10 +12,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hlwq.containers.stacks import Part, parts_of
+from hlwq.containers.stacks import parts_of
 from hlwq.containers.tensors import DTYPES, TensorSpec
 from hlwq.errors import CheckpointError, UnsupportedError, reason
 from hlwq.files import LONGEST_NAME, check_file, exists, is_folder, read_json
@@ -54,15 +55,17 @@ class Reader:
         refuse_other_containers(path)
         self.config = read_json(path / "config.json")
         self.tensors: dict[str, TensorSpec] = {}
-        self._files: dict[str, Path] = {}
-        self._parts: dict[str, Part] = {}
+        self._places: dict[str, tuple[Path, int]] = {}  # the file, and where in it the tensor begins
         for file, specs in _contents(path).items():
+            offsets = _offsets_in(file)
             for name, spec in specs.items():
-                parts = {part.spec.name: part for part in parts_of(spec, self.config)}
-                self._parts |= parts
-                found = {each: part.spec for each, part in parts.items()} or {name: spec}
-                self.tensors |= found
-                self._files |= dict.fromkeys(found, file)
+                parts = parts_of(spec, self.config)
+                for each, offset in [(part.spec, part.offset) for part in parts] or [(spec, 0)]:
+                    if each.name in self.tensors:
+                        message = f"{path}: {each.name} is there alone and in the stack of all experts. Delete one."
+                        raise CheckpointError(message, path=path, tensor=each.name)
+                    self.tensors[each.name] = each
+                    self._places[each.name] = file, offsets[name] + offset
         if not self.tensors:
             raise CheckpointError(f"{path} holds no tensor. Download the checkpoint again.", path=path)
 
@@ -75,15 +78,20 @@ class Reader:
         if name not in self.tensors:
             message = f"{self.path}: tensor {name} is missing. Download the checkpoint again."
             raise CheckpointError(message, path=self.path, tensor=name)
-        # Opened anew each time, so that no mapping of a shard outlives the tensors taken from it.
-        with _opened(self._files[name]) as handle:
-            part = self._parts.get(name)
-            tensor: Tensor = handle.get_tensor(name) if part is None else _read_part(handle, part)
-        return tensor
+        (file, offset), spec = self._places[name], self.tensors[name]
+        # Not mapped, and read into memory of its own: no mapping of a file outlives the tensors taken from it.
+        contents = bytearray(spec.nbytes)
+        with file.open("rb") as stream:
+            stream.seek(offset)
+            if stream.readinto(contents) != spec.nbytes:
+                raise CheckpointError(f"{file} is damaged or truncated. Download it again.", path=file, tensor=name)
+        if not contents:
+            return torch.empty(spec.shape, dtype=DTYPES[spec.dtype])
+        return torch.frombuffer(contents, dtype=DTYPES[spec.dtype]).reshape(spec.shape)
 
     def stamps(self) -> dict[str, str]:
         """Each weight file's size, and a hash of its header."""
-        return {file.name: _stamp(file) for file in sorted(set(self._files.values()))}
+        return {file.name: _stamp(file) for file in sorted({file for file, _ in self._places.values()})}
 
     def side_files(self) -> dict[str, Path]:
         """What stands beside the weights and goes along unchanged; see `side_files.side_files`."""
@@ -240,13 +248,12 @@ def _tensors_in(file: Path) -> dict[str, TensorSpec]:
     return specs
 
 
-def _read_part(handle: Any, part: Part) -> Tensor:
-    """A tensor inside a stack: rows of one entry along the first axis."""
-    view, (entries, rows) = handle.get_slice(part.stack.name), part.stack.shape[:2]
-    row_bytes = part.stack.nbytes // (entries * rows)
-    index, start = divmod(part.offset // row_bytes, rows)
-    values: Tensor = view[index, start : start + part.spec.nbytes // row_bytes]
-    return values.contiguous().view(DTYPES[part.spec.dtype]).reshape(part.spec.shape)
+def _offsets_in(file: Path) -> dict[str, int]:
+    """Where each tensor of a shard, whose header was found to be sound, begins in the file."""
+    with file.open("rb") as stream:
+        length = struct.unpack("<Q", stream.read(8))[0]
+        header = json.loads(stream.read(length))
+    return {name: 8 + length + each["data_offsets"][0] for name, each in header.items() if name != "__metadata__"}
 
 
 def _stamp(file: Path) -> str:

@@ -11,10 +11,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from hlwq.containers.tensors import TensorSpec
-from hlwq.errors import CheckpointError
+from hlwq.containers.tensors import DTYPES, TensorSpec
+from hlwq.errors import CheckpointError, UnsupportedError
 
-FUSED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)$")
+STACKED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)$")
 """Experts as transformers' modules hold them: (experts, out, in), of which gate and up share one."""
 SWITCHED = re.compile(r"(.*\.)switch_mlp\.(gate_proj|up_proj|down_proj)\.(weight|scales|biases)$")
 """Experts as mlx-lm holds them: (experts, out, words or groups)."""
@@ -52,12 +52,12 @@ def parts_of(spec: TensorSpec, config: dict[str, Any]) -> list[Part]:
         CheckpointError: it is a stack by its name, and not by its shape.
     """
     if spec.name.endswith(f".{PACKED}"):
-        described = (config.get("quantization_config") or {}).get("experts")
-        return _packed(spec, described)
-    if len(spec.shape) != 3:
+        section = config.get("quantization_config")
+        return _packed(spec, section.get("experts") if isinstance(section, dict) else None)
+    if len(spec.shape) != 3 or not spec.parameters:
         return []
     rows = spec.shape[1]
-    if fused := FUSED.match(spec.name):
+    if fused := STACKED.match(spec.name):
         names = ("gate_proj", "up_proj") if fused[2] == "gate_up_proj" else ("down_proj",)
         if rows % len(names):
             raise CheckpointError(f"tensor {spec.name} has shape {spec.shape}: its rows are not those of two matrices.")
@@ -84,11 +84,14 @@ def _packed(stack: TensorSpec, described: Any) -> list[Part]:
     where = "config.json: quantization_config.experts"
     try:
         of_one = [TensorSpec(str(name), dtype, tuple(map(int, shape))) for name, dtype, shape in described]
-        nbytes = sum(spec.nbytes for spec in of_one)
+        starts = [sum(spec.nbytes for spec in of_one[:place]) for place in range(len(of_one) + 1)]
+        aligned = all(not start % DTYPES[spec.dtype].itemsize for start, spec in zip(starts, of_one, strict=False))
+        if not aligned or min(size for spec in of_one for size in spec.shape) < 1:
+            raise ValueError
+        nbytes = starts[-1]
     except (TypeError, ValueError, KeyError):
-        raise CheckpointError(
-            f"{where} does not describe the tensors of an expert. Make the checkpoint again."
-        ) from None
+        message = f"{where} does not describe the tensors of an expert. Make the checkpoint again."
+        raise CheckpointError(message) from None
     if stack.dtype != "U8" or len(stack.shape) != 2 or stack.shape[1] != nbytes:
         raise CheckpointError(
             f"tensor {stack.name} has shape {stack.shape}, but an expert has {nbytes} bytes by {where}. Make the "
@@ -105,7 +108,13 @@ def _packed(stack: TensorSpec, described: Any) -> list[Part]:
 
 
 def stack_of_matrices(name: str, parts: list[TensorSpec]) -> list[Part]:
-    """A stack (experts, rows, columns) of matrices of one shape and dtype, in this order."""
+    """A stack (experts, rows, columns) of matrices, in this order.
+
+    Raises:
+        UnsupportedError: they are not of one shape and dtype.
+    """
+    if len({(spec.dtype, spec.shape) for spec in parts}) > 1:
+        raise UnsupportedError(f"{name} would hold matrices of different shapes or dtypes. Keep all experts, or none.")
     rows, columns = parts[0].shape
     stack = TensorSpec(name, parts[0].dtype, (len(parts), rows, columns))
     return [Part(spec, stack, index * spec.nbytes) for index, spec in enumerate(parts)]

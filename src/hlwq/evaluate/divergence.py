@@ -122,6 +122,19 @@ def divergence(
     )
 
 
+class _Passed:
+    """Hidden states as what a model without its head gives; of all else that such outputs have, None."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getitem__(self, place: int) -> Tensor:
+        return self.last_hidden_state
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
 def _tokens_of(model: str | Path | Endpoint, text: str) -> list[int] | None:
     """A text by the model's own tokenizer, where it has one here."""
     if isinstance(model, Endpoint):
@@ -220,8 +233,6 @@ def _head(base: Path, device: torch.device, dtype: torch.dtype) -> Callable[[Ten
 
     Some models scale or bound them behind the output head.
     """
-    from transformers.modeling_outputs import BaseModelOutputWithPast
-
     checkpoint = DecodedCheckpoint(base)
     layout = describe(checkpoint.config, checkpoint.tensors)
     model = build_skeleton(checkpoint.config, tied=layout.tied, dtype=dtype)
@@ -229,8 +240,8 @@ def _head(base: Path, device: torch.device, dtype: torch.dtype) -> Callable[[Ten
     for part in head.state_dict():
         values = checkpoint.read(f"{layout.head}.{part}").to(torch.bfloat16)
         setattr(head, part, nn.Parameter(values.to(device, dtype), requires_grad=False))
-    # The hidden states come in where embeddings do, and pass by the decoder.
-    model.get_decoder().forward = lambda **named: BaseModelOutputWithPast(last_hidden_state=named["inputs_embeds"])
+    # The hidden states come in where embeddings do, and pass by all that is before the head.
+    model.base_model.forward = lambda **named: _Passed(named["inputs_embeds"])
 
     def logits(hidden: Tensor) -> Tensor:
         with quiet_transformers():

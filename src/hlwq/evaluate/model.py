@@ -38,7 +38,7 @@ def load_model(path: Path, device: str | None = None, dtype: torch.dtype = torch
         The model, in evaluation mode, and its tokenizer.
 
     Raises:
-        HlwqError: transformers is not installed, the directory cannot be read, or the device cannot be used.
+        HlwqError: the directory cannot be read, or the device cannot be used.
     """
     target = torch_device(device)
     checkpoint = DecodedCheckpoint(path)
@@ -104,7 +104,7 @@ def load_packed(path: Path, device: str | None = None) -> tuple[Any, Any]:
 
     Raises:
         RequestError: the directory is of another format.
-        HlwqError: transformers is not installed, the directory cannot be read, or the device cannot be used.
+        HlwqError: the directory cannot be read, or the device cannot be used.
     """
     from transformers import AutoModelForCausalLM
 

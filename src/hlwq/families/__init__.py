@@ -17,9 +17,9 @@ from hlwq.families.configuration import (
     text_config_of,
     with_tying,
 )
-from hlwq.families.dense import DENSE
 from hlwq.families.derived import FUSED, derived_decoder
 from hlwq.families.family import Family, Layer, Matrix, MlxModel, Restoration
+from hlwq.families.known import KNOWN
 from hlwq.families.qwen3_5 import QWEN3_5, QWEN3_5_MOE, QWEN3_NEXT
 from hlwq.transformers_models import model_types_of, transformers_version
 
@@ -50,7 +50,7 @@ WRAPPERS = {
     "model._orig_mod.": "torch.compile",
 }
 """Beginnings of names in checkpoints that were saved from around a model."""
-FAMILIES = (*DENSE, QWEN3_5, QWEN3_5_MOE, QWEN3_NEXT)
+FAMILIES = (*KNOWN, QWEN3_5, QWEN3_5_MOE, QWEN3_NEXT)
 """Those that hlwq is tested with."""
 PARTS = {
     "visual": "vision tower",
@@ -238,26 +238,30 @@ def describe(config: dict[str, Any], names: Collection[str]) -> ModelLayout:
     if prefix.startswith(tuple(WRAPPERS)):
         raise CheckpointError(_why_missing(names))
     heads = [each.removesuffix(".weight") for each in names if each.endswith(f"{decoder.head}.weight")]
+    adapted = {id(layer): family.adapted(layer) for layer in {id(each): each for each in decoder.layers}.values()}
     said = {each["tie_word_embeddings"] for each in (config, text_config) if "tie_word_embeddings" in each}
     return ModelLayout(
         family=family,
         text_config=text_config,
         prefix=prefix,
-        layers=[family.adapted(layer) for layer in decoder.layers],
+        layers=[adapted[id(layer)] for layer in decoder.layers],
         others=decoder.others,
         embedding=prefix + decoder.embedding,
         norm=decoder.norm,
         output_head=heads[0] if heads else decoder.head,
         tied=said.pop() if len(said) == 1 else not heads,
-        beside=_beside(names, f"{prefix}layers."),
+        beside=_beside(names, f"{prefix}layers.", len(decoder.layers)),
     )
 
 
-def _beside(names: Collection[str], layers: str) -> dict[str, str]:
+def _beside(names: Collection[str], layers: str, count: int) -> dict[str, str]:
     """Parts outside the decoder: the beginnings of their tensors' names, and what they are."""
     found = {}
     for name in names:
-        segments = [] if name.startswith(layers) else name.split(".")
+        number = name.removeprefix(layers).partition(".")[0] if name.startswith(layers) else ""
+        if number.isascii() and number.isdigit() and len(number) < 10 and int(number) >= count:
+            found[f"{layers}{number}."] = PARTS["mtp"]  # GLM-4.5 and DeepSeek number it as one more layer
+        segments = [] if number else name.split(".")
         place = next((place for place, segment in enumerate(segments) if segment in PARTS), None)
         if place is not None:
             found[".".join(segments[: place + 1]) + "."] = PARTS[segments[place]]

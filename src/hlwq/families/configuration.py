@@ -99,7 +99,7 @@ ENTRIES: dict[str, Kind] = {
 }
 """Entries of a decoder's configuration, as transformers has them for the families here."""
 ENTRIES["torch_dtype"] = ENTRIES["dtype"]
-REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 
 
 def check_architectures(config: dict[str, Any]) -> list[str]:
@@ -185,7 +185,7 @@ def check_layers(text_config: dict[str, Any], stored: int) -> None:
         CheckpointError: there are more layers than the checkpoint holds, or `layer_types` does not fit them.
     """
     types = text_config.get("layer_types")
-    count = text_config["num_hidden_layers"] if LAYERS not in text_config else len(text_config[LAYERS])
+    count = len(text_config[LAYERS]) if text_config.get(LAYERS) else text_config["num_hidden_layers"]
     if count > stored:
         raise CheckpointError(
             f"config.json: num_hidden_layers is {count}, but the checkpoint holds tensors of {stored} layers. "

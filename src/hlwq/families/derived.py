@@ -27,6 +27,7 @@ SUMS = ("add", "add_", "__add__", "__radd__", "__iadd__")
 """The names of torch's functions that add two tensors."""
 EXPERTS = ("gate_up_proj", "down_proj")
 """The stacks in which transformers' modules hold the matrices of all experts of a layer."""
+OTHERWISE = "another way than as gate, up and down, one row for each output, which is not supported"
 TOKENS = 4
 """Tokens of the sample that goes through a layer."""
 
@@ -198,6 +199,9 @@ def _described_layer(layer: nn.Module, positional: tuple[Any, ...], named: dict[
             )
         )
     own = {f"{name}.{part}" for step in steps for name in step for part in (*("weight", "bias"), *EXPERTS)}
+    for name in modules.keys() - experts.keys():
+        if name.endswith("experts") and any(each.ndim == 3 for each in modules[name].parameters(recurse=False)):
+            raise UnsupportedError(f"{type(modules[name]).__name__} holds its experts in {OTHERWISE}.")
     rest = {name: tuple(each.shape) for name, each in layer.state_dict().items() if name not in own}
     return Layer(tuple(matrices), rest)
 
@@ -213,8 +217,9 @@ def _of_experts(name: str, module: nn.Module) -> list[tuple[Matrix, ...]]:
     count, rows, hidden = gate_up.shape
     inner = rows // 2
     usual = {"is_transposed": False, "is_concatenated": True, "has_gate": True, "has_bias": False}
+    usual["has_post_expert_norm"] = False
     if down.shape != (count, hidden, inner) or any(getattr(module, key, usual[key]) != usual[key] for key in usual):
-        raise UnsupportedError(f"{type(module).__name__} holds its experts in another way than as gate, up and down")
+        raise UnsupportedError(f"{type(module).__name__} holds its experts in {OTHERWISE}.")
     steps: list[tuple[Matrix, ...]] = []
     for index in range(count):
         place = f"{name}.{index}."

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hlwq.containers import TensorSpec
 
-GATE = "a gate, and tiny"
+GATE, ROUTER = "a gate, and tiny", "routes tokens to experts"
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,14 @@ class Layer:
         return list(dict.fromkeys(matrix.experts for matrix in self.matrices() if matrix.experts))
 
 
+def _kept(matrix: Matrix, layer: Layer) -> str:
+    """Why a matrix of any family stays as it is: gates, and what routes tokens to experts."""
+    if matrix.shape[0] == 1:
+        return GATE
+    experts = len({each.expert for each in layer.matrices() if each.experts})
+    return ROUTER if experts and not matrix.experts and matrix.shape[0] == experts else ""
+
+
 @dataclass(frozen=True)
 class Restoration:
     """How Hugging Face's names, tensors and configuration come back from a directory that an engine's tool changed.
@@ -85,6 +93,7 @@ class MlxModel:
         model_type: what `config.json` must say, where that is not what the checkpoint says.
         path: a module's name after `sanitize`, by its name in the checkpoint.
         refusal: why no file of this family runs in mlx-lm with its codes; empty if one does.
+        runs_experts: its experts are where those of most families are.
         reads_top_level_vocabulary: a wrapper takes `vocab_size` from the top level of the configuration.
         reads_top_level_rope: it looks for `rope_theta` and `rope_scaling` beside the decoder's other entries.
         demands: what it wants of a text configuration, each as (requirement, offenders, remedy).
@@ -95,6 +104,7 @@ class MlxModel:
     model_type: str = ""
     path: Callable[[str], str] = lambda name: name
     refusal: str = ""
+    runs_experts: bool = True
     reads_top_level_vocabulary: bool = True
     reads_top_level_rope: bool = True
     demands: Callable[[dict[str, Any]], list[tuple[str, list[str], str]]] = lambda config: []
@@ -152,7 +162,7 @@ class Family:
                     name=self.in_files(matrix.name),
                     experts=self.in_files(matrix.experts),
                     fused=self.in_files(self.fused.get(matrix.name, matrix.fused)),
-                    keep=self.keep.get(matrix.name, matrix.keep or (GATE if matrix.shape[0] == 1 else "")),
+                    keep=self.keep.get(matrix.name, matrix.keep or _kept(matrix, layer)),
                 )
                 for matrix in step
             )

@@ -92,7 +92,8 @@ def parts(tensors: Iterable[TensorSpec]) -> list[Part]:
     """The experts of a layer, each matrix and its scales and biases in stacks, as mlx-lm's `switch_mlp` has them."""
     stacks: dict[str, dict[int, TensorSpec]] = {}
     for spec in tensors:
-        if found := EXPERT.match(spec.name):
+        found = EXPERT.match(spec.name)
+        if found and len(spec.shape) == 2:
             name = f"{found[1]}switch_mlp.{MATRICES.get(found[3], found[3])}.{found[4]}"
             stacks.setdefault(name, {})[int(found[2])] = spec
     return [part for name, each in stacks.items() for part in stack_of_matrices(name, [each[i] for i in sorted(each)])]
@@ -122,6 +123,13 @@ def rope_as_before(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in top_level.items() if key not in config}
 
 
+def refusal(layout: ModelLayout) -> str:
+    """Why mlx-lm runs no file of a model with its codes; empty if it does."""
+    if layout.has_experts and not layout.family.mlx.runs_experts:
+        return "mlx-lm has the experts of this family in stacks of another name"
+    return layout.family.mlx.refusal
+
+
 def stored_modules(reader: Reader) -> dict[str, StoredModule]:
     """Modules that have `scales`.
 
@@ -133,11 +141,13 @@ def stored_modules(reader: Reader) -> dict[str, StoredModule]:
     if section.get("mode", "affine") != "affine":
         raise UnsupportedError(f"{reader.path}: MLX mode {section['mode']} cannot be read; only affine can.")
     modules = {}
+    path_functions = {each.mlx.path for each in FAMILIES}
     for module in reading.modules_with(reader, "scales"):
         parts = reading.require_parts(reader, module, "weight", "scales", "biases")
         (rows, words), (_, groups), _ = (reading.matrix_shape(reader, part) for part in parts)
         # An override goes by MLX's path, which is the file's own name or what `sanitize` makes of it.
-        paths = (module, _switched(module), *(each.mlx.path(_switched(module)) for each in FAMILIES))
+        switched = _switched(module)
+        paths = (module, switched, *(path(switched) for path in path_functions))
         path = next((path for path in paths if isinstance(section.get(path), dict)), None)
         chosen, here = (section[path], f"{where}.{path}") if path else (section, where)
         scheme = Scheme(
@@ -217,7 +227,7 @@ FORMAT = Format(
     parts=parts,
     multiples=(1, 32),
     restoration=restoration,
-    refusal=lambda layout: layout.family.mlx.refusal,
+    refusal=refusal,
     default_symmetric=False,
     fused_alike=False,
     holds_embeddings=True,

@@ -87,22 +87,24 @@ def module_patterns(modules: set[str], layout: ModelLayout) -> list[str]:
     layers_of: dict[str, set[int]] = defaultdict(set)
     having: dict[str, set[int]] = defaultdict(set)
     fused: dict[str, str] = {}
+    experts: set[str] = set()
     for index, layer in enumerate(layout.layers):
         for matrix in layer.matrices():
             name = matrix.experts or matrix.name  # engines ask for all experts of a layer at once
             having[name].add(index)
             fused[name] = "" if matrix.experts else matrix.fused
+            experts.update([name] if matrix.experts else [])
             if layout.layer_prefix(index) + matrix.name in modules:
                 layers_of[name].add(index)
     # One pattern for modules that share their parent and their layers; in it, the fused names beside the own.
-    leaves_of: dict[tuple[str, str], list[str]] = defaultdict(list)
+    leaves_of: dict[tuple[str, str, str], list[str]] = defaultdict(list)
     for name, layers in layers_of.items():
-        parent, leaf = name.rsplit(".", 1)
+        parent, dot, leaf = name.rpartition(".")
         where = r"\d+" if layers == having[name] else "(" + "|".join(map(str, sorted(layers))) + ")"
-        leaves = leaves_of[parent, where]
+        end = EXPERTS_END if name in experts else "$"
+        leaves = leaves_of[re.escape(parent + dot), where, end]
         leaves += [each for each in (leaf, fused[name].rpartition(".")[2]) if each and each not in leaves]
     return [
-        rf"(.*\.)?layers\.{where}\.{re.escape(parent)}\.({'|'.join(leaves)})"
-        + (EXPERTS_END if leaves == ["experts"] else "$")
-        for (parent, where), leaves in leaves_of.items()
+        rf"(.*\.)?layers\.{where}\.{parent}({'|'.join(leaves)}){end}"
+        for (parent, where, end), leaves in leaves_of.items()
     ]

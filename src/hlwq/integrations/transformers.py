@@ -339,7 +339,7 @@ def _experts_in(model: PreTrainedModel, schemes: Mapping[str, Scheme]) -> dict[s
         if name.endswith(".experts") and hasattr(module, "gate_up_proj"):
             # Their place is the same, the names before the layers differ where the model is in a wrapper.
             inside = name[name.index("layers.") :]
-            found.update((name, scheme) for each, scheme in packed.items() if each.endswith(f".{inside}"))
+            found.update((name, scheme) for each, scheme in packed.items() if f".{each}".endswith(f".{inside}"))
     return found
 
 

@@ -1,4 +1,4 @@
-"""Families of which transformers' own modules say all that there is to know: their names."""
+"""Families that transformers' own modules describe: their names, and what engines have otherwise."""
 
 from __future__ import annotations
 
@@ -58,9 +58,9 @@ GEMMA4 = Family(
     "Gemma 4",
     ("Gemma4ForConditionalGeneration", "Gemma4ForCausalLM"),
     ("gemma4", "gemma4_text"),
-    mlx=MlxModel(reads_top_level_rope=False),
+    mlx=MlxModel(runs_experts=False, reads_top_level_rope=False),
 )
-DENSE = (
+KNOWN = (
     *(Family(name, (architecture,), (model_type,)) for name, architecture, model_type in _ROWS),
     COHERE2,
     QWEN3_VL,
