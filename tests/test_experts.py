@@ -17,6 +17,7 @@ from hlwq.calibration.experts import SHRINKAGE, STARVED, Routed, tokens_of
 from hlwq.containers import Reader
 from hlwq.decoded import DecodedCheckpoint
 from hlwq.demo import held_out_text
+from hlwq.evaluate.divergence import divergence
 from hlwq.evaluate.model import load_model
 from hlwq.families import describe
 from hlwq.files import read_json
@@ -149,7 +150,7 @@ def test_no_layer_of_experts_is_ever_held(family: str, tmp_path: Path) -> None:
 def test_what_is_calibrated_is_recorded_and_better(
     options: dict[str, Any], experts_model: Path, tmp_path: Path
 ) -> None:
-    calibration = hlwq.Calibration(("embedded",), samples=32, sequence_length=256)
+    calibration = hlwq.Calibration(("embedded",), samples=32, sequence_length=256, generated_samples=0)
     hlwq.quantize(experts_model, tmp_path / "best", "best", calibration=calibration, **options)
     recorded = read_json(tmp_path / "best" / "hlwq.json")["modules"]
     counts = {module: each["calibration_tokens"] for module, each in recorded.items() if ".experts." in module}
@@ -162,8 +163,7 @@ def test_what_is_calibrated_is_recorded_and_better(
     hlwq.quantize(experts_model, tmp_path / "nearest", nearest, **options)
     text = held_out_text()
     best, plain = (
-        hlwq.evaluate.divergence(tmp_path / name, experts_model, text, context=512, limit=8)
-        for name in ("best", "nearest")
+        divergence(tmp_path / name, experts_model, text, context=512, limit=8) for name in ("best", "nearest")
     )
     assert best.mean.high < plain.mean.low
 

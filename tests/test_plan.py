@@ -20,6 +20,7 @@ from hlwq import (
     UnsupportedError,
 )
 from hlwq.containers import Reader, TensorSpec
+from hlwq.formats import FORMATS as output_formats
 from hlwq.formats import Scheme
 from hlwq.grids import fit_group_size
 from hlwq.plan import REST, Plan, make_plan, plan_decoding
@@ -297,6 +298,11 @@ def test_a_fallback_is_remarked_once_and_is_the_same_for_fused_matrices(tmp_path
 @pytest.mark.parametrize("format_name", FORMATS)
 def test_a_width_that_no_group_divides_is_refused_by_name(format_name: str, tmp_path: Path) -> None:
     source = Reader(make_checkpoint(tmp_path / "model", "llama", intermediate_size=4304))
+    if output_formats[format_name].multiples != (1, 1):  # it stays as it is, and those that engines fuse with it
+        plan = make_plan(source, FORMATS[format_name], format_name)
+        kept = {t.module.rpartition(".")[2] for t in plan.tensors if "needs multiples of 32" in t.reason}
+        assert kept == ({"down_proj"} if format_name == "mlx" else {"down_proj", "gate_proj", "up_proj"})
+        return
     with pytest.raises(UnsupportedError, match="in_features is 4304, which neither") as refused:
         make_plan(source, FORMATS[format_name], format_name)
     assert (refused.value.argument, refused.value.tensor) == ("group_size", "model.layers.0.mlp.down_proj.weight")

@@ -32,7 +32,7 @@ LFM2 = Family(
     "LFM2",
     ("Lfm2ForCausalLM",),
     ("lfm2",),
-    vllm_unrotated=("conv.in_proj",),
+    vllm_unrotated=("conv.in_proj", "conv.out_proj"),
     vllm_packs_embedding=False,
     fused={"feed_forward.w1": "feed_forward.w13", "feed_forward.w3": "feed_forward.w13"},
 )
