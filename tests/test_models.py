@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,16 @@ import pytest
 import torch
 import transformers
 from checkpoints import ALL_FAMILY_NAMES, ARCHITECTURES, save_model
+from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata, TensorInfo
 from models_table import PAGE, found, page
 from torch import Tensor
+from typer.testing import CliRunner
 
 import hlwq
+from hlwq.cli import app
 from hlwq.models import TESTED, outlook, supported_models
+from hlwq.quantize import plan_for
+from hlwq.request import Request
 
 TOKENS = torch.arange(3, 60)[None]
 
@@ -62,6 +68,38 @@ def test_an_outlook_says_what_quantizing_would(tmp_path: Path) -> None:
     source = save_model(tmp_path / "source", "falcon_h1")
     formats = {each.format: each for each in outlook(source)}
     assert "mlx-lm multiplies weights" in formats["mlx"].refusal
-    assert formats["gptq"].engines == {"vLLM": TESTED}
-    hlwq.quantize(source, tmp_path / "out", "rtn", format="gptq")
-    assert formats["gptq"].nbytes == sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
+    known = next(each.engines for each in supported_models() if each.architecture == "FalconH1ForCausalLM")
+    assert formats["gptq"].engines == {"vLLM": known["vLLM, gptq"]}
+    _, plan = plan_for(Request(source, "rtn", format="gptq"))
+    assert formats["gptq"].nbytes == plan.output_bytes()
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen3_5_moe"])
+def test_of_a_model_on_the_hub_only_headers_are_read(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = save_model(tmp_path / "source", family)
+    with (source / "model.safetensors").open("rb") as stream:
+        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    described = {
+        name: TensorInfo(each["dtype"], each["shape"], tuple(each["data_offsets"]))
+        for name, each in header.items()
+        if name != "__metadata__"
+    }
+    of_file = SafetensorsFileMetadata({}, described)
+    weights = SafetensorsRepoMetadata(None, False, dict.fromkeys(described, "f"), {"f": of_file})
+    monkeypatch.setattr("hlwq.sources.HfApi.get_safetensors_metadata", lambda *_, **__: weights)
+    monkeypatch.setattr("hlwq.sources.hf_hub_download", lambda *_, **__: str(source / "config.json"))
+    assert outlook("some/model") == outlook(source)
+
+
+def test_the_command_prints_the_table_and_the_outlook(tmp_path: Path) -> None:
+    printed = CliRunner().invoke(app, ["models"], env={"COLUMNS": "200"})
+    assert printed.exit_code == 0
+    assert all(each.architecture in printed.stdout for each in supported_models())
+    source = save_model(tmp_path / "source", "starcoder2")
+    printed = CliRunner().invoke(app, ["models", str(source)], env={"COLUMNS": "200"})
+    assert printed.exit_code == 0
+    assert "vLLM (tested)" in printed.stdout
+    refused = CliRunner().invoke(app, ["models", "--revision", "main"])
+    assert refused.exit_code != 0

@@ -278,7 +278,7 @@ def make_plan(
             width = widths.get(module)
             stages = _stages(own, spec, output_format, dtype, solver, rotated=not unrotated, width=width)
             for stage, fitted in zip(own.stages, stages, strict=True):
-                remarks |= dict.fromkeys(_fallbacks(stage, fitted, spec.shape[1], unrotated))
+                remarks |= dict.fromkeys(_fallbacks(stage, fitted, width or spec.shape[1], unrotated))
             outputs = tuple(output_format.outputs(module, (spec.shape[0], spec.shape[1]), stages[-1].grid, dtype))
             planned.append(PlannedTensor(spec, "quantize", "", unit, stages, outputs))
         else:

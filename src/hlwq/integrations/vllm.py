@@ -126,6 +126,10 @@ class HLWQQuantizationConfig(QuantizationConfig):
         return next((module for module in self.schemes if module.endswith("embed_tokens")), "")
 
     def _scheme(self, prefix: str) -> Scheme | None:
+        if (
+            prefix in self.schemes
+        ):  # a whole in the files too, as GLM-4's `gate_up_proj`, whatever it is made of elsewhere
+            return self.schemes[prefix]
         parent, dot, name = prefix.rpartition(".")
         members = [f"{parent}{dot}{member}" for member in self.packed_modules_mapping.get(name, [name])]
         schemes = {self.schemes.get(member) for member in members}
