@@ -124,6 +124,7 @@ RUNS = {
     ),
     "python benchmarks/experts_layer.py": Run("--experts 4 --samples 2 --sequence-length 32", slow=True),
     "hlwq models": Run(),
+    "hlwq models MODEL": Run(),
     "hlwq models Qwen/Qwen3.5-9B": Run(),
     "python benchmarks/memory.py --layers 2 6": Run(f"--layers 2 --hidden-size 256 {SAMPLES}", slow=True),
     "python benchmarks/before_torchao.py --text wikitext-2-raw.test.txt --limit 8 --dtype float32": Run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import struct
@@ -56,8 +57,9 @@ class Reader:
         self.config = read_json(path / "config.json")
         self.tensors: dict[str, TensorSpec] = {}
         self._places: dict[str, tuple[Path, int]] = {}  # the file, and where in it the tensor begins
+        self._sizes: dict[Path, int] = {}
         for file, specs in _contents(path).items():
-            offsets = _offsets_in(file)
+            offsets, self._sizes[file] = _offsets_in(file), file.stat().st_size
             for name, spec in specs.items():
                 parts = parts_of(spec, self.config)
                 for each, offset in [(part.spec, part.offset) for part in parts] or [(spec, 0)]:
@@ -82,9 +84,11 @@ class Reader:
         # Not mapped, and read into memory of its own: no mapping of a file outlives the tensors taken from it.
         contents = bytearray(spec.nbytes)
         with file.open("rb") as stream:
+            if stream.seek(0, os.SEEK_END) != self._sizes[file]:
+                message = f"{file} has changed since it was opened. Start again."
+                raise CheckpointError(message, path=file, tensor=name)
             stream.seek(offset)
-            if stream.readinto(contents) != spec.nbytes:
-                raise CheckpointError(f"{file} is damaged or truncated. Download it again.", path=file, tensor=name)
+            stream.readinto(contents)
         if not contents:
             return torch.empty(spec.shape, dtype=DTYPES[spec.dtype])
         return torch.frombuffer(contents, dtype=DTYPES[spec.dtype]).reshape(spec.shape)
