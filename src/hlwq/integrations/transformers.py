@@ -183,7 +183,7 @@ class HLWQQuantizer(HfQuantizer):
         tensors = {tensor.module: tensor for tensor in plan.quantized()}
         if any(OF_EXPERT.search(module) for module in tensors):
             raise UnsupportedError(
-                "Experts cannot be quantized as they are loaded. Quantize the model with `hlwq.quantize`, and load that."
+                "Experts cannot be quantized as they are loaded. Use `hlwq.quantize`, and load what it makes."
             )
         self.names = _own_names(model, tensors)
         self.planned = {f"{name}.weight": tensors[module] for module, name in self.names.items()}
