@@ -39,3 +39,9 @@ def isolation() -> None:
         run_program(Submission("pass"))
     except HlwqError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def experts_model() -> Path:
+    """A small Qwen3.5 mixture of experts (16, of which 4 for each token), made by tools/train_experts.py."""
+    return Path(__file__).parent / "data" / "experts"

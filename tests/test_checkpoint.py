@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hlwq import CheckpointError, HlwqError, RequestError, ResourceError, UnsupportedError
-from hlwq.containers import DTYPES, Reader, TensorSpec, Writer
+from hlwq.containers import DTYPES, Part, Reader, TensorSpec, Writer, spec_of
+from hlwq.containers.stacks import parts_of
 from hlwq.files import read_json
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -283,91 +284,103 @@ def test_finishing_without_an_announced_tensor_is_a_bug(tmp_path: Path) -> None:
         writer.finish({}, {})
 
 
-# Stacks of tensors, part by part
+# Stacks: tensors that hold those of all experts
 
 
-def stacked_tensors() -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(2)
-    return {
-        "norm": torch.randn(7, generator=generator),
-        "experts": torch.randn(4, 6, 8, generator=generator).bfloat16(),
-        "codes": torch.randint(0, 255, (3, 5), generator=generator, dtype=torch.uint8),
-    }
+def experts_of(count: int = 4) -> dict[str, Tensor]:
+    """Matrices of experts, each by the name that it has alone."""
+    generator, tensors = torch.Generator().manual_seed(2), {}
+    for index in range(count):
+        for name, shape in (("gate_proj", (6, 8)), ("up_proj", (6, 8)), ("down_proj", (8, 6))):
+            values = torch.randn(shape, generator=generator).bfloat16()
+            tensors[f"layers.0.mlp.experts.{index}.{name}.weight"] = values
+    return tensors
 
 
-@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 1, 0, 2], [2, 2, 0, 3, 1, 0]], ids=str)
-def test_a_stack_written_part_by_part_is_the_one_written_whole(order: list[int], tmp_path: Path) -> None:
-    tensors = stacked_tensors()
-    write_all(tmp_path / "whole", tensors)
-    writer = Writer(tmp_path / "parts", specs_of(tensors), ARGUMENTS)
-    for part in order:  # a part may be written again, as after an interruption
-        writer.write("experts", tensors["experts"][part], part)
-    for part in (1, 0, 2):
-        writer.write("codes", tensors["codes"][part], part)
-    writer.write("norm", tensors["norm"])
+def stacked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same as transformers' modules hold them."""
+
+    def of_all(name: str) -> Tensor:
+        return torch.stack([values for each, values in tensors.items() if each.endswith(f"{name}.weight")])
+
+    gate_up = torch.cat([of_all("gate_proj"), of_all("up_proj")], 1)
+    return {"layers.0.mlp.experts.gate_up_proj": gate_up, "layers.0.mlp.experts.down_proj": of_all("down_proj")}
+
+
+def parts_in(tensors: dict[str, Tensor], config: dict[str, Any]) -> list[Part]:
+    return [part for spec in specs_of(tensors) for part in parts_of(spec, config)]
+
+
+def test_experts_of_a_stack_are_read_alone(tmp_path: Path) -> None:
+    tensors = experts_of()
+    write_all(tmp_path / "out", stacked(tensors))
+    reader = Reader(tmp_path / "out")
+    assert reader.tensors.keys() == tensors.keys()
+    for name, expected in tensors.items():
+        assert reader.tensors[name] == spec_of(name, expected)
+        assert torch.equal(reader.read(name), expected)
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_a_stack_written_expert_by_expert_is_the_one_written_whole(backwards: bool, tmp_path: Path) -> None:
+    tensors = experts_of()
+    write_all(tmp_path / "whole", stacked(tensors))
+    writer = Writer(tmp_path / "parts", specs_of(tensors), ARGUMENTS, parts=parts_in(stacked(tensors), {}))
+    for name in reversed(tensors) if backwards else tensors:
+        writer.write(name, tensors[name])
     writer.commit("all", tensors, {})
     writer.finish({}, {"config.json": {}})
+    assert set(writer.digests()) == set(tensors)
     writer.publish()
     assert bytes_of(tmp_path / "parts") == bytes_of(tmp_path / "whole")
 
 
-def test_parts_of_a_stack_are_read_alone(tmp_path: Path) -> None:
-    tensors = stacked_tensors()
-    write_all(tmp_path / "out", tensors)
-    reader = Reader(tmp_path / "out")
-    for name in ("experts", "codes"):
-        for part, expected in enumerate(tensors[name]):
-            found = reader.read(name, part=part)
-            assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
-            assert torch.equal(found, expected)
-    assert torch.equal(reader.read("experts"), tensors["experts"])
-
-
-@pytest.mark.parametrize("missing", [0, 3])
-def test_a_stack_that_lacks_a_part_is_a_bug(missing: int, tmp_path: Path) -> None:
-    tensors = stacked_tensors()
-    writer = Writer(tmp_path / "out", specs_of(tensors), ARGUMENTS)
-    for name in ("norm", "codes"):
+def test_a_stack_that_lacks_an_expert_is_a_bug(tmp_path: Path) -> None:
+    tensors = experts_of()
+    writer = Writer(tmp_path / "out", specs_of(tensors), ARGUMENTS, parts=parts_in(stacked(tensors), {}))
+    lacking = "layers.0.mlp.experts.2.up_proj.weight"
+    for name in tensors.keys() - {lacking}:
         writer.write(name, tensors[name])
-    for part in {0, 1, 2, 3} - {missing}:
-        writer.write("experts", tensors["experts"][part], part)
-    with pytest.raises(ValueError, match=r"not written: \['experts'\]"):
+    with pytest.raises(ValueError, match=r"not written: \['layers\.0\.mlp\.experts\.2\.up_proj\.weight'\]"):
         writer.finish({}, {})
-    writer.write("experts", tensors["experts"][missing], part=missing)
-    writer.finish({}, {})
 
 
-def test_a_part_of_another_shape_is_a_bug(tmp_path: Path) -> None:
-    tensors = stacked_tensors()
-    writer = Writer(tmp_path / "out", specs_of(tensors), ARGUMENTS)
-    for wrong in (tensors["experts"], tensors["experts"][0].float(), tensors["experts"][0, 0]):
-        with pytest.raises(ValueError, match=r"experts: planned BF16 \(6, 8\)"):
-            writer.write("experts", wrong, part=0)
+def test_bytes_of_an_expert_are_described_by_the_configuration(tmp_path: Path) -> None:
+    codes, norms = torch.arange(24, dtype=torch.uint8).reshape(2, 3, 4), torch.randn(2, 3, 2).half()
+    packed = torch.cat([codes.reshape(2, -1), norms.reshape(2, -1).view(torch.uint8)], 1)
+    described = [["up_proj.weight_packed", "U8", [3, 4]], ["up_proj.weight_norms", "F16", [3, 2]]]
+    config = {"quantization_config": {"experts": described}}
+    write_all(tmp_path / "out", {"mlp.experts.packed": packed})
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    reader = Reader(tmp_path / "out")
+    assert torch.equal(reader.read("mlp.experts.1.up_proj.weight_packed"), codes[1])
+    assert torch.equal(reader.read("mlp.experts.1.up_proj.weight_norms"), norms[1])
+    for wrong in (None, [["up_proj.weight_packed", "U8"]], [["up_proj.weight_packed", "U8", [3, 5]]]):
+        config["quantization_config"]["experts"] = wrong
+        (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+        with pytest.raises(CheckpointError, match=r"quantization_config\.experts"):
+            Reader(tmp_path / "out")
 
 
-@pytest.mark.parametrize("part", [4, -1])
-def test_a_part_that_the_stack_does_not_have_is_a_bug(part: int, tmp_path: Path) -> None:
-    tensors = stacked_tensors()
-    writer = Writer(tmp_path / "out", specs_of(tensors), ARGUMENTS)
-    writer.write("norm", tensors["norm"])
-    before = bytes_of(writer.partial)
-    with pytest.raises(ValueError, match=f"experts has 4 parts, and none of index {part}"):
-        writer.write("experts", tensors["experts"][0], part=part)
-    assert bytes_of(writer.partial) == before
-
-
-def test_parts_of_an_interrupted_unit_are_written_anew(tmp_path: Path) -> None:
-    tensors = stacked_tensors()
-    interrupted_run = Writer(tmp_path / "out", specs_of(tensors), ARGUMENTS)
-    interrupted_run.write("norm", tensors["norm"])
-    interrupted_run.commit("norm", ["norm"], {})
-    interrupted_run.write("experts", tensors["experts"][0], part=0)
-    writer = Writer(tmp_path / "out", specs_of(tensors), ARGUMENTS)
-    writer.write("codes", tensors["codes"])
-    for part in (1, 2, 3):
-        writer.write("experts", tensors["experts"][part], part)
-    with pytest.raises(ValueError, match=r"not written: \['experts'\]"):
+def test_experts_of_an_interrupted_unit_are_written_anew(tmp_path: Path) -> None:
+    tensors = experts_of()
+    parts = parts_in(stacked(tensors), {})
+    first, *others = tensors
+    interrupted = Writer(tmp_path / "out", specs_of(tensors), ARGUMENTS, parts=parts)
+    interrupted.write(first, tensors[first])
+    interrupted.commit("first", [first], {})
+    interrupted.write(others[0], tensors[others[0]])
+    writer = Writer(tmp_path / "out", specs_of(tensors), ARGUMENTS, parts=parts)
+    for name in others[1:]:
+        writer.write(name, tensors[name])
+    with pytest.raises(ValueError, match="not written"):
         writer.finish({}, {})
+    writer.write(others[0], tensors[others[0]])
+    writer.commit("others", others, {})
+    writer.finish({}, {"config.json": {}})
+    writer.publish()
+    write_all(tmp_path / "whole", stacked(tensors))
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
 
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")

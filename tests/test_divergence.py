@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import ALL_FAMILY_NAMES, make_checkpoint
 
 import hlwq
 from hlwq import HlwqError
 from hlwq.demo import bundled_model, held_out_text
 from hlwq.evaluate import perplexity
-from hlwq.evaluate.divergence import _partial_kl, divergence
-from hlwq.evaluate.model import load_for_evaluation
+from hlwq.evaluate.divergence import _head, _partial_kl, divergence
+from hlwq.evaluate.model import load_for_evaluation, load_model
 from hlwq.evaluate.speed import speed
 
 
@@ -156,3 +157,17 @@ def test_speed_counts_tokens_and_spreads() -> None:
     assert result.peak_memory > 1e8
     with pytest.raises(HlwqError, match="at least 2"):
         speed(bundled_model(), new_tokens=1)
+
+
+@pytest.mark.parametrize("family", ALL_FAMILY_NAMES)
+def test_the_bases_logits_are_the_models_own(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a model does behind its output head: bounds, scales."""
+    monkeypatch.setattr("hlwq.evaluate.model.load_tokenizer", lambda path: None)  # these have none
+    path = make_checkpoint(tmp_path / "model", family)
+    model, _ = load_model(path, dtype=torch.float32)
+    tokens = torch.arange(3, 40)[None]
+    with torch.inference_mode():
+        expected = model(input_ids=tokens).logits[0]
+        hidden = model.get_decoder()(input_ids=tokens).last_hidden_state[0]
+        found = _head(path, torch.device("cpu"), torch.float32)(hidden)
+    assert torch.allclose(found, expected, atol=1e-4)

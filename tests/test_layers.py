@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoints import FAMILY_NAMES, make_checkpoint
+from checkpoints import ALL_FAMILY_NAMES, make_checkpoint, some_names
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, GraniteConfig
 
 from hlwq.calibration import LayerRunner
 from hlwq.containers import Reader
 from hlwq.evaluate.model import load_model
-from hlwq.families import Family, Layer, ModelLayout, describe
+from hlwq.families import Matrix, ModelLayout, describe
 from hlwq.solvers import INPUTS, ORIGINAL_INPUTS, STREAM, Gram
 
 TOKENS = torch.randint(0, 96, (5, 70), generator=torch.Generator().manual_seed(0))
-every_family = pytest.mark.parametrize("family", FAMILY_NAMES)
+WRITERS = {
+    **dict.fromkeys(
+        ("gemma2", "gemma3", "gemma3_text", "gemma4", "gemma4_text", "olmo2", "olmo3", "glm4", "exaone4"), 0
+    ),
+    **dict.fromkeys(("granite", "falcon_h1"), 0),
+    # Of a mixture of experts, what is added is the sum of many.
+    **dict.fromkeys(
+        ("cohere2", "nemotron_h", "qwen3_moe", "olmoe", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next"), 1
+    ),
+}
+"""Matrices of a layer whose outputs are added to the hidden states as they are, where that is not two."""
+every_family = pytest.mark.parametrize("family", ALL_FAMILY_NAMES)
 
 
-@pytest.fixture(params=FAMILY_NAMES)
+@pytest.fixture(params=ALL_FAMILY_NAMES)
 def source(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Reader:
     monkeypatch.setattr("hlwq.evaluate.model.load_tokenizer", lambda path: None)  # these have none
     return Reader(make_checkpoint(tmp_path / "model", request.param))
@@ -35,13 +46,25 @@ def runner_of(source: Reader, **options: Any) -> tuple[LayerRunner, ModelLayout]
     device = torch.device("cpu")
     options = {"batch_size": len(TOKENS), "needs": frozenset({INPUTS}), **options}
     runner = LayerRunner(
-        source.config, layout, TOKENS, lambda ids: embedding[ids], device=device, dtype=torch.float32, **options
+        source.config,
+        layout,
+        TOKENS,
+        lambda ids: embedding[ids],
+        read=source.read,
+        device=device,
+        dtype=torch.float32,
+        **options,
     )
     return runner, layout
 
 
 def whole_model(source: Reader) -> Any:
     return load_model(source.path, dtype=torch.float32)[0]
+
+
+def single(matrices: Iterable[Matrix]) -> list[Matrix]:
+    """Those that are none of an expert's, which `test_experts.py` looks at."""
+    return [matrix for matrix in matrices if not matrix.experts]
 
 
 def states(runner: LayerRunner) -> Tensor:
@@ -70,13 +93,13 @@ def test_members_of_a_step_share_their_input(source: Reader) -> None:
         return lambda module, inputs: seen.__setitem__(name, inputs[0])
 
     for index, layer in enumerate(layout.layers):
-        for matrix in layer.matrices():
+        for matrix in single(layer.matrices()):
             module = model.get_decoder().layers[index].get_submodule(matrix.name)
             module.register_forward_pre_hook(record(f"{index} {matrix.name}"))
     with torch.no_grad():
         model(input_ids=TOKENS)
     for index, layer in enumerate(layout.layers):
-        for step in layer.steps:
+        for step in filter(single, layer.steps):
             first, *others = [seen[f"{index} {matrix.name}"] for matrix in step]
             assert all(torch.equal(first, other) for other in others)
 
@@ -86,20 +109,28 @@ def test_outputs_are_added_to_the_stream_that_the_family_names(source: Reader) -
     seen: dict[str, Tensor] = {}
     for index, layer in enumerate(layout.layers):
         module = model.get_decoder().layers[index]
-        for name in {m.stream for m in layer.matrices() if m.stream}:
+        for name in {"post_attention_layernorm", *(m.stream for m in layer.matrices() if m.stream)} & dict(
+            module.named_modules()
+        ).keys():
             hook = partial(lambda name, _, inputs: seen.__setitem__(name, inputs[0]), name)
             module.get_submodule(name).register_forward_pre_hook(hook)
-        writers = [m for m in layer.matrices() if m.stream]
-        for m in writers:
+        for m in single(layer.matrices()):
             hook = partial(lambda name, _, inputs, outputs: seen.__setitem__(name, outputs), m.name)
             module.get_submodule(m.name).register_forward_hook(hook)
         module.register_forward_hook(lambda _, inputs, outputs: seen.__setitem__("end", outputs))
         with torch.no_grad():
             model(input_ids=TOKENS)
-        mixer, mlp = writers
         end = seen["end"][0] if isinstance(seen["end"], tuple) else seen["end"]
-        assert torch.allclose(seen[mixer.stream] + seen[mixer.name], seen[mlp.stream], atol=1e-5)
-        assert torch.allclose(seen[mlp.stream] + seen[mlp.name], end, atol=1e-5)
+        writers = [m for m in layer.matrices() if m.stream]
+        of_experts = any(m.experts for m in layer.matrices())  # of which the sum of many is added
+        assert len(writers) == (1 if of_experts else WRITERS.get(source.config["model_type"], 2))
+        sums = [seen[m.stream] + seen[m.name] for m in writers]
+        if of_experts:
+            end = seen["post_attention_layernorm"]
+        if source.config["model_type"] == "cohere2":  # both add to what goes by the layer
+            sums = [sums[0] + seen["mlp.down_proj"]]
+        for each, after in zip(sums, [*(seen[m.stream] for m in writers[1:]), end], strict=bool(writers)):
+            assert torch.allclose(each, after, atol=1e-5)
 
 
 @pytest.mark.parametrize("options", [{}, {"batch_size": 2}])
@@ -120,11 +151,13 @@ def test_steps_are_given_what_the_quantized_part_makes(
     for index in range(2):
         described = layout.layers[index]
         streams = {m.name: m.stream for m in described.matrices() if m.stream} if STREAM in needs else {}
-        runner.quantize(source.read, [[m.name for m in step] for step in described.steps], halve, streams)
+        runner.quantize(
+            source.read, [[m.name for m in step] for step in described.steps if single(step)], halve, streams
+        )
     model, original = whole_model(source), whole_model(source)
     for index in range(2):
         layer, layer_before = (each.get_decoder().layers[index] for each in (model, original))
-        for step in layout.layers[index].steps:
+        for step in filter(single, layout.layers[index].steps):
             name, gram = grams.pop(0)
             assert name == step[0].name
             inputs, originals = inputs_of(model, layer, name), inputs_of(original, layer_before, name)
@@ -149,12 +182,12 @@ def inputs_of(model: Any, layer: nn.Module, name: str) -> Tensor:
     with torch.no_grad():
         model(input_ids=TOKENS)
     handle.remove()
-    return seen[0].flatten(0, 1)
+    return seen[0].flatten(0, -2)
 
 
 def has_weights(module: nn.Module) -> bool:
-    """Vectors aside, which transformers may fill when it builds a model."""
-    return any(not parameter.is_meta for parameter in module.parameters() if parameter.ndim > 1)
+    """Vectors and routers aside, which transformers may fill when it builds a model."""
+    return any(not each.weight.is_meta for each in module.modules() if isinstance(each, nn.Linear | nn.Embedding))
 
 
 def test_one_layer_has_weights_at_a_time(source: Reader) -> None:
@@ -172,8 +205,7 @@ def test_one_layer_has_weights_at_a_time(source: Reader) -> None:
     assert not has_weights(runner._decoder)  # nor is the embedding, whose rows have served
 
 
-# Models whose way from token ids to the first layer is more than a look-up. Their families are described here as far as
-# a runner needs it.
+# Models whose way from token ids to the first layer is more than a look-up.
 
 
 def gemma3() -> tuple[Any, str]:
@@ -215,9 +247,8 @@ def test_samples_enter_the_first_layer_as_in_the_model(
     config, architecture = describe_model()
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
-    family = Family(architecture, (architecture,), lambda text: [Layer((), {})] * text["num_hidden_layers"], ())
     values = {**config.to_dict(), "architectures": [architecture]}
-    layout = ModelLayout(family, values, "model.", family.layers(values), bool(config.tie_word_embeddings))
+    layout = describe(values, some_names(values))
     seen: list[Tensor] = []
     for layer in model.model.layers:
         layer.register_forward_pre_hook(
@@ -231,6 +262,7 @@ def test_samples_enter_the_first_layer_as_in_the_model(
         layout,
         TOKENS,
         lambda ids: embedding[ids],
+        read=weights.__getitem__,
         needs=frozenset({INPUTS, ORIGINAL_INPUTS}),
         device=torch.device("cpu"),
         dtype=torch.float32,

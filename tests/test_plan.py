@@ -20,6 +20,7 @@ from hlwq import (
     UnsupportedError,
 )
 from hlwq.containers import Reader, TensorSpec
+from hlwq.formats import FORMATS as output_formats
 from hlwq.formats import Scheme
 from hlwq.grids import fit_group_size
 from hlwq.plan import REST, Plan, make_plan, plan_decoding
@@ -297,6 +298,11 @@ def test_a_fallback_is_remarked_once_and_is_the_same_for_fused_matrices(tmp_path
 @pytest.mark.parametrize("format_name", FORMATS)
 def test_a_width_that_no_group_divides_is_refused_by_name(format_name: str, tmp_path: Path) -> None:
     source = Reader(make_checkpoint(tmp_path / "model", "llama", intermediate_size=4304))
+    if output_formats[format_name].multiples != (1, 1):  # it stays as it is, and those that engines fuse with it
+        plan = make_plan(source, FORMATS[format_name], format_name)
+        kept = {t.module.rpartition(".")[2] for t in plan.tensors if "needs multiples of 32" in t.reason}
+        assert kept == ({"down_proj"} if format_name == "mlx" else {"down_proj", "gate_proj", "up_proj"})
+        return
     with pytest.raises(UnsupportedError, match="in_features is 4304, which neither") as refused:
         make_plan(source, FORMATS[format_name], format_name)
     assert (refused.value.argument, refused.value.tensor) == ("group_size", "model.layers.0.mlp.down_proj.weight")
@@ -452,3 +458,10 @@ def test_a_stage_before_the_last_may_be_uniform(llama: Reader) -> None:
     recipe = Recipe("mine", "", (Stage(UniformGrid(8, 32)), Stage(LloydGrid(3, 64), Hadamard())), ("hlwq",))
     for tensor in make_plan(llama, recipe).quantized():
         assert tensor.stages == (Stage(UniformGrid(8, 32, symmetric=True)), Stage(LloydGrid(3, 64), Hadamard(64)))
+
+
+def test_a_model_of_which_no_matrix_fits_is_refused_with_the_formats_that_do(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 72, "intermediate_size": 144, "head_dim": 18}
+    source = Reader(make_checkpoint(tmp_path / "model", "llama", **sizes))
+    with pytest.raises(UnsupportedError, match=r"gptq needs multiples of 32, and no matrix.* Use format .*hlwq"):
+        make_plan(source, recipe_named("rtn"), "gptq")

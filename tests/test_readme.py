@@ -122,6 +122,9 @@ RUNS = {
     "python benchmarks/gptq_terms.py MODEL --text FILE --calibration FILE --json terms.json": Run(
         f"--seeds 0 1 {SAMPLES} {CHUNKS}", slow=True
     ),
+    "python benchmarks/experts_layer.py": Run("--experts 4 --samples 2 --sequence-length 32", slow=True),
+    "hlwq models": Run(),
+    "hlwq models Qwen/Qwen3.5-9B": Run(),
     "python benchmarks/memory.py --layers 2 6": Run(f"--layers 2 --hidden-size 256 {SAMPLES}", slow=True),
     "python benchmarks/before_torchao.py --text wikitext-2-raw.test.txt --limit 8 --dtype float32": Run(
         "--model MODEL --limit 2", slow=True

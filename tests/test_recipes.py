@@ -349,13 +349,9 @@ def test_best_takes_the_codes_that_lose_least_in_each_format() -> None:
     assert Request.of("model", "best", **changes).changed_recipe().stages[-1].grid == UniformGrid(8, 64)
 
 
-def test_what_can_calibrate_does_and_the_choice_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_best_recipe_is_usual_and_the_choice_is_told(tmp_path: Path) -> None:
     source = make_checkpoint(tmp_path / "model", "llama")
     _, plan = plan_for(Request(source))
     assert plan.recipe.name == "best"
     assert plan.remarks[0] == "recipe best, since none was named; `recipe='rtn'` takes seconds"
-    monkeypatch.setattr("hlwq.request.has_transformers", lambda: False)
-    _, plan = plan_for(Request(source))
-    assert plan.recipe.name == "rtn"
-    assert plan.remarks[0] == "recipe rtn, since none was named; with transformers installed it would be best"
     assert not any("none was named" in remark for remark in plan_for(Request(source, "rtn"))[1].remarks)

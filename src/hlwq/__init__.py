@@ -14,7 +14,6 @@ from hlwq.quantize import convert, quantize
 from hlwq.recipes import Recipe, Stage
 from hlwq.request import Request
 from hlwq.solvers import Gptq, Nearest
-from hlwq.transformers_models import require_transformers
 from hlwq.version import __version__
 
 __all__ = [
@@ -48,7 +47,6 @@ def __getattr__(name: str) -> Any:
     """`HLWQConfig` is a class of transformers', which is imported only by those who ask for it."""
     if name != "HLWQConfig":
         raise AttributeError(f"module 'hlwq' has no attribute {name!r}")
-    require_transformers()
     from hlwq.integrations.transformers import HLWQConfig
 
     return HLWQConfig

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -21,26 +22,35 @@ def open_dense(path: Path) -> Reader:
         UnsupportedError: it is quantized already.
     """
     reader = Reader(path)
-    text_config = reader.config.get("text_config")
-    for section in (reader.config, text_config if isinstance(text_config, dict) else {}):
-        key = next((key for key in ENGINE_SECTIONS if section.get(key) is not None), None)
-        if key is not None:
-            if all(spec.dtype in FLOATS for spec in reader.tensors.values()):
-                raise _left_over(path / "config.json", key)
-            section = section[key]
-            method = section.get("quant_method", "mlx") if isinstance(section, dict) else "in an unknown way"
-            raise _quantized_already(path / "config.json", method)
+    if all(spec.dtype in FLOATS for spec in reader.tensors.values()):
+        for key in _sections(reader.config):
+            raise _left_over(path / "config.json", key)
+    refuse_quantized(reader.config, path / "config.json")
     if detect_format(reader) is not FORMATS["dense"]:
         raise _quantized_already(path, "PolarQuant")
     return reader
 
 
-def _quantized_already(where: Path, method: str) -> UnsupportedError:
+def refuse_quantized(config: dict[str, Any], where: str | Path) -> None:
+    """Raise UnsupportedError, which names the place, if a `config.json` says that weights are quantized."""
+    for section in _sections(config).values():
+        method = section.get("quant_method", "mlx") if isinstance(section, dict) else "in an unknown way"
+        raise _quantized_already(where, method)
+
+
+def _sections(config: dict[str, Any]) -> dict[str, Any]:
+    """What a configuration, or the text configuration in it, says to engines of how weights are stored."""
+    text_config = config.get("text_config")
+    parts = (text_config if isinstance(text_config, dict) else {}, config)
+    return {key: part[key] for part in parts for key in ENGINE_SECTIONS if part.get(key) is not None}
+
+
+def _quantized_already(where: str | Path, method: str) -> UnsupportedError:
     return UnsupportedError(
         f"{where}: the model is quantized already ({method}). Start from its BF16 original, "
         "or decode it with `hlwq convert`.",
         argument="source",
-        path=where,
+        path=Path(where),
     )
 
 

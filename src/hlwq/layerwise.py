@@ -46,19 +46,24 @@ class CalibratedLayers:
             runner.advance(self._written.read, work.source.read)
         layout = work.plan.layout
         prefix = layout.layer_prefix(index)
-        planned = {tensor.module.removeprefix(prefix): tensor for tensor in tensors if tensor.action == "quantize"}
+        path = layout.family.in_modules
+        planned = {path(each.module.removeprefix(prefix)): each for each in tensors if each.action == "quantize"}
         errors: dict[str, dict[str, float]] = {}
 
         def solve(layer: nn.Module, names: Sequence[str], gram: Gram) -> None:
             errors.update(self._solve(layer, {name: planned[name] for name in names}, gram))
 
-        steps = [[matrix.name for matrix in step if matrix.name in planned] for step in layout.layers[index].steps]
+        steps = [[path(matrix.name) for matrix in step] for step in layout.layers[index].steps]
+        steps = [[name for name in step if name in planned] for step in steps]
         streams = {}
         if STREAM in work.plan.recipe.solver.needs:
-            streams = {m.name: m.stream for m in layout.layers[index].matrices() if m.stream and m.name in planned}
+            streams = {path(m.name): m.stream for m in layout.layers[index].matrices() if m.stream}
+            streams = {name: stream for name, stream in streams.items() if name in planned}
         work.report(work.done, work.total, f"layer {index}")
         with memory_errors(f"layer {index}: the device has too little memory. Lower `batch_size`."):
-            runner.quantize(work.read, [step for step in steps if step], solve, streams)
+            counts = runner.quantize(work.read, [step for step in steps if step], solve, streams, self._written.read)
+        for name, count in counts.items():
+            errors[planned[name].module]["calibration_tokens"] = count
         return errors
 
     def _solve(self, layer: nn.Module, matrices: dict[str, PlannedTensor], gram: Gram) -> dict[str, dict[str, float]]:
@@ -183,6 +188,7 @@ class CalibratedLayers:
             tokens,
             embed,
             embed_original,
+            read=work.source.read,
             needs=needs,
             device=work.device,
             dtype=DTYPES[work.plan.dtype],

@@ -152,7 +152,7 @@ def _run(
         "machine": _machine(calibrated=plan.recipe.calibrated),
     }
     json_files = plan.format.json_files(with_tying(without_sections(source.config), plan.layout.tied), plan.contents())
-    writer = Writer(out, plan.outputs(), arguments, shard_bytes, json_files)
+    writer = Writer(out, plan.outputs(), arguments, shard_bytes, json_files, plan.parts())
     if lost := writer.verify(report):
         warnings.warn(
             f"{writer.partial}: {', '.join(lost[:3])}{' and more' if len(lost) > 3 else ''} had been written, and is "

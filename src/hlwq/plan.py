@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Container, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -11,11 +12,11 @@ import torch
 from torch import Tensor
 
 from hlwq.bases import Hadamard, Identity
-from hlwq.calibration import GENERATION_BYTES, Calibration, calibration_memory, kv_bytes_per_token
-from hlwq.containers import DTYPES, TensorSpec, spec_of
+from hlwq.calibration import GENERATION_BYTES, Calibration, calibration_memory, kv_bytes_per_token, not_calibrated
+from hlwq.containers import DTYPES, Part, TensorSpec, spec_of
 from hlwq.devices import available_memory, compute_dtype, torch_device
 from hlwq.errors import CheckpointError, HlwqError, RequestError, UnsupportedError
-from hlwq.families import FLOATS, Matrix, ModelLayout, describe, model_dtype
+from hlwq.families import FAMILIES, FLOATS, Matrix, ModelLayout, describe, model_dtype
 from hlwq.formats import FORMATS, Contents, Format, Scheme, format_named
 from hlwq.grids import UniformGrid
 from hlwq.matrix import CHUNK_WEIGHTS
@@ -33,8 +34,13 @@ HEAD_WEIGHTS = 1 << 26
 class Headers(Protocol):
     """What a plan is made for: the configuration and the headers of a checkpoint, dense or decoded as it is read."""
 
-    config: dict[str, Any]
-    tensors: dict[str, TensorSpec]
+    @property
+    def config(self) -> dict[str, Any]:
+        """The parsed `config.json`."""
+
+    @property
+    def tensors(self) -> dict[str, TensorSpec]:
+        """What the files hold, by name."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +122,10 @@ class Plan:
         for tensor in self.tensors:
             yield from tensor.outputs
         yield from (spec_of(name, tensor) for name, tensor in self.shared_tensors().items())
+
+    def parts(self) -> list[Part]:
+        """Which of them lie in stacks."""
+        return self.format.parts(self.outputs())
 
     def shared_tensors(self) -> dict[str, Tensor]:
         """What the format writes beside the tensors of modules."""
@@ -234,23 +244,30 @@ def make_plan(
     output_format = format_named(recipe.formats[0] if format_name is None else format_name)
     recipe = recipe.in_format(output_format.name)
     layout = describe(source.config, source.tensors)
+    if refusal := output_format.refusal(layout):
+        message = f"format {output_format.name} is not for {layout.family.name}: {refusal}. Use another format."
+        raise UnsupportedError(message, argument="format")
     check_tensors(source, layout)
     selection = selection or Selection()
     usual = usual_modules(layout) if modules is None else set(modules)
     if modules is None and selection.include_embeddings is None and output_format.includes_embeddings:
         usual.update(_embeddings(layout))
-    chosen = _choose(source, layout, selection, usual)
+    unfit = _unfit(layout, output_format) if modules is None else {}
+    chosen = _choose(source, layout, selection, usual.difference(unfit))
     if modules and not output_format.holds_embeddings:  # what the source had as codes is then written decoded
         chosen -= set(_embeddings(layout))
-    _check_chosen(layout, output_format, chosen, selection)
+    _check_chosen(layout, output_format, chosen, selection, unfit)
     _check_solver(recipe, output_format)
+    if recipe.calibrated and layout.tables() != [layout.embedding]:
+        raise UnsupportedError(not_calibrated(layout), argument="recipe")
     matrices, required = layout.matrices(), layout.required_tensors()
+    widths = _common_widths(layout)
     dtype = model_dtype(source.config, source.tensors.values())
     remarks: dict[str, None] = {}  # in the order in which they come up, each once
     planned = []
     for spec in source.tensors.values():
         module, unit = spec.name.rpartition(".")[0], _unit(spec.name, layout)
-        if spec.name == "lm_head.weight" and layout.tied:
+        if spec.name == f"{layout.output_head}.weight" and layout.tied:
             planned.append(PlannedTensor(spec, "drop", f"tied to {layout.embedding}.weight", unit))
         elif spec.name == f"{module}.weight" and module in chosen:
             unrotated = output_format.unrotated(layout, matrices.get(module))
@@ -258,29 +275,36 @@ def make_plan(
             if module == layout.head:
                 solver = recipe.solver.without_originals()
             own = recipe if bits is None else changed(recipe, {"bits": bits[module]})
-            stages = _stages(own, spec, output_format, dtype, solver, rotated=not unrotated)
+            width = widths.get(module)
+            stages = _stages(own, spec, output_format, dtype, solver, rotated=not unrotated, width=width)
             for stage, fitted in zip(own.stages, stages, strict=True):
                 remarks |= dict.fromkeys(_fallbacks(stage, fitted, spec.shape[1], unrotated))
             outputs = tuple(output_format.outputs(module, (spec.shape[0], spec.shape[1]), stages[-1].grid, dtype))
             planned.append(PlannedTensor(spec, "quantize", "", unit, stages, outputs))
         else:
-            reason = _why_kept(spec.name, layout, matrices, required, output_format)
+            reason = unfit.get(module) or _why_kept(spec.name, layout, matrices, required, output_format)
             planned.append(PlannedTensor(spec, "copy", reason, unit, (), (spec,)))
     if recipe.calibrated and layout.embedding in chosen and not layout.tied:
         remarks["the embedding is rounded to nearest: layers and the output head are calibrated"] = None
-    if layout.tied and "lm_head.weight" in source.tensors:
-        remarks["lm_head.weight is dropped: config.json ties it to the embedding"] = None
+    if layout.tied and f"{layout.output_head}.weight" in source.tensors:
+        remarks[f"{layout.output_head}.weight is dropped: config.json ties it to the embedding"] = None
     plan = Plan(layout, recipe, output_format, dtype, tuple(planned), tuple(remarks))
     return replace(plan, warnings=(*_unknown(plan), *output_format.cautions(plan.contents())))
 
 
 def _unknown(plan: Plan) -> Iterator[str]:
-    """What to say of tensors that are no part of the model as its family is known."""
+    """What to say of a family that is not known, and of tensors that are no part of the model as it is known."""
+    family = plan.layout.family
+    if family not in FAMILIES:
+        yield (
+            f"{family.name} is none of the models that hlwq is tested with (`hlwq models`): its layers are quantized "
+            "as transformers describes them, and engines may want more. Try the result before you share it"
+        )
     names = [tensor.spec.name for tensor in plan.tensors if tensor.reason == UNKNOWN]
     if names:
         shown = ", ".join(names[:SHOWN_NAMES]) + (", …" if len(names) > SHOWN_NAMES else "")
         yield (
-            f"{len(names)} tensors are no part of a {plan.layout.family.name} model and are copied as they are; an "
+            f"{len(names)} tensors are no part of a {family.name} model and are copied as they are; an "
             f"engine may refuse them: {shown}"
         )
 
@@ -306,6 +330,17 @@ def plan_decoding(source: Headers) -> Plan:
 def usual_modules(layout: ModelLayout) -> set[str]:
     """The modules that are quantized unless the user says otherwise."""
     return {module for module, matrix in layout.matrices().items() if not matrix.keep}
+
+
+def _unfit(layout: ModelLayout, output_format: Format) -> dict[str, str]:
+    """Matrices of shapes that a format does not hold, with those that engines fuse with them, and why."""
+    matrices, (rows, columns) = layout.matrices(), output_format.multiples
+    odd = {name for name, matrix in matrices.items() if matrix.shape[0] % rows or matrix.shape[1] % columns}
+    if output_format.fused_alike:
+        for members in layout.fusions().values():
+            odd.update(members if odd.intersection(members) else ())
+    reason = f"{output_format.name} needs multiples of {max(rows, columns)}"
+    return {name: reason for name in odd if not matrices[name].keep}
 
 
 def check_tensors(source: Headers, layout: ModelLayout) -> None:
@@ -346,16 +381,25 @@ def _choose(source: Headers, layout: ModelLayout, selection: Selection, usual: s
 
 
 def _embeddings(layout: ModelLayout) -> list[str]:
-    return [layout.embedding] if layout.tied else [layout.embedding, "lm_head"]
+    return [layout.embedding] if layout.tied else [layout.embedding, layout.output_head]
 
 
-def _check_chosen(layout: ModelLayout, output_format: Format, chosen: set[str], selection: Selection) -> None:
+def _check_chosen(
+    layout: ModelLayout, output_format: Format, chosen: set[str], selection: Selection, unfit: Mapping[str, str]
+) -> None:
+    if not chosen and unfit and not selection.exclude:
+        others = [name for name, each in FORMATS.items() if not _unfit(layout, each)]
+        reason = next(iter(unfit.values()))
+        message = f"format {reason}, and no matrix of this model has such sides. Use format {' or '.join(others)}."
+        raise UnsupportedError(message, argument="format")
     if not chosen:
         raise RequestError("Nothing is left to quantize. Take some `exclude` away.")
     if not output_format.holds_embeddings:
         _check_unheld(layout, output_format, chosen, selection)
     if output_format.fused_alike:
         _check_fused(layout, chosen)
+    elif not output_format.stores_decoded:
+        _check_experts(layout, chosen)
 
 
 def _check_unheld(layout: ModelLayout, output_format: Format, chosen: set[str], selection: Selection) -> None:
@@ -363,7 +407,7 @@ def _check_unheld(layout: ModelLayout, output_format: Format, chosen: set[str], 
     parts, remedy = "embedding or output head", "leave them out"
     if output_format.holds_head and not layout.tied:
         parts, remedy = "embedding", "`include='lm_head'`, for the output head alone"
-    unheld = {layout.embedding, *([] if parts == "embedding" else ["lm_head"])}
+    unheld = {layout.embedding, *([] if parts == "embedding" else [layout.output_head])}
     if chosen & unheld:
         raise UnsupportedError(
             f"format {output_format.name} cannot hold a quantized {parts} that engines load. Use format "
@@ -419,8 +463,39 @@ def _check_fused(layout: ModelLayout, chosen: set[str]) -> None:
             )
 
 
+def _common_widths(layout: ModelLayout) -> dict[str, int]:
+    """What groups of each expert's matrices have to divide, since engines run all of a layer with one scheme."""
+    widths: dict[str, int] = {}
+    for index, layer in enumerate(layout.layers):
+        of_experts = [matrix for matrix in layer.matrices() if matrix.experts]
+        common = math.gcd(*{matrix.shape[1] for matrix in of_experts})
+        widths |= {layout.layer_prefix(index) + matrix.name: common for matrix in of_experts}
+    return widths
+
+
+def _check_experts(layout: ModelLayout, chosen: set[str]) -> None:
+    """Raise UnsupportedError if some experts of a layer are quantized and others are not: they lie in one stack."""
+    for index, layer in enumerate(layout.layers):
+        for name in layer.experts():
+            of_layer = [layout.layer_prefix(index) + each.name for each in layer.matrices() if each.experts == name]
+            kept = [module for module in of_layer if module not in chosen]
+            if kept and len(kept) < len(of_layer):
+                raise UnsupportedError(
+                    f"the experts of a layer lie in one stack, so all or none can be quantized, and {kept[0]} would "
+                    "not be. Exclude all of them, or none.",
+                    argument="exclude",
+                )
+
+
 def _stages(
-    recipe: Recipe, spec: TensorSpec, output_format: Format, dtype: str, solver: Solver, *, rotated: bool
+    recipe: Recipe,
+    spec: TensorSpec,
+    output_format: Format,
+    dtype: str,
+    solver: Solver,
+    *,
+    rotated: bool,
+    width: int | None = None,
 ) -> tuple[Stage, ...]:
     """The stages of a recipe for one matrix: groups and blocks that divide it, the last grid as the format has it.
 
@@ -431,12 +506,13 @@ def _stages(
         dtype: the model's.
         solver: the last stage's for this matrix.
         rotated: whether its basis is the recipe's.
+        width: what groups have to divide; its input features if None.
     """
     shape, stages = (spec.shape[0], spec.shape[1]), []
     try:
         for stage in recipe.stages:
-            grid = stage.grid.fitted(shape[1], output_format.default_symmetric)
-            basis = stage.basis.fitted(shape[1], grid.group_size)
+            grid = stage.grid.fitted(width or shape[1], output_format.default_symmetric)
+            basis = stage.basis.fitted(width or shape[1], grid.group_size)
             stages.append(replace(stage, grid=grid, basis=basis))
     except HlwqError as error:
         raise error.about(spec.name) from None
@@ -475,13 +551,13 @@ def _unit(name: str, layout: ModelLayout) -> str:
 def _why_kept(
     name: str, layout: ModelLayout, matrices: dict[str, Matrix], required: Container[str], output_format: Format
 ) -> str:
-    for prefix, reason in layout.family.kept.items():
-        if name.startswith(prefix):
-            return reason
+    for beginning, part in layout.beside.items():
+        if name.startswith(beginning):
+            return part
     module = name.rpartition(".")[0]
     if module == layout.embedding:
         return "embedding" + (" (`include_embeddings` quantizes it)" if output_format.holds_embeddings else "")
-    if module == "lm_head":
+    if module == layout.output_head:
         if output_format.holds_head:
             return "output head (`include='lm_head'` quantizes it)"
         return "output head" + (" (`include_embeddings` quantizes it)" if output_format.holds_embeddings else "")

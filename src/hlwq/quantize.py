@@ -13,7 +13,7 @@ from hlwq.allocation import choose, unmeasured, widths_told
 from hlwq.calibration import Calibration
 from hlwq.containers import Reader, partial_of, refuse_unless_empty
 from hlwq.decoded import DecodedCheckpoint, open_dense
-from hlwq.errors import HlwqWarning, RequestError
+from hlwq.errors import HlwqWarning, RequestError, UnsupportedError
 from hlwq.families import describe
 from hlwq.files import expanded, is_folder, locked, resolve_output
 from hlwq.formats import format_named
@@ -28,7 +28,6 @@ from hlwq.request import Request, Selection
 from hlwq.side_files import left_behind, side_files
 from hlwq.solvers import SOLVERS
 from hlwq.sources import locate
-from hlwq.transformers_models import require_transformers
 from hlwq.work import Progress
 
 
@@ -38,9 +37,6 @@ def plan_for(request: Request) -> tuple[Reader, Plan]:
     Raises:
         HlwqError: see `locate`, `open_dense`, `Request.changed_recipe` and `make_plan`.
     """
-    recipe = request.changed_recipe()
-    if recipe.calibrated or request.budget:
-        require_transformers()
     reader = open_dense(locate(request.source, request.revision))
     return reader, _planned(reader, request)
 
@@ -50,12 +46,17 @@ def _planned(reader: Reader, request: Request, bits: Mapping[str, int] | None = 
     recipe = request.changed_recipe()
     plan = make_plan(reader, recipe, request.format, request.selection)
     if budget := request.budget:
+        if plan.layout.has_experts:
+            raise UnsupportedError(
+                "What each matrix's own width would cost is not measured for mixtures of experts. Use whole `bits`.",
+                argument="bits" if budget.bits else "size",
+            )
         chosen = bits or choose(plan, budget, unmeasured(plan))
         plan = make_plan(reader, recipe, request.format, request.selection, bits=chosen)
         plan = replace(plan, budget=budget, remarks=(*plan.remarks, widths_told(plan, measured=bits is not None)))
     if request.recipe is None:
-        other = "`recipe='rtn'` takes seconds" if recipe.calibrated else "with transformers installed it would be best"
-        plan = replace(plan, remarks=(f"recipe {recipe.name}, since none was named; {other}", *plan.remarks))
+        told = f"recipe {recipe.name}, since none was named; `recipe='rtn'` takes seconds"
+        plan = replace(plan, remarks=(told, *plan.remarks))
     return _with_side_files(plan, reader.path)
 
 
@@ -211,5 +212,5 @@ def _modules_to_round(decoded: DecodedCheckpoint) -> list[str]:
     if decoded.format.name != "polar":
         return modules
     layout = describe(decoded.config, decoded.tensors)
-    wanted = {*usual_modules(layout), layout.embedding, "lm_head"}
+    wanted = {*usual_modules(layout), layout.embedding, layout.output_head}
     return [module for module in modules if module in wanted]

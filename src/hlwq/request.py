@@ -14,12 +14,9 @@ from hlwq.calibration import Calibration
 from hlwq.errors import RequestError
 from hlwq.options import check_types, option, several
 from hlwq.recipes import Recipe, changed, recipe_named, stage_options
-from hlwq.transformers_models import has_transformers
 
-
-def usual_recipe() -> str:
-    """The name of the recipe that is used unless another is named: `best`, or `rtn` where nothing can be calibrated."""
-    return "best" if has_transformers() else "rtn"
+USUAL_RECIPE = "best"
+"""The recipe that is used unless another is named."""
 
 
 @dataclass(frozen=True)
@@ -92,9 +89,7 @@ class Request:
     """
 
     source: str | Path
-    recipe: str | Recipe | None = option(
-        "See `hlwq recipes`; by default best, or rtn without transformers.", default=None
-    )
+    recipe: str | Recipe | None = option("See `hlwq recipes`; by default best.", default=None)
     format: str | None = option("See `hlwq formats`; by default the recipe's usual one.", default=None)
     selection: Selection = field(default_factory=Selection)
     changes: Mapping[str, Any] = field(default_factory=dict)
@@ -174,7 +169,7 @@ class Request:
             RequestError: a change would change nothing or is out of range, or calibration data are given to a recipe
                 that needs none.
         """
-        name = usual_recipe() if self.recipe is None else self.recipe
+        name = USUAL_RECIPE if self.recipe is None else self.recipe
         recipe = recipe_named(name) if isinstance(name, str) else name
         recipe = recipe.in_format(self.format)
         if self.effort is not None:

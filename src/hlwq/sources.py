@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    NotASafetensorsRepoError,
+    SafetensorsParsingError,
+)
 
-from hlwq.containers import read_gguf_header, refuse_adapter
+from hlwq.containers import Reader, TensorSpec, read_gguf_header, refuse_adapter
+from hlwq.containers.stacks import parts_of
+from hlwq.decoded import open_dense, refuse_quantized
 from hlwq.errors import CheckpointError, RequestError, ResourceError, UnsupportedError, reason
 from hlwq.families import check_supported
 from hlwq.files import cache_folder, check_file, disk_errors, exists, expanded, hash_file, is_folder, locked, read_json
@@ -52,7 +63,7 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
         raise RequestError(message, argument="source", path=path)
     if address := HUB_ADDRESS.match(str(source)):
         raise RequestError(f"{source} is an address. Name the model by its id: {address[1]}.", argument="source")
-    try:
+    with _hub_errors(source):
         # Only what is copied or read: never code, never pickles, never a second copy of the weights.
         small = [*READ, *PATTERNS]
         directory = Path(snapshot_download(str(source), revision=revision, allow_patterns=small))
@@ -61,9 +72,49 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
         ignored = ["consolidated*", "original/*", "adapter*"]
         allowed = [*small, "*.safetensors"]
         return Path(snapshot_download(str(source), revision=revision, allow_patterns=allowed, ignore_patterns=ignored))
+
+
+@dataclass(frozen=True)
+class HubHeaders:
+    """The configuration and the headers of a checkpoint on the hub.
+
+    Attributes:
+        config: the parsed `config.json`.
+        tensors: what its files hold, by name.
+    """
+
+    config: dict[str, Any]
+    tensors: dict[str, TensorSpec]
+
+
+def headers_of(source: str | Path, revision: str | None = None) -> HubHeaders | Reader:
+    """What a checkpoint holds; of one on the hub, only its configuration and the headers of its files are downloaded.
+
+    Raises:
+        HlwqError: see `locate` and `open_dense`.
+    """
+    if exists(expanded(source)) or HUB_ADDRESS.match(str(source)):
+        return open_dense(locate(source, revision))
+    with _hub_errors(source):
+        config = read_json(Path(hf_hub_download(str(source), "config.json", revision=revision)))
+        check_supported(config)
+        files = HfApi().get_safetensors_metadata(str(source), revision=revision).files_metadata.values()
+    refuse_quantized(config, str(source))
+    specs = (TensorSpec(name, each.dtype, tuple(each.shape)) for file in files for name, each in file.tensors.items())
+    parts = ([part.spec for part in parts_of(spec, config)] or [spec] for spec in specs)
+    return HubHeaders(config, {spec.name: spec for each in parts for spec in each})
+
+
+@contextmanager
+def _hub_errors(source: str | Path) -> Iterator[None]:
+    """Errors of the hub in one line."""
+    try:
+        yield
     except HFValidationError:
         message = f"{source} is neither a directory nor a hub id (such as Qwen/Qwen3.5-9B)."
         raise RequestError(message, argument="source") from None
+    except (NotASafetensorsRepoError, SafetensorsParsingError) as error:
+        raise UnsupportedError(f"{source} holds no safetensors that can be read: {reason(error)}.") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ResourceError(
             f"{source} is no directory here, and the hub did not give it: {reason(error)}. "

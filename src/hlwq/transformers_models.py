@@ -1,4 +1,4 @@
-"""Tokenizers and models without weights from transformers, which is an extra."""
+"""Tokenizers and models without weights from transformers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +20,32 @@ CONVERTERS = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf", "
 """What transformers reads tokenizers with that have no `tokenizer.json`: packages, and the modules they bring."""
 
 
-def has_transformers() -> bool:
-    """Whether transformers is installed."""
-    return find_spec("transformers") is not None
+def _library() -> Any:
+    """Transformers, imported by those who need it; its own types are too narrow for what it accepts."""
+    return import_module("transformers")
 
 
-def require_transformers() -> Any:
-    """The module. Raises ResourceError, which says how to install it, where it is missing."""
-    try:
-        import transformers
-    except ImportError:
-        raise ResourceError("This needs transformers. Run: pip install 'hlwq[calibration,eval]'") from None
-    return transformers
+def transformers_version() -> str:
+    """The installed one."""
+    return str(_library().__version__)
+
+
+def model_types_of(architecture: str) -> tuple[str, ...]:
+    """The values of `model_type` for which transformers builds this class of causal language models; maybe none."""
+    from transformers.models.auto import modeling_auto
+
+    mappings = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return tuple(dict.fromkeys(key for mapping in mappings for key, name in mapping.items() if name == architecture))
 
 
 def load_tokenizer(path: Path) -> Any:
     """Load the tokenizer of a directory, without running code or reaching the network.
 
     Raises:
-        ResourceError: transformers is not installed, or a package that the tokenizer's files need.
+        ResourceError: a package is missing that the tokenizer's files need.
         CheckpointError: there is no tokenizer, or none that loads and gives tokens.
     """
-    transformers = require_transformers()
+    transformers = _library()
     files = [file for file in sorted(path.glob("*")) if file.suffix in TOKENIZER_SUFFIXES]
     if pointer := next((file for file in files if lfs_pointer(file)), None):
         message = f"{pointer} is a pointer of Git LFS, not the file itself. Run `git lfs pull` in {path}."
@@ -127,14 +130,18 @@ def _let_interrupts_pass(error: BaseException) -> None:
         raise KeyboardInterrupt from error
 
 
-def build_skeleton(config: dict[str, Any], *, tied: bool) -> Any:
+def build_skeleton(config: dict[str, Any], *, tied: bool, dtype: torch.dtype | None = None) -> Any:
     """The causal language model of a `config.json`: all of its modules and none of its weights, which are on `meta`.
 
+    Args:
+        config: the parsed file.
+        tied: the output head is the embedding.
+        dtype: of the buffers that a model computes with, such as the scale of an embedding; by default the file's.
+
     Raises:
-        ResourceError: transformers is not installed.
         UnsupportedError: it does not know the model.
     """
-    transformers = require_transformers()
+    transformers = _library()
     model_type = config.get("model_type")
     try:
         kind = type(transformers.AutoConfig.for_model(model_type))
@@ -144,17 +151,31 @@ def build_skeleton(config: dict[str, Any], *, tied: bool) -> Any:
             "transformers, or correct the file."
         ) from None
     try:
-        parsed = kind.from_dict(config)
+        parsed = kind.from_dict(_with_special_floats(config))
+        parsed.validate()
         # The file may name a kernel of the hub, which transformers would download and run.
         parsed._attn_implementation = parsed._experts_implementation = None
         with quiet_transformers(), _WithoutWeights():
-            skeleton = transformers.AutoModelForCausalLM.from_config(parsed, trust_remote_code=False)
+            auto = transformers.AutoModelForCausalLM
+            if kind not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:  # a language model in a wrapper
+                auto = transformers.AutoModelForImageTextToText
+            skeleton = auto.from_config(parsed, trust_remote_code=False, **({} if dtype is None else {"dtype": dtype}))
     except Exception as error:  # of its checks, or of the model's own code
         _let_interrupts_pass(error)
-        message = f"config.json: transformers makes no {model_type} model of it ({reason(error)}). Correct the file."
+        why = reason(error.__cause__ or error)  # a check of a whole configuration says only which it is
+        message = f"config.json: transformers makes no {model_type} model of it ({why}). Correct the file."
         raise CheckpointError(message) from None
     skeleton.config.tie_word_embeddings = tied
     return skeleton.eval()
+
+
+def _with_special_floats(value: Any) -> Any:
+    """A part of a `config.json` with the floats that JSON has not, as transformers spells them there."""
+    if isinstance(value, dict):
+        if list(value) == ["__float__"]:
+            return float(str(value["__float__"]))
+        return {key: _with_special_floats(each) for key, each in value.items()}
+    return [_with_special_floats(each) for each in value] if isinstance(value, list) else value
 
 
 class _WithoutWeights(TorchFunctionMode):
@@ -179,7 +200,7 @@ def quiet_transformers() -> Iterator[None]:
 
     It imports torchao where that is installed, which complains of a missing GPU.
     """
-    transformers = require_transformers()
+    transformers = _library()
     verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

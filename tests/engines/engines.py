@@ -38,7 +38,7 @@ def skip_without_int4_kernel() -> None:
         pytest.skip("vLLM's INT4 kernel for CPUs needs AVX-512, which this processor lacks")
 
 
-def run_script(engine: str, script: str, directory: Path, out: Path, payload: Path | None) -> None:
+def run_script(engine: str, script: str, directory: Path, out: Path, payload: Path | None, seconds: int = 900) -> None:
     """Run one of this folder's scripts in an engine's environment; it writes `out`."""
     python = engine_python(engine)
     arguments = [directory, *([payload] if payload else []), out]
@@ -51,7 +51,7 @@ def run_script(engine: str, script: str, directory: Path, out: Path, payload: Pa
         cwd=out.parent,
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=seconds,
         check=False,
     )
     assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-6000:]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hlwq.calibration.generated import GENERATION_BYTES, continued, kv_bytes_per_token, prompts_from
-from hlwq.calibration.layers import LayerRunner, calibration_memory, default_batch_size
+from hlwq.calibration.layers import LayerRunner, calibration_memory, default_batch_size, not_calibrated
 from hlwq.calibration.texts import EMBEDDED, HUB_DEFAULT, MOST_GENERATED, Calibration, Samples, load_samples
 
 __all__ = [
@@ -19,5 +19,6 @@ __all__ = [
     "default_batch_size",
     "kv_bytes_per_token",
     "load_samples",
+    "not_calibrated",
     "prompts_from",
 ]

@@ -18,8 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hlwq.calibration.experts import (
+    MATRICES,
+    ReadExpert,
+    Routed,
+    hidden_of,
+    module_of,
+    stream_experts,
+    tokens_of,
+    without_stacks,
+)
 from hlwq.calibration.texts import Calibration
 from hlwq.devices import compute_dtype
+from hlwq.errors import UnsupportedError
 from hlwq.families import ModelLayout
 from hlwq.files import disk_errors
 from hlwq.solvers import ORIGINAL_INPUTS, Gram, Solver
@@ -54,6 +65,7 @@ class LayerRunner:
         embed: Callable[[Tensor], Tensor],
         embed_original: Callable[[Tensor], Tensor] | None = None,
         *,
+        read: Read,
         needs: Container[str],
         device: torch.device,
         dtype: torch.dtype,
@@ -68,19 +80,25 @@ class LayerRunner:
             tokens: int64 (samples, sequence_length).
             embed: gives rows of the embedding matrix, (n, hidden), for token ids (n,).
             embed_original: the same for the original model, where its embedding is another.
+            read: where the decoder's tensors outside its layers come from, the embedding and the final norm aside.
             needs: what the solver needs; with `ORIGINAL_INPUTS`, the samples run through the original weights too,
                 beside the quantized ones.
             device: where layers run.
             dtype: the model's; layers run in it, or in float32 on a CPU where it is slow.
             batch_size: samples that run together.
             spill: a file to keep the samples in between layers, instead of memory.
+
+        Raises:
+            UnsupportedError: the model gives its layers more of each sample than its hidden states.
         """
         self.index = 0
         self._layout, self._device = layout, device
         # In float16 the activations of many models overflow.
         self._dtype = compute_dtype(device, torch.float32 if dtype == torch.float16 else dtype)
-        self._decoder = build_skeleton(config, tied=layout.tied).get_decoder()
-        self._norm, self._decoder.norm = self._decoder.norm, nn.Identity()
+        self._decoder = build_skeleton(config, tied=layout.tied, dtype=self._dtype).get_decoder()
+        self._norm = self._decoder.get_submodule(layout.norm)
+        self._decoder.set_submodule(layout.norm, nn.Identity())
+        self._load_others(read)
         ids, places = tokens.unique(return_inverse=True)
         rows = embed(ids).to(self._dtype)
         samples, length = tokens.shape
@@ -102,9 +120,20 @@ class LayerRunner:
         """Write what the first layer is given: for each token the row of its place, gone the model's own way."""
         self._set_embedding(rows)
         for batch in self._batches:
-            hidden, self._arguments[batch.stop - batch.start] = self._entered(places[batch])
+            hidden, arguments = self._entered(places[batch])
+            if not _same(self._arguments.setdefault(batch.stop - batch.start, arguments), arguments):
+                raise UnsupportedError(not_calibrated(self._layout))
             for states in into:
                 states.write(batch, hidden)
+
+    def _load_others(self, read: Read) -> None:
+        """Give the decoder what it has outside its layers, beside the embedding and the final norm."""
+        own = self._layout.embedding.removeprefix(self._layout.prefix), self._layout.norm
+        for name in self._layout.others:
+            module, _, part = name.rpartition(".")
+            if module not in own:
+                values = nn.Parameter(read(self._layout.prefix + name).to(self._dtype), requires_grad=False)
+                setattr(self._decoder.get_submodule(module), part, values)
 
     def _set_embedding(self, rows: Tensor) -> None:
         """Give the decoder the rows that the samples use, and put all but its layers on the device."""
@@ -150,31 +179,49 @@ class LayerRunner:
 
     @torch.no_grad()
     def quantize(
-        self, read: Read, steps: Sequence[Sequence[str]], solve: Solve, streams: Mapping[str, str] | None = None
-    ) -> None:
+        self,
+        read: Read,
+        steps: Sequence[Sequence[str]],
+        solve: Solve,
+        streams: Mapping[str, str] | None = None,
+        read_solved: Read | None = None,
+    ) -> dict[str, int]:
         """Run the next layer, and have the modules of each step quantized when the forward pass reaches them.
 
         The last batch runs through the layer once and pauses at each step, while the step's inputs, which depend on
         what is quantized by then, are gathered from it and from the other batches, which are run up to there. Then
         `solve` replaces the weights and the pass goes on with them. A single batch thus needs a single pass.
 
+        Of a mixture of experts, one expert is in memory at a time: what the experts are given is kept for all samples,
+        and each is solved on the tokens that go to it, weighted by how much of it is added for them.
+
         Args:
             read: where the layer's weights come from.
-            steps: paths of modules inside the layer that share an input, in the order of evaluation.
+            steps: paths of modules inside the layer that share an input, in the order of evaluation, as transformers'
+                modules have them.
             solve: called for each step.
             streams: by the first module of a step, the module whose inputs are the hidden states that the step's
                 outputs are added to; for a solver that needs to know how those differ from the original model's.
+            read_solved: where the experts that `solve` was called for are read from afterwards.
+
+        Returns:
+            How many tokens went to each expert, by the paths of its modules.
         """
         *others, last = self._batches
+        steps, experts = self._by_expert(steps)
+        counts: dict[str, int] = {}
         original_states, streams = self._originals, streams or {}
         with quiet_transformers(), self._loaded(read) as layer:
             original = layer if original_states is None else deepcopy(layer)
+            for name in map(self._layout.family.in_modules, self._layout.layers[self.index].experts()):
+                # The copy has its experts read by a function of its own, which goes on reading the source.
+                stream_experts(original.get_submodule(name), self._reader_of(name, read))
             passed: dict[str, Tensor] = {}
             original_passed: dict[str, Tensor] = {}
             for stream in streams.values():
                 _before(layer, [stream], partial(passed.__setitem__, stream))
             if original_states is not None:
-                for module in (*(step[0] for step in steps), *streams.values()):
+                for module in (*(step[0] for step in steps), *streams.values(), *experts):
                     _before(original, [module], partial(original_passed.__setitem__, module))
                 original_outputs = self._run(original, original_states, last)
 
@@ -198,8 +245,23 @@ class LayerRunner:
             def pause_at(step: Sequence[str]) -> None:
                 _before(layer, step, lambda inputs: solve(layer, step, gather(step[0], inputs)))
 
+            def solve_experts(name: str, given: tuple[Any, ...]) -> None:
+                batches = [*(self._routed(layer, self._states, batch, name) for batch in others), Routed(*given)]
+                originals = None
+                if original_states is not None:
+                    hidden = (self._routed(original, original_states, batch, name).hidden for batch in others)
+                    originals = torch.cat([*hidden, original_passed.pop(name)])
+                module, routed = layer.get_submodule(name), Routed.joined(batches)
+                for expert, own in experts[name].items():
+                    count = self._solve_expert(module, name, expert, own, routed, originals, read, solve)
+                    counts.update((member, count) for step in own for member in step)
+                # The pass goes on with what was written of them.
+                stream_experts(module, self._reader_of(name, self._either(read, read_solved, counts)))
+
             for step in steps:
                 pause_at(step)
+            for name in experts:
+                _before_experts(layer.get_submodule(name), partial(solve_experts, name))
             outputs = self._run(layer, self._states, last)
             self._run_all(layer, self._states, others)
             self._states.write(last, outputs)
@@ -207,6 +269,86 @@ class LayerRunner:
                 self._run_all(original, original_states, others)
                 original_states.write(last, original_outputs)
         self.index += 1
+        return counts
+
+    def _by_expert(
+        self, steps: Sequence[Sequence[str]]
+    ) -> tuple[list[Sequence[str]], dict[str, dict[int, list[Sequence[str]]]]]:
+        """The next layer's steps without experts'; and those, by the module that holds them and by their numbers."""
+        family = self._layout.family
+        matrices = {family.in_modules(each.name): each for each in self._layout.layers[self.index].matrices()}
+        others: list[Sequence[str]] = []
+        found: dict[str, dict[int, list[Sequence[str]]]] = {}
+        for step in steps:
+            matrix = matrices[step[0]]
+            if matrix.experts:
+                found.setdefault(family.in_modules(matrix.experts), {}).setdefault(matrix.expert, []).append(step)
+            else:
+                others.append(step)
+        return others, found
+
+    def _either(self, read: Read, read_solved: Read | None, solved: Container[str]) -> Read:
+        """Reads modules of the next layer that were solved from where they were written, the others as before."""
+        prefix = self._layout.layer_prefix(self.index)
+
+        def read_either(name: str) -> Tensor:
+            inside = self._layout.family.in_modules(name.removeprefix(prefix)).removesuffix(".weight")
+            return read_solved(name) if read_solved and inside in solved else read(name)
+
+        return read_either
+
+    def _solve_expert(
+        self,
+        module: nn.Module,
+        name: str,
+        expert: int,
+        steps: Sequence[Sequence[str]],
+        routed: Routed,
+        originals: Tensor | None,
+        read: Read,
+        solve: Solve,
+    ) -> int:
+        """Have an expert's matrices solved on the tokens that go to it; returns how many they are."""
+        token, weights, count = tokens_of(routed, expert)
+        reader = self._reader_of(name, read)
+        matrices = [reader(expert, each) for each in MATRICES]
+        holder = module_of({f"{name}.{expert}.{each}": m.clone() for each, m in zip(MATRICES, matrices, strict=True)})
+        gate, up = (holder.get_parameter(f"{name}.{expert}.{each}.weight") for each in MATRICES[:2])
+        inputs, wanted = routed.hidden[token], None if originals is None else originals[token]
+        for step in steps:
+            given, original = inputs, wanted
+            if step[0].endswith(MATRICES[2]):
+                given = hidden_of(module, gate, up, inputs)
+                original = None if wanted is None else hidden_of(module, matrices[0], matrices[1], wanted)
+            hessian = torch.zeros(given.shape[1], given.shape[1], device=self._device)
+            gram = Gram(hessian, None if original is None else torch.zeros_like(hessian))
+            wanted_rows = None if original is None else _Given(original, None, weights)
+            _accumulate(gram, _Given(given, None, weights), wanted_rows)
+            _mirror(hessian)
+            solve(holder, step, gram)
+        return count
+
+    def _reader_of(self, name: str, read: Read) -> ReadExpert:
+        """Reads matrices of a layer's experts, onto the device."""
+        prefix, in_files = self._layout.layer_prefix(self.index), self._layout.family.in_files
+
+        def read_expert(expert: int, matrix: str) -> Tensor:
+            return read(prefix + in_files(f"{name}.{expert}.{matrix}.weight")).to(self._device, self._dtype)
+
+        return read_expert
+
+    def _routed(self, layer: nn.Module, states: _States, batch: slice, name: str) -> Routed:
+        """What the experts of a layer are given for a batch; the pass ends there."""
+
+        def stop(given: tuple[Any, ...]) -> None:
+            raise _ReachedExperts(Routed(*given))
+
+        _before_experts(layer.get_submodule(name), stop)
+        try:
+            self._run(layer, states, batch)
+        except _ReachedExperts as reached:
+            return reached.routed
+        raise AssertionError(f"{name} was not reached")
 
     @torch.no_grad()
     def outputs_gram(self, read: Read) -> Gram:
@@ -215,7 +357,8 @@ class LayerRunner:
         Args:
             read: where the weights of the final norm come from.
         """
-        weights = {name: read(f"{self._layout.prefix}norm.{name}").to(self._dtype) for name in self._norm.state_dict()}
+        place = f"{self._layout.prefix}{self._layout.norm}"
+        weights = {name: read(f"{place}.{name}").to(self._dtype) for name in self._norm.state_dict()}
         self._norm.load_state_dict(weights, assign=True)
         self._norm.to(self._device)
         width = self._layout.text_config["hidden_size"]
@@ -230,14 +373,19 @@ class LayerRunner:
         """The next layer with its weights, which are let go afterwards."""
         layer: nn.Module = self._decoder.layers[self.index]
         prefix = self._layout.layer_prefix(self.index)
-        weights = {name: read(prefix + name).to(self._device, self._dtype) for name in layer.state_dict()}
-        layer.load_state_dict(weights, assign=True)
-        layer.to(self._device)  # its buffers, which no file holds
-        del weights
-        try:
-            yield layer
-        finally:
-            layer.load_state_dict({name: each.to("meta") for name, each in layer.state_dict().items()}, assign=True)
+        experts = [self._layout.family.in_modules(name) for name in self._layout.layers[self.index].experts()]
+        with without_stacks(layer, experts):
+            for name in experts:
+                stream_experts(layer.get_submodule(name), self._reader_of(name, read))
+            named = {name: prefix + self._layout.family.in_files(name) for name in layer.state_dict()}
+            weights = {name: read(file).to(self._device, self._dtype) for name, file in named.items()}
+            layer.load_state_dict(weights, assign=True)
+            layer.to(self._device)  # its buffers, which no file holds
+            del weights
+            try:
+                yield layer
+            finally:
+                layer.load_state_dict({name: each.to("meta") for name, each in layer.state_dict().items()}, assign=True)
 
     def _run(self, layer: nn.Module, states: _States, batch: slice) -> Tensor:
         positional, named = self._arguments[batch.stop - batch.start][self.index]
@@ -266,6 +414,14 @@ class LayerRunner:
         raise AssertionError(f"{module} was not reached")
 
 
+def not_calibrated(layout: ModelLayout) -> str:
+    """Why a model cannot be calibrated whose layers are given more of a sample than its hidden states."""
+    return (
+        f"{layout.family.name}: layers of this model are given more of each token than its hidden states, so it cannot "
+        "be calibrated. Use `recipe='rtn'`, or `recipe='hlwq'`."
+    )
+
+
 def default_batch_size(layout: ModelLayout, sequence_length: int) -> int:
     """Samples that run together, such that their activations take about `ACTIVATION_BYTES`."""
     return max(1, ACTIVATION_BYTES // activation_bytes(layout, sequence_length))
@@ -273,7 +429,10 @@ def default_batch_size(layout: ModelLayout, sequence_length: int) -> int:
 
 def activation_bytes(layout: ModelLayout, sequence_length: int) -> int:
     """An estimate of what one sample's activations take in its way through a layer."""
-    features = max(sum(matrix.shape[0] for matrix in layer.matrices()) for layer in layout.layers)
+    active = layout.text_config.get("num_experts_per_tok") or 1
+    features = max(
+        sum(matrix.shape[0] for matrix in layer.matrices() if matrix.expert < active) for layer in layout.layers
+    )
     return BYTES_PER_FEATURE * features * sequence_length
 
 
@@ -294,26 +453,49 @@ def calibration_memory(layout: ModelLayout, calibration: Calibration, solver: So
     activations = activation_bytes(layout, calibration.sequence_length) * min(batch, samples)
     weights = problem = 0
     for layer in layout.layers:
-        weights = max(weights, width * sum(matrix.shape[0] * matrix.shape[1] for matrix in layer.matrices()))
+        held = [matrix for matrix in layer.matrices() if matrix.expert < 1]  # of the experts, one
+        weights = max(weights, width * sum(matrix.shape[0] * matrix.shape[1] for matrix in held))
         for step in layer.steps:
             problem = max(problem, solver.memory(sum(matrix.shape[0] for matrix in step), step[0].shape[1]))
     stored = 0 if calibration.offload_activations else copies * states
+    if layout.has_experts:  # what those of a layer are given
+        stored += 2 * copies * states
     return transformers + copies * weights + stored + max(activations, problem)
 
 
 @dataclass(frozen=True)
 class _Given:
-    """What a batch gives a module: its inputs (…, in), and the hidden states (…, out) that its outputs are added to."""
+    """What a batch gives a module.
+
+    Attributes:
+        inputs: (…, in).
+        stream: the hidden states (…, out) that its outputs are added to.
+        weights: how much each of the inputs counts, (tokens,); 1 if None.
+    """
 
     inputs: Tensor
     stream: Tensor | None
+    weights: Tensor | None = None
 
     def rows(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Both in float32, as rows, some at a time."""
         inputs = self.inputs.flatten(0, -2).split(GRAM_TOKENS)
         streams = [None] * len(inputs) if self.stream is None else self.stream.flatten(0, -2).split(GRAM_TOKENS)
-        for values, stream in zip(inputs, streams, strict=True):
-            yield values.float(), None if stream is None else stream.float()
+        weights = [None] * len(inputs) if self.weights is None else self.weights.split(GRAM_TOKENS)
+        for values, stream, weight in zip(inputs, streams, weights, strict=True):
+            rows = values.float() if weight is None else values.float() * weight[:, None]
+            yield rows, None if stream is None else stream.float()
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two of the things that layers are given are equal."""
+    if isinstance(one, Tensor):
+        return isinstance(other, Tensor) and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return type(one) is type(other)
 
 
 class _Reached(Exception):
@@ -331,6 +513,21 @@ def _before(layer: nn.Module, modules: Sequence[str], act: Callable[[Tensor], No
         act(inputs[0])
 
     handles += [layer.get_submodule(module).register_forward_pre_hook(hook) for module in modules]
+
+
+class _ReachedExperts(Exception):
+    def __init__(self, routed: Routed) -> None:
+        self.routed = routed
+
+
+def _before_experts(module: nn.Module, act: Callable[[tuple[Any, ...]], None]) -> None:
+    """Call `act` once with what a module of experts is given."""
+
+    def hook(_: nn.Module, given: tuple[Any, ...]) -> None:
+        handle.remove()
+        act(given)
+
+    handle = module.register_forward_pre_hook(hook)
 
 
 def _accumulate(gram: Gram, given: _Given, originals: _Given | None = None) -> None:

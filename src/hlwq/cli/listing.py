@@ -9,6 +9,7 @@ import typer
 from rich.text import Text
 
 from hlwq.cli.printing import Cells, Line, Output, progress
+from hlwq.errors import RequestError
 
 
 def demo(
@@ -51,12 +52,46 @@ def demo(
     return Output(rows, lines)
 
 
-def models() -> Output:
-    """List the supported model families."""
-    from hlwq.families import FAMILIES
+def models(
+    source: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="A directory, a hub id or a .gguf file.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="A branch, tag or commit of the hub.")] = None,
+) -> Output:
+    """List the models that hlwq is tested with, or say what would become of one, of whose weights none are read."""
+    from hlwq.models import TESTED, engine_versions, outlook, supported_models
 
-    rows = [{"family": family.name, "architectures": list(family.architectures)} for family in FAMILIES]
-    return _list(rows)
+    if source is not None:
+        return _outlook(outlook(source, revision))
+    if revision is not None:
+        raise RequestError("`revision` changes nothing where no model is named.", argument="revision")
+    rows, cells, reasons = [], [], []
+    engines = list(engine_versions())
+    for each in supported_models():
+        rows.append({"family": each.family, "architecture": each.architecture, "engines": each.engines})
+        tested = [place for place, cell in each.engines.items() if cell == TESTED]
+        formats = {engine: [p.partition(", ")[2] for p in tested if p.startswith(f"{engine},")] for engine in engines}
+        cells.append([each.family, each.architecture, *(", ".join(formats[engine]) for engine in engines)])
+        reasons += [f"{each.architecture}, {p}: {cell}" for p, cell in each.engines.items() if cell != TESTED]
+    versions = ", ".join(f"{engine} {version}" for engine, version in engine_versions().items())
+    lines: list[Line] = [
+        Cells(("family", "architecture", *engines), cells),
+        f"Formats in which a small model of each kind was loaded and found to compute what its codes say: {versions}.",
+        *reasons,
+        "Other decoders that transformers knows are quantized as it describes them.",
+    ]
+    return Output(rows, lines)
+
+
+def _outlook(outlooks: list[Any]) -> Output:
+    """A row for each format, and what should be known of it."""
+    cells, lines = [], []
+    for each in outlooks:
+        size = "" if each.nbytes is None else f"{each.nbytes / 1e9:.2f}"
+        engines = ", ".join(f"{engine} ({cell})" for engine, cell in each.engines.items())
+        cells.append([each.format, size, engines or ("" if each.refusal else "not tested")])
+        lines += [f"{each.format}: {line}" for line in (each.refusal, *each.remarks) if line]
+    return Output(outlooks, [Cells(("format", "GB, rounded to nearest", "engines"), cells), *dict.fromkeys(lines)])
 
 
 def recipes() -> Output:

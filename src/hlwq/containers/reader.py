@@ -12,9 +12,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hlwq.containers.stacks import parts_of
 from hlwq.containers.tensors import DTYPES, TensorSpec
 from hlwq.errors import CheckpointError, UnsupportedError, reason
 from hlwq.files import LONGEST_NAME, check_file, exists, is_folder, read_json
@@ -36,7 +38,8 @@ class Reader:
     Attributes:
         path: the directory.
         config: the parsed `config.json`.
-        tensors: what the checkpoint holds, by name, in the order of its files.
+        tensors: what the checkpoint holds, by name, in the order of its files; the experts of a layer each alone, also
+            where they are stacked.
     """
 
     def __init__(self, path: Path) -> None:
@@ -52,19 +55,22 @@ class Reader:
         refuse_other_containers(path)
         self.config = read_json(path / "config.json")
         self.tensors: dict[str, TensorSpec] = {}
-        self._files: dict[str, Path] = {}
+        self._places: dict[str, tuple[Path, int]] = {}  # the file, and where in it the tensor begins
         for file, specs in _contents(path).items():
-            self.tensors |= specs
-            self._files |= dict.fromkeys(specs, file)
+            offsets = _offsets_in(file)
+            for name, spec in specs.items():
+                parts = parts_of(spec, self.config)
+                for each, offset in [(part.spec, part.offset) for part in parts] or [(spec, 0)]:
+                    if each.name in self.tensors:
+                        message = f"{path}: {each.name} is there alone and in the stack of all experts. Delete one."
+                        raise CheckpointError(message, path=path, tensor=each.name)
+                    self.tensors[each.name] = each
+                    self._places[each.name] = file, offsets[name] + offset
         if not self.tensors:
             raise CheckpointError(f"{path} holds no tensor. Download the checkpoint again.", path=path)
 
-    def read(self, name: str, part: int | None = None) -> Tensor:
+    def read(self, name: str) -> Tensor:
         """Load one tensor, in its own dtype and shape, on the CPU.
-
-        Args:
-            name: the tensor's.
-            part: the index along the first axis, to load one of a stack of tensors.
 
         Raises:
             CheckpointError: the checkpoint has no such tensor.
@@ -72,14 +78,20 @@ class Reader:
         if name not in self.tensors:
             message = f"{self.path}: tensor {name} is missing. Download the checkpoint again."
             raise CheckpointError(message, path=self.path, tensor=name)
-        # Opened anew each time, so that no mapping of a shard outlives the tensors taken from it.
-        with _opened(self._files[name]) as handle:
-            tensor: Tensor = handle.get_tensor(name) if part is None else handle.get_slice(name)[part]
-        return tensor
+        (file, offset), spec = self._places[name], self.tensors[name]
+        # Not mapped, and read into memory of its own: no mapping of a file outlives the tensors taken from it.
+        contents = bytearray(spec.nbytes)
+        with file.open("rb") as stream:
+            stream.seek(offset)
+            if stream.readinto(contents) != spec.nbytes:
+                raise CheckpointError(f"{file} is damaged or truncated. Download it again.", path=file, tensor=name)
+        if not contents:
+            return torch.empty(spec.shape, dtype=DTYPES[spec.dtype])
+        return torch.frombuffer(contents, dtype=DTYPES[spec.dtype]).reshape(spec.shape)
 
     def stamps(self) -> dict[str, str]:
         """Each weight file's size, and a hash of its header."""
-        return {file.name: _stamp(file) for file in sorted(set(self._files.values()))}
+        return {file.name: _stamp(file) for file in sorted({file for file, _ in self._places.values()})}
 
     def side_files(self) -> dict[str, Path]:
         """What stands beside the weights and goes along unchanged; see `side_files.side_files`."""
@@ -234,6 +246,14 @@ def _tensors_in(file: Path) -> dict[str, TensorSpec]:
                 raise UnsupportedError(message, path=file, tensor=name)
             specs[name] = TensorSpec(name, view.get_dtype(), tuple(view.get_shape()))
     return specs
+
+
+def _offsets_in(file: Path) -> dict[str, int]:
+    """Where each tensor of a shard, whose header was found to be sound, begins in the file."""
+    with file.open("rb") as stream:
+        length = struct.unpack("<Q", stream.read(8))[0]
+        header = json.loads(stream.read(length))
+    return {name: 8 + length + each["data_offsets"][0] for name, each in header.items() if name != "__metadata__"}
 
 
 def _stamp(file: Path) -> str:

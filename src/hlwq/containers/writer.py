@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hlwq.containers.stacks import Part, with_stacks
 from hlwq.containers.tensors import DTYPES, TensorSpec
 from hlwq.errors import HlwqWarning, RequestError
 from hlwq.files import check_disk, differences, disk_errors, read_json, sync, write_json
@@ -54,6 +55,7 @@ class Writer:
         arguments: dict[str, Any],
         shard_bytes: int = DEFAULT_SHARD_BYTES,
         json_files: dict[str, dict[str, Any]] | None = None,
+        parts: Iterable[Part] = (),
     ) -> None:
         """Start, or go on with, the directory `out`.
 
@@ -65,6 +67,7 @@ class Writer:
             arguments: what determines the bytes. A run goes on only with the same arguments.
             shard_bytes: the most that a shard holds, unless a single tensor is larger.
             json_files: `config.json` and the like, by name.
+            parts: those of the tensors that lie in stacks, which are then in the files instead of them.
 
         Raises:
             RequestError: `out` is not empty, or an interrupted run had other arguments.
@@ -72,7 +75,9 @@ class Writer:
         """
         self.out = out = out.absolute()
         self.partial = partial_of(out)
-        self._shards = _split_into_shards(list(tensors), shard_bytes)
+        part_of = {part.spec.name: part for part in parts}
+        tensors = list(tensors)
+        self._shards = _split_into_shards(with_stacks(tensors, part_of.values()), shard_bytes)
         self._json_files = dict(json_files or {})
         self._place: dict[str, tuple[str, int, TensorSpec]] = {}
         self._headers: dict[str, bytes] = {}
@@ -81,13 +86,16 @@ class Writer:
             self._headers[file], offsets = _header(shard)
             self.nbytes += len(self._headers[file]) + sum(spec.nbytes for spec in shard)
             self._place |= {spec.name: (file, offsets[spec.name], spec) for spec in shard}
+        weight_map = {name: file for name, (file, _, _) in sorted(self._place.items())}
+        for name, part in part_of.items():
+            file, offset, _ = self._place[part.stack.name]
+            self._place[name] = file, offset + part.offset, part.spec
+        self._place = {spec.name: self._place[spec.name] for spec in tensors}
         if len(self._shards) > 1:
             total = sum(spec.nbytes for _, _, spec in self._place.values())
-            weight_map = {name: file for name, (file, _, _) in sorted(self._place.items())}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             self._json_files["model.safetensors.index.json"] = index
         self._written: set[str] = set()
-        self._missing_parts: dict[str, set[int]] = {}
         self._committed: dict[str, Any] = {}
         self._digests: dict[str, dict[str, str]] = {}  # of each committed unit, by tensor
         self._journal = self.partial / JOURNAL
@@ -214,32 +222,25 @@ class Writer:
         """The record given to `commit` for this unit by an earlier run, or None."""
         return self._committed.get(unit)
 
-    def write(self, name: str, tensor: Tensor, part: int | None = None) -> None:
+    def write(self, name: str, tensor: Tensor) -> None:
         """Write one tensor to its place.
 
         Args:
             name: one of the names announced.
             tensor: the values, in the dtype and shape announced, on any device.
-            part: the tensor's index along the first axis, where `name` is a stack.
 
         Raises:
             ResourceError: the disk is full.
             ValueError: the tensor is not the one announced, which is a bug.
         """
         file, offset, spec = self._place[name]
-        if part is not None and part not in range(spec.shape[0]):
-            raise ValueError(f"{name} has {spec.shape[0]} parts, and none of index {part}")
-        shape = spec.shape if part is None else spec.shape[1:]
-        if DTYPES[spec.dtype] != tensor.dtype or shape != tuple(tensor.shape):
-            raise ValueError(f"{name}: planned {spec.dtype} {shape}, got {tensor.dtype} {tuple(tensor.shape)}")
+        if DTYPES[spec.dtype] != tensor.dtype or spec.shape != tuple(tensor.shape):
+            raise ValueError(f"{name}: planned {spec.dtype} {spec.shape}, got {tensor.dtype} {tuple(tensor.shape)}")
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         with disk_errors(self.partial), (self._model / file).open("r+b") as stream:
-            stream.seek(offset + (part or 0) * data.nbytes)
+            stream.seek(offset)
             stream.write(data.data)
-        missing = self._missing_parts.setdefault(name, set(range(spec.shape[0]))) if part is not None else set()
-        missing.discard(part)
-        if not missing:
-            self._written.add(name)
+        self._written.add(name)
 
     def commit(self, unit: str, names: Iterable[str], record: Any) -> None:
         """Make a unit's tensors durable, then record that they are done, and what they are.

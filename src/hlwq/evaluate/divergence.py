@@ -9,7 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hlwq.cache import cached_tensor
 from hlwq.decoded import DecodedCheckpoint
@@ -22,7 +22,7 @@ from hlwq.evaluate.server import Endpoint
 from hlwq.evaluate.statistics import Estimate, mean_estimate, share_estimate
 from hlwq.families import describe
 from hlwq.sources import locate
-from hlwq.transformers_models import encode, load_tokenizer, quiet_transformers
+from hlwq.transformers_models import build_skeleton, encode, load_tokenizer, quiet_transformers
 
 ROWS = 256
 """Tokens whose distributions over the whole vocabulary are held at once."""
@@ -99,11 +99,11 @@ def divergence(
         check_tokens(path, ids, context)
     report = progress or (lambda done, total, item: None)
     hidden = _base_states(base, chunks, device, report)
-    head = _head(base).to(torch_device(device), hidden.dtype)
+    logits = _head(base, torch_device(device), hidden.dtype)
     per_token, same, losses = [], [], []
     for index, predictions in enumerate(_predictions(model, chunks, device)):
         report(len(chunks) + index, 2 * len(chunks), "comparing")
-        kl, agree, loss = _compare(hidden[index].to(head.device), head, predictions, chunks[index][1:])
+        kl, agree, loss = _compare(hidden[index], logits, predictions, chunks[index][1:])
         per_token.append(kl)
         same.append(agree)
         losses.append(check_loss(loss, index))
@@ -122,6 +122,19 @@ def divergence(
     )
 
 
+class _Passed:
+    """Hidden states as what a model without its head gives; of all else that such outputs have, None."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getitem__(self, place: int) -> Tensor:
+        return self.last_hidden_state
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
 def _tokens_of(model: str | Path | Endpoint, text: str) -> list[int] | None:
     """A text by the model's own tokenizer, where it has one here."""
     if isinstance(model, Endpoint):
@@ -133,20 +146,20 @@ def _tokens_of(model: str | Path | Endpoint, text: str) -> list[int] | None:
 
 
 def _compare(
-    hidden: Tensor, head: Tensor, predictions: Tensor | list[dict[int, float]], targets: list[int]
+    hidden: Tensor, logits: Callable[[Tensor], Tensor], predictions: Tensor | list[dict[int, float]], targets: list[int]
 ) -> tuple[Tensor, Tensor, float]:
     """KL and top-1 agreement, each (n,), and the model's mean loss in a chunk.
 
     Args:
         hidden: the base's last hidden states, (n, hidden).
-        head: the base's output head, (vocabulary, hidden).
+        logits: the base's output head.
         predictions: see `_predictions`.
         targets: the tokens that are predicted.
     """
     kls, agreements, loss = [], [], 0.0
     for start in range(0, len(hidden), ROWS):
         rows = slice(start, start + ROWS)
-        base = (hidden[rows] @ head.T).float().log_softmax(-1)
+        base = logits(hidden[rows]).float().log_softmax(-1)
         if isinstance(predictions, list):
             kl, likeliest = _partial_kl(base, predictions[rows])
             loss -= math.fsum(named[token] for named, token in zip(predictions[rows], targets[rows], strict=True))
@@ -215,9 +228,24 @@ def _base_states(base: Path, chunks: list[list[int]], device: str | None, report
     return cached_tensor("hidden-states", key, run, keep=CACHED_RUNS)
 
 
-def _head(base: Path) -> Tensor:
-    """The base's output head, bfloat16 (vocabulary, hidden)."""
+def _head(base: Path, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """What gives the base's logits, (n, vocabulary), of its last hidden states, (n, hidden), by the model's own code.
+
+    Some models scale or bound them behind the output head.
+    """
     checkpoint = DecodedCheckpoint(base)
     layout = describe(checkpoint.config, checkpoint.tensors)
-    name = f"{layout.embedding}.weight" if layout.tied else "lm_head.weight"
-    return checkpoint.read(name).to(torch.bfloat16)
+    model = build_skeleton(checkpoint.config, tied=layout.tied, dtype=dtype)
+    head = model.get_output_embeddings()
+    for part in head.state_dict():
+        values = checkpoint.read(f"{layout.head}.{part}").to(torch.bfloat16)
+        setattr(head, part, nn.Parameter(values.to(device, dtype), requires_grad=False))
+    # The hidden states come in where embeddings do, and pass by all that is before the head.
+    model.base_model.forward = lambda **named: _Passed(named["inputs_embeds"])
+
+    def logits(hidden: Tensor) -> Tensor:
+        with quiet_transformers():
+            given: Tensor = model(inputs_embeds=hidden[None].to(device), use_cache=False).logits[0]
+        return given
+
+    return logits

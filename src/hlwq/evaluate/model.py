@@ -13,7 +13,7 @@ from hlwq.devices import compute_dtype, torch_device
 from hlwq.errors import CheckpointError, HlwqError, RequestError, reason
 from hlwq.families import describe
 from hlwq.plan import check_tensors
-from hlwq.transformers_models import build_skeleton, load_tokenizer, quiet_transformers, require_transformers
+from hlwq.transformers_models import build_skeleton, load_tokenizer, quiet_transformers
 
 
 def load_for_evaluation(path: Path, device: str | None = None) -> tuple[Any, Any]:
@@ -38,7 +38,7 @@ def load_model(path: Path, device: str | None = None, dtype: torch.dtype = torch
         The model, in evaluation mode, and its tokenizer.
 
     Raises:
-        HlwqError: transformers is not installed, the directory cannot be read, or the device cannot be used.
+        HlwqError: the directory cannot be read, or the device cannot be used.
     """
     target = torch_device(device)
     checkpoint = DecodedCheckpoint(path)
@@ -104,9 +104,10 @@ def load_packed(path: Path, device: str | None = None) -> tuple[Any, Any]:
 
     Raises:
         RequestError: the directory is of another format.
-        HlwqError: transformers is not installed, the directory cannot be read, or the device cannot be used.
+        HlwqError: the directory cannot be read, or the device cannot be used.
     """
-    transformers = require_transformers()
+    from transformers import AutoModelForCausalLM
+
     target = torch_device(device)
     checkpoint = DecodedCheckpoint(path)
     check_tensors(checkpoint, describe(checkpoint.config, checkpoint.tensors))
@@ -119,7 +120,7 @@ def load_packed(path: Path, device: str | None = None) -> tuple[Any, Any]:
         )
     try:
         with quiet_transformers():
-            model = transformers.AutoModelForCausalLM.from_pretrained(
+            model: Any = AutoModelForCausalLM.from_pretrained(
                 path,
                 trust_remote_code=False,
                 use_safetensors=True,

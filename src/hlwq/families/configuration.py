@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from hlwq.errors import CheckpointError, UnsupportedError
+from hlwq.errors import CheckpointError
 
 LARGEST = 1 << 31
 """No size of a model reaches it, and products of two stay exact."""
@@ -62,6 +62,8 @@ def _is_rope(value: Any) -> bool:
 SIZE = Kind(f"an integer from 1 to {LARGEST:,}", lambda value: type(value) is int and 1 <= value <= LARGEST)
 FLAG = Kind("true or false", lambda value: type(value) is bool)
 NAMES = Kind("a list of names", lambda value: isinstance(value, list) and all(isinstance(each, str) for each in value))
+LAYERS = "layers_block_type"
+"""An entry by which some models tell how many layers there are, and of which types."""
 ENTRIES: dict[str, Kind] = {
     "vocab_size": SIZE,
     "hidden_size": SIZE,
@@ -84,6 +86,7 @@ ENTRIES: dict[str, Kind] = {
     "rope_scaling": Kind("rotary parameters", _is_rope).or_null(),
     "rope_parameters": Kind("rotary parameters", _is_rope).or_null(),
     "layer_types": NAMES.or_null(),
+    LAYERS: NAMES.or_null(),
     "dtype": Kind(
         "a dtype of weights", lambda value: isinstance(value, str) and value.removeprefix("torch.") in DTYPES
     ).or_null(),
@@ -96,7 +99,7 @@ ENTRIES: dict[str, Kind] = {
 }
 """Entries of a decoder's configuration, as transformers has them for the families here."""
 ENTRIES["torch_dtype"] = ENTRIES["dtype"]
-REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 
 
 def check_architectures(config: dict[str, Any]) -> list[str]:
@@ -139,7 +142,7 @@ def check_entries(config: dict[str, Any], text_config: dict[str, Any], family: s
         CheckpointError: one is missing, has another type than transformers accepts, or contradicts another.
     """
     for name in REQUIRED:
-        if name not in text_config:
+        if name not in text_config and not (name == "num_hidden_layers" and text_config.get(LAYERS)):
             raise CheckpointError(f"config.json lacks '{name}', which {family} needs.")
     sections = {"": config} if text_config is config else {"": config, "text_config.": text_config}
     for where, section in sections.items():
@@ -171,32 +174,25 @@ def check_model_type(config: dict[str, Any], accepted: tuple[str, ...]) -> None:
         )
 
 
-def check_layers(text_config: dict[str, Any], kinds: tuple[str, ...], stored: int) -> None:
-    """Check the number of layers, and their types where the configuration lists them.
+def check_layers(text_config: dict[str, Any], stored: int) -> None:
+    """Check the number of layers, and of their types where the configuration lists them.
 
     Args:
         text_config: with its entries checked.
-        kinds: the types of layers that the family has.
         stored: layers of which the checkpoint holds tensors.
 
     Raises:
         CheckpointError: there are more layers than the checkpoint holds, or `layer_types` does not fit them.
-        UnsupportedError: a layer has a type that the family is not known to have.
     """
-    count, types = text_config["num_hidden_layers"], text_config.get("layer_types")
+    types = text_config.get("layer_types")
+    count = len(text_config[LAYERS]) if text_config.get(LAYERS) else text_config["num_hidden_layers"]
     if count > stored:
         raise CheckpointError(
             f"config.json: num_hidden_layers is {count}, but the checkpoint holds tensors of {stored} layers. "
             "They do not belong together, or a part is missing."
         )
-    if types is None:
-        return
-    if len(types) != count:
+    if types is not None and len(types) != count:
         raise CheckpointError(f"config.json: layer_types names {len(types)} layers of {count}. Correct it.")
-    if unknown := set(types) - set(kinds):
-        raise UnsupportedError(
-            f"config.json: layer_types has {_shown(min(unknown))}; layers of this family are {' or '.join(kinds)}."
-        )
 
 
 def with_tying(config: dict[str, Any], tied: bool) -> dict[str, Any]:

@@ -3,8 +3,6 @@
 A model is built without weights, and each kind of layer runs once on the `meta` device, where tensors have shapes and
 no values: linear layers that are handed the same tensor share an input, and a sum with a layer's output tells which
 hidden states that output is added to.
-
-Families still describe their layers by hand; a test holds these against those.
 """
 
 from __future__ import annotations
@@ -27,6 +25,9 @@ FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj
 """Matrices that every engine runs as one if they share an input, by the name of the whole."""
 SUMS = ("add", "add_", "__add__", "__radd__", "__iadd__")
 """The names of torch's functions that add two tensors."""
+EXPERTS = ("gate_up_proj", "down_proj")
+"""The stacks in which transformers' modules hold the matrices of all experts of a layer."""
+OTHERWISE = "another way than as gate, up and down, one row for each output, which is not supported"
 TOKENS = 4
 """Tokens of the sample that goes through a layer."""
 
@@ -38,12 +39,18 @@ class Decoder:
     Attributes:
         layers: its layers.
         others: its tensors outside the layers, by their paths in it, with their shapes.
+        embedding: the module, by its path in it, that token ids go through.
         norm: the module, by its path in it, that the last layer's outputs go through.
+        place: the names before all of these in the whole model, such as `model.`.
+        head: the output head, by its path in the whole model.
     """
 
     layers: tuple[Layer, ...]
     others: Mapping[str, tuple[int, ...]]
+    embedding: str
     norm: str
+    place: str
+    head: str
 
 
 def derived_decoder(config: dict[str, Any]) -> Decoder:
@@ -58,16 +65,24 @@ def derived_decoder(config: dict[str, Any]) -> Decoder:
 
 @lru_cache(maxsize=16)
 def _derived(config: str) -> Decoder:
-    decoder = build_skeleton(json.loads(config), tied=False).get_decoder()
-    try:
-        return _described(decoder)
-    except Exception as error:  # of the model's own code
-        model = type(decoder).__name__
-        raise UnsupportedError(f"the layers of {model} do not run one by one ({reason(error)}).") from None
+    with torch.device("cpu"):  # whatever a caller, such as transformers' `from_pretrained`, has set
+        model = build_skeleton(json.loads(config), tied=False)
+        decoder = model.get_decoder()
+        try:
+            return _described(model, decoder)
+        except UnsupportedError:
+            raise
+        except Exception as error:  # of the model's own code
+            name = type(decoder).__name__
+            raise UnsupportedError(f"the layers of {name} do not run one by one ({reason(error)}).") from None
 
 
-def _described(decoder: Any) -> Decoder:
+def _described(model: Any, decoder: Any) -> Decoder:
     """Run each kind of layer once, and describe what was seen."""
+    name_of = {module: name for name, module in model.named_modules()}
+    place = f"{name_of[decoder]}." if name_of[decoder] else ""
+    embedding = name_of[decoder.get_input_embeddings()].removeprefix(place)
+    head = name_of[model.get_output_embeddings()]
     others = {name: tuple(each.shape) for name, each in decoder.state_dict().items() if not name.startswith("layers.")}
     given, norm = _given(decoder)
     known: dict[Any, Layer] = {}
@@ -77,7 +92,7 @@ def _described(decoder: Any) -> Decoder:
         if kind not in known:
             known[kind] = _described_layer(layer, positional, named)
         layers.append(known[kind])
-    return Decoder(tuple(layers), others, norm)
+    return Decoder(tuple(layers), others, embedding, norm, place, head)
 
 
 def _given(decoder: Any) -> tuple[list[tuple[tuple[Any, ...], dict[str, Any]]], str]:
@@ -148,6 +163,7 @@ def _described_layer(layer: nn.Module, positional: tuple[Any, ...], named: dict[
     def after(name: str) -> Callable[..., None]:
         return lambda module, args, output: outputs.__setitem__(name, output)
 
+    experts = {name: module for name, module in modules.items() if _holds_experts(module)}
     hooks = [module.register_forward_pre_hook(before(name)) for name, module in modules.items() if name]
     hooks += [module.register_forward_hook(after(name)) for name, module in linears.items()]
     with quiet_transformers(), torch.no_grad(), _Sums() as sums:
@@ -163,22 +179,56 @@ def _described_layer(layer: nn.Module, positional: tuple[Any, ...], named: dict[
                 steps.append([name])
             else:
                 step.append(name)
-    matrices = [
-        tuple(
-            Matrix(
-                name,
-                (linears[name].out_features, linears[name].in_features),
-                _fused(name, step),
-                linears[name].bias is not None,
-                stream=_stream(outputs[name], sums.pairs, normed),
+        elif name in experts:
+            steps.append([name])
+    matrices: list[tuple[Matrix, ...]] = []
+    for step in steps:
+        if step[0] in experts:
+            matrices += _of_experts(step[0], experts[step[0]])
+            continue
+        matrices.append(
+            tuple(
+                Matrix(
+                    name,
+                    (linears[name].out_features, linears[name].in_features),
+                    _fused(name, step),
+                    linears[name].bias is not None,
+                    stream=_stream(outputs[name], sums.pairs, normed),
+                )
+                for name in step
             )
-            for name in step
         )
-        for step in steps
-    ]
-    own = {f"{name}.{part}" for step in steps for name in step for part in ("weight", "bias")}
+    own = {f"{name}.{part}" for step in steps for name in step for part in (*("weight", "bias"), *EXPERTS)}
+    for name in modules.keys() - experts.keys():
+        if name.endswith("experts") and any(each.ndim == 3 for each in modules[name].parameters(recurse=False)):
+            raise UnsupportedError(f"{type(modules[name]).__name__} holds its experts in {OTHERWISE}.")
     rest = {name: tuple(each.shape) for name, each in layer.state_dict().items() if name not in own}
     return Layer(tuple(matrices), rest)
+
+
+def _holds_experts(module: nn.Module) -> bool:
+    """Whether a module holds the matrices of experts as two stacks."""
+    return all(getattr(getattr(module, name, None), "ndim", 0) == 3 for name in EXPERTS)
+
+
+def _of_experts(name: str, module: nn.Module) -> list[tuple[Matrix, ...]]:
+    """The steps of each expert: gate and up, then down."""
+    gate_up, down = (module.get_parameter(stack) for stack in EXPERTS)
+    count, rows, hidden = gate_up.shape
+    inner = rows // 2
+    usual = {"is_transposed": False, "is_concatenated": True, "has_gate": True, "has_bias": False}
+    usual["has_post_expert_norm"] = False
+    if down.shape != (count, hidden, inner) or any(getattr(module, key, usual[key]) != usual[key] for key in usual):
+        raise UnsupportedError(f"{type(module).__name__} holds its experts in {OTHERWISE}.")
+    steps: list[tuple[Matrix, ...]] = []
+    for index in range(count):
+        place = f"{name}.{index}."
+        gate, up = (
+            Matrix(f"{place}{part}", (inner, hidden), name, experts=name, expert=index)
+            for part in ("gate_proj", "up_proj")
+        )
+        steps += [(gate, up), (Matrix(f"{place}down_proj", (hidden, inner), name, experts=name, expert=index),)]
+    return steps
 
 
 def _fused(name: str, step: list[str]) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
 from hlwq.containers import TensorSpec
+
+GATE, ROUTER = "a gate, and tiny", "routes tokens to experts"
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,8 @@ class Matrix:
         bias: whether a bias vector goes with it.
         keep: why it stays in its own dtype unless the user includes it; empty if it is quantized.
         stream: the module whose inputs are the hidden states that its outputs are added to; empty if they are not.
+        experts: the module inside the layer that holds all experts, if it is a matrix of one of them.
+        expert: which.
     """
 
     name: str
@@ -31,6 +35,8 @@ class Matrix:
     bias: bool = False
     keep: str = ""
     stream: str = ""
+    experts: str = ""
+    expert: int = -1
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,18 @@ class Layer:
     def matrices(self) -> list[Matrix]:
         """All linear layers, in the order of evaluation."""
         return [matrix for step in self.steps for matrix in step]
+
+    def experts(self) -> list[str]:
+        """The modules that hold all experts."""
+        return list(dict.fromkeys(matrix.experts for matrix in self.matrices() if matrix.experts))
+
+
+def _kept(matrix: Matrix, layer: Layer) -> str:
+    """Why a matrix of any family stays as it is: gates, and what routes tokens to experts."""
+    if matrix.shape[0] == 1:
+        return GATE
+    experts = len({each.expert for each in layer.matrices() if each.experts})
+    return ROUTER if experts and not matrix.experts and matrix.shape[0] == experts else ""
 
 
 @dataclass(frozen=True)
@@ -74,7 +92,10 @@ class MlxModel:
     Attributes:
         model_type: what `config.json` must say, where that is not what the checkpoint says.
         path: a module's name after `sanitize`, by its name in the checkpoint.
-        reads_top_level_rope: it looks for `rope_theta` and `rope_scaling` at the top level of the configuration.
+        refusal: why no file of this family runs in mlx-lm with its codes; empty if one does.
+        runs_experts: its experts are where those of most families are.
+        reads_top_level_vocabulary: a wrapper takes `vocab_size` from the top level of the configuration.
+        reads_top_level_rope: it looks for `rope_theta` and `rope_scaling` beside the decoder's other entries.
         demands: what it wants of a text configuration, each as (requirement, offenders, remedy).
         converted: whether these tensors went through mlx-lm's own conversion, which changes more than their storage.
         restoration: what undoes that conversion. Its `config` also undoes what `model_type` did.
@@ -82,6 +103,9 @@ class MlxModel:
 
     model_type: str = ""
     path: Callable[[str], str] = lambda name: name
+    refusal: str = ""
+    runs_experts: bool = True
+    reads_top_level_vocabulary: bool = True
     reads_top_level_rope: bool = True
     demands: Callable[[dict[str, Any]], list[tuple[str, list[str], str]]] = lambda config: []
     converted: Callable[[Iterable[str]], bool] = lambda names: False
@@ -95,94 +119,54 @@ class Family:
     Attributes:
         name: as people write it.
         architectures: what `config.json` says under `architectures`.
-        layers: the decoder layers that a text configuration describes, whose entries are checked.
         model_types: what it says under `model_type`.
-        layer_types: types of layers that a configuration may list.
-        wrappers: of the architectures, those whose configuration has the decoder's as `text_config`.
-        prefixes: where the decoder may stand in the checkpoint, as the names before `embed_tokens`.
-        kept: parts outside the decoder, by the beginning of their tensors' names, and what they are.
+        fused: the path inside a layer under which engines run a matrix joined with others, by its own path, beside what
+            all engines do.
+        keep: why a matrix stays in its own dtype unless the user includes it, by its path inside a layer.
         architecture_of: architectures by `model_type`, for configurations that were saved without one.
-        vllm_prefixes: beginnings of names, and what vLLM has in their place.
+        renamings: parts of paths inside a layer in transformers' modules, and what the files have instead.
         vllm_unrotated: fused matrices, by their paths inside a layer, whose inputs vLLM does not rotate.
-        vllm_packs_embedding: vLLM's model can hold its embedding as codes.
+        vllm_packs_embedding: vLLM's model can hold its embedding and its output head as codes.
         mlx: the family in mlx-lm.
     """
 
     name: str
     architectures: tuple[str, ...]
-    layers: Callable[[dict[str, Any]], list[Layer]]
     model_types: tuple[str, ...]
-    layer_types: tuple[str, ...] = ("full_attention",)
-    wrappers: tuple[str, ...] = ()
-    prefixes: tuple[str, ...] = ("model.",)
-    kept: dict[str, str] = field(default_factory=dict)
+    fused: dict[str, str] = field(default_factory=dict)
+    keep: dict[str, str] = field(default_factory=dict)
     architecture_of: dict[str, str] = field(default_factory=dict)
-    vllm_prefixes: dict[str, str] = field(default_factory=dict)
+    renamings: tuple[tuple[str, str], ...] = ()
     vllm_unrotated: tuple[str, ...] = ()
     vllm_packs_embedding: bool = True
     mlx: MlxModel = field(default_factory=MlxModel)
 
-    def vllm_name(self, name: str) -> str:
-        """A module's name in vLLM, by its name in the checkpoint."""
-        for prefix, theirs in self.vllm_prefixes.items():
-            if name.startswith(prefix):
-                return theirs + name.removeprefix(prefix)
-        return name
+    def in_files(self, path: str) -> str:
+        """The path inside a layer by which files call what transformers' modules call `path`."""
+        for module, file in self.renamings:
+            path = path.replace(module, file)
+        return path
 
+    def in_modules(self, path: str) -> str:
+        """The reverse."""
+        for module, file in self.renamings:
+            path = path.replace(file, module)
+        return path
 
-def attention(
-    config: dict[str, Any],
-    *,
-    qkv_bias: bool,
-    o_bias: bool,
-    head_dim: int | None = None,
-    head_norms: bool = False,
-    gated: bool = False,
-) -> Layer:
-    """Softmax attention as the Llama line has it.
-
-    Args:
-        config: the text configuration.
-        qkv_bias: q, k and v have biases.
-        o_bias: the output projection has one.
-        head_dim: the width of a head where the configuration does not say; by default what the hidden size leaves.
-        head_norms: q and k are normalised per head (`q_norm`, `k_norm`).
-        gated: q carries an output gate, which doubles it.
-    """
-    hidden = config["hidden_size"]
-    width = config.get("head_dim") or head_dim or hidden // config["num_attention_heads"]
-    queries = config["num_attention_heads"] * width
-    keys = (config.get("num_key_value_heads") or config["num_attention_heads"]) * width
-    fused = "self_attn.qkv_proj"
-    return Layer(
-        steps=(
-            (
-                Matrix("self_attn.q_proj", (2 * queries if gated else queries, hidden), fused, qkv_bias),
-                Matrix("self_attn.k_proj", (keys, hidden), fused, qkv_bias),
-                Matrix("self_attn.v_proj", (keys, hidden), fused, qkv_bias),
-            ),
-            (Matrix("self_attn.o_proj", (hidden, queries), bias=o_bias, stream="input_layernorm"),),
-        ),
-        others={"self_attn.q_norm.weight": (width,), "self_attn.k_norm.weight": (width,)} if head_norms else {},
-    )
-
-
-def with_mlp(mixer: Layer, config: dict[str, Any], *, bias: bool = False) -> Layer:
-    """A decoder layer of `mixer` and a gated MLP, each behind its norm."""
-    hidden, intermediate = config["hidden_size"], config["intermediate_size"]
-    fused = "mlp.gate_up_proj"
-    return Layer(
-        steps=(
-            *mixer.steps,
-            (
-                Matrix("mlp.gate_proj", (intermediate, hidden), fused, bias),
-                Matrix("mlp.up_proj", (intermediate, hidden), fused, bias),
-            ),
-            (Matrix("mlp.down_proj", (hidden, intermediate), bias=bias, stream="post_attention_layernorm"),),
-        ),
-        others={
-            **mixer.others,
-            "input_layernorm.weight": (hidden,),
-            "post_attention_layernorm.weight": (hidden,),
-        },
-    )
+    def adapted(self, layer: Layer) -> Layer:
+        """A layer as transformers describes it, with what only the family knows."""
+        steps = (
+            tuple(
+                replace(
+                    matrix,
+                    name=self.in_files(matrix.name),
+                    experts=self.in_files(matrix.experts),
+                    fused=self.in_files(self.fused.get(matrix.name, matrix.fused)),
+                    keep=self.keep.get(matrix.name, matrix.keep or _kept(matrix, layer)),
+                )
+                for matrix in step
+            )
+            for step in layer.steps
+        )
+        others = {self.in_files(name): shape for name, shape in layer.others.items()}
+        return replace(layer, steps=tuple(steps), others=others)

@@ -2,39 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from hlwq.containers import TensorSpec
-from hlwq.families.family import Family, Layer, Matrix, MlxModel, Restoration, attention, with_mlp
+from hlwq.families.family import Family, MlxModel, Restoration
 
 _GATES = "gates the recurrence, and is tiny"
-
-
-def _linear_attention(config: dict[str, Any]) -> Layer:
-    hidden = config["hidden_size"]
-    heads = config["linear_num_value_heads"]
-    keys = config["linear_num_key_heads"] * config["linear_key_head_dim"]
-    values = heads * config["linear_value_head_dim"]
-    channels = 2 * keys + values
-    return Layer(
-        steps=(
-            (
-                Matrix("linear_attn.in_proj_qkv", (channels, hidden), "linear_attn.in_proj_qkvz"),
-                Matrix("linear_attn.in_proj_z", (values, hidden), "linear_attn.in_proj_qkvz"),
-                Matrix("linear_attn.in_proj_b", (heads, hidden), "linear_attn.in_proj_ba", keep=_GATES),
-                Matrix("linear_attn.in_proj_a", (heads, hidden), "linear_attn.in_proj_ba", keep=_GATES),
-            ),
-            (Matrix("linear_attn.out_proj", (hidden, values), stream="input_layernorm"),),
-        ),
-        others={
-            "linear_attn.conv1d.weight": (channels, 1, config["linear_conv_kernel_dim"]),
-            "linear_attn.dt_bias": (heads,),
-            "linear_attn.A_log": (heads,),
-            "linear_attn.norm.weight": (config["linear_value_head_dim"],),
-        },
-    )
 
 
 def layer_types(config: dict[str, Any]) -> list[str]:
@@ -45,15 +21,6 @@ def layer_types(config: dict[str, Any]) -> list[str]:
         for index in range(config["num_hidden_layers"])
     ]
     return list(config.get("layer_types") or default)
-
-
-def _layers(config: dict[str, Any]) -> list[Layer]:
-    bias = bool(config.get("attention_bias", False))
-    kinds = {
-        "full_attention": attention(config, qkv_bias=bias, o_bias=bias, head_dim=256, head_norms=True, gated=True),
-        "linear_attention": _linear_attention(config),
-    }
-    return [with_mlp(kinds[kind], config) for kind in layer_types(config)]
 
 
 # mlx-lm calls the decoder of every Qwen3.5 checkpoint `language_model.model`.
@@ -78,8 +45,8 @@ def _mlx_demands(config: dict[str, Any]) -> list[tuple[str, list[str], str]]:
 
 def _config_before_mlx(config: dict[str, Any]) -> dict[str, Any]:
     """A text-only checkpoint by its own model type again."""
-    if config.get("model_type") == "qwen3_5" and "text_config" not in config:
-        return {**config, "model_type": "qwen3_5_text"}
+    if config.get("model_type") in ("qwen3_5", "qwen3_5_moe") and "text_config" not in config:
+        return {**config, "model_type": f"{config['model_type']}_text"}
     return config
 
 
@@ -102,25 +69,47 @@ def _shape_before_mlx(spec: TensorSpec) -> tuple[int, ...]:
     return (spec.shape[0], spec.shape[2], spec.shape[1]) if spec.name.endswith("conv1d.weight") else spec.shape
 
 
+_FUSED = {
+    "linear_attn.in_proj_qkv": "linear_attn.in_proj_qkvz",
+    "linear_attn.in_proj_z": "linear_attn.in_proj_qkvz",
+    "linear_attn.in_proj_b": "linear_attn.in_proj_ba",
+    "linear_attn.in_proj_a": "linear_attn.in_proj_ba",
+}
+_KEEP = {"linear_attn.in_proj_b": _GATES, "linear_attn.in_proj_a": _GATES}
 QWEN3_5 = Family(
     "Qwen3.5 (hybrid)",
     ("Qwen3_5ForConditionalGeneration", "Qwen3_5ForCausalLM"),
-    _layers,
     ("qwen3_5", "qwen3_5_text"),
-    ("linear_attention", "full_attention"),
-    wrappers=("Qwen3_5ForConditionalGeneration",),
-    prefixes=("model.language_model.", "model."),
-    kept={"model.visual.": "vision tower", "mtp.": "multi-token prediction head"},
+    fused=_FUSED,
+    keep=_KEEP,
     architecture_of={"qwen3_5_text": "Qwen3_5ForCausalLM"},
-    vllm_prefixes={"model.language_model.": "language_model.model.", "model.visual.": "visual."},
     vllm_unrotated=("linear_attn.in_proj_qkvz",),
     vllm_packs_embedding=False,
     mlx=MlxModel(
         model_type="qwen3_5",
         path=_mlx_path,
+        reads_top_level_vocabulary=False,
         reads_top_level_rope=False,
         demands=_mlx_demands,
         converted=lambda names: any(name.startswith(_IN_MLX) for name in names),
         restoration=Restoration(_config_before_mlx, _name_before_mlx, _shape_before_mlx, _tensor_before_mlx),
     ),
+)
+QWEN3_5_MOE = Family(
+    "Qwen3.5-MoE (hybrid)",
+    ("Qwen3_5MoeForConditionalGeneration", "Qwen3_5MoeForCausalLM"),
+    ("qwen3_5_moe", "qwen3_5_moe_text"),
+    fused=_FUSED,
+    keep=_KEEP,
+    vllm_unrotated=("linear_attn.in_proj_qkvz",),
+    vllm_packs_embedding=False,
+    mlx=replace(QWEN3_5.mlx, model_type="qwen3_5_moe"),
+)
+QWEN3_NEXT = Family(
+    "Qwen3-Next (hybrid)",
+    ("Qwen3NextForCausalLM",),
+    ("qwen3_next",),
+    keep={"linear_attn.in_proj_ba": _GATES},
+    vllm_unrotated=("linear_attn.in_proj_qkvz",),
+    mlx=MlxModel(refusal="mlx-lm changes norms and convolutions of this family only where it stacks experts itself"),
 )

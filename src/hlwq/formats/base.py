@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from hlwq.bases import Basis
-from hlwq.containers import Reader, TensorSpec
+from hlwq.containers import Part, Reader, TensorSpec
 from hlwq.errors import UnsupportedError
 from hlwq.families import Matrix, ModelLayout, Restoration
 from hlwq.grids import Grid
@@ -157,10 +157,13 @@ class Format(ReadableFormat):
         outputs: the tensors that `encode` will return for a module on a grid that `hold` gave.
         encode: a quantized matrix as the tensors of the file, by name, given the model's dtype.
         json_files: `config.json`, and whatever else engines read beside it.
+        refusal: why no engine of the format runs a model; empty if one does.
         cautions: what users should know before the work, one line each.
         unrotated: what is said of a matrix that stays unrotated whatever the basis, or nothing if it does not; given
             None for the embedding and the output head.
         shared_tensors: what is written beside the tensors of modules, given the checkpoint's contents.
+        parts: which of the tensors that are written lie in stacks.
+        multiples: what divides the output and input features of every matrix that it holds.
         default_symmetric: whether uniform codes are symmetric where the user does not say.
         fused_alike: engines run some matrices as one, whose members must have one scheme.
         holds_embeddings: the embedding and the output head can be stored as codes.
@@ -176,9 +179,12 @@ class Format(ReadableFormat):
     encode: Callable[[str, QuantizedMatrix, str], dict[str, Tensor]]
     json_files: Callable[[dict[str, Any], Contents], dict[str, dict[str, Any]]]
     _: KW_ONLY
+    refusal: Callable[[ModelLayout], str] = lambda layout: ""
     cautions: Callable[[Contents], list[str]] = lambda contents: []
     unrotated: Callable[[ModelLayout, Matrix | None], str] = lambda layout, matrix: ""
     shared_tensors: Callable[[Contents], dict[str, Tensor]] = lambda contents: {}
+    parts: Callable[[Iterable[TensorSpec]], list[Part]] = lambda tensors: []
+    multiples: tuple[int, int] = (1, 1)
     default_symmetric: bool = True
     fused_alike: bool = True
     holds_embeddings: bool = False

@@ -22,7 +22,7 @@ from torch import Tensor
 from hlwq.bases import Basis, Hadamard
 from hlwq.containers import DTYPES, Reader, TensorSpec
 from hlwq.errors import CheckpointError, UnsupportedError
-from hlwq.families import Matrix, ModelLayout
+from hlwq.families import FUSED, Matrix, ModelLayout
 from hlwq.formats import reading
 from hlwq.formats.base import (
     PIPELINE_COMMAND,
@@ -36,9 +36,8 @@ from hlwq.formats.base import (
     demand,
 )
 from hlwq.formats.patterns import (
-    HEAD,
-    HEAD_PATTERN,
     check_pattern,
+    head_pattern,
     kept_patterns,
     matches_start,
     patterns_by_scheme,
@@ -53,7 +52,7 @@ from hlwq.formats.uniform import (
     symmetric_zero,
     uniform_grid,
 )
-from hlwq.formats.vllm import VLLM, uniform_demands
+from hlwq.formats.vllm import VLLM, uniform_demands, vllm_name
 from hlwq.grids import Grid
 from hlwq.hadamard import rotate_blocks
 from hlwq.matrix import QuantizedMatrix
@@ -120,8 +119,9 @@ def json_files(config: dict[str, Any], contents: Contents) -> dict[str, dict[str
     common = common_scheme(contents.quantized)
     others = {scheme: targets(patterns) for scheme, patterns in patterns_by_scheme(contents, common).items()}
     groups = {**others, common: ["Linear"]}
-    if HEAD in contents.quantized:
-        groups[contents.quantized[HEAD]] += targets([HEAD_PATTERN])
+    head = contents.layout.output_head
+    if head in contents.quantized:
+        groups[contents.quantized[head]] += targets([head_pattern(contents.layout)])
     section = {
         "quant_method": NAME,
         "format": PACKING,
@@ -270,7 +270,7 @@ def demands(reader: Reader, layout: ModelLayout, modules: dict[str, StoredModule
     widths = {stored.scheme.bits for stored in modules.values()}.difference(READABLE_BITS)
     rotated = {module for module, stored in modules.items() if stored.scheme.block_size}
     wrong = [module for module, matrix in layout.matrices().items() if module in rotated and unrotated(layout, matrix)]
-    wrong += [HEAD] if HEAD in rotated else []
+    wrong += [layout.output_head] if layout.output_head in rotated else []
     rotation = [
         demand(VLLM, "rotated are only inputs that it can rotate", wrong, again),
         demand(VLLM, "type of transform hadamard, which needs a GPU, and no tensor parallelism", [], ""),
@@ -291,7 +291,7 @@ def _wrong_groups(
     """Modules for which `config_groups` and `ignore` say something else than the tensors do."""
     wrong = []
     for module in layout.matrices():
-        name = layout.family.vllm_name(module) if vllm else module  # vLLM asks for the members of a fused matrix
+        name = vllm_name(layout, module) if vllm else module  # vLLM asks for the members of a fused matrix
         stored, weights = modules.get(module), configured_weights(section, name)
         if weights and stored:
             agrees = scheme_in(weights, stored.shape[1]) == replace(stored.scheme, block_size=None)
@@ -299,8 +299,9 @@ def _wrong_groups(
             agrees = weights is None and stored is None
         if not agrees:
             wrong.append(name)
-    kept = [f"{prefix}any.linear" for prefix in layout.family.kept]
-    outside = ["lm_head", *map(layout.family.vllm_name, kept)] if vllm else ["lm_head", *kept]
+    outside = [layout.output_head, *(f"{prefix}any.linear" for prefix in layout.beside)]
+    if vllm:
+        outside = [vllm_name(layout, name) for name in outside]
     return wrong + [name for name in outside if (configured_weights(section, name) is not None) != (name in modules)]
 
 
@@ -313,7 +314,10 @@ def unrotated(layout: ModelLayout, matrix: Matrix | None) -> str:
         return "the output head"
     if matrix.bias:
         return "layers with a bias"
-    return matrix.fused if matrix.fused in layout.family.vllm_unrotated else ""
+    if matrix.name.rpartition(".")[2] in FUSED:  # a whole, whose parts vLLM counts too
+        return matrix.name
+    whole = matrix.fused or matrix.name
+    return whole if whole in layout.family.vllm_unrotated else ""
 
 
 def cautions(contents: Contents) -> list[str]:
@@ -341,6 +345,7 @@ FORMAT = Format(
     outputs=outputs,
     encode=encode,
     json_files=json_files,
+    multiples=(32, 32),
     cautions=cautions,
     shared_tensors=shared_tensors,
     unrotated=unrotated,

@@ -31,7 +31,7 @@ from hlwq.formats.uniform import (
     integer_zeros,
     uniform_grid,
 )
-from hlwq.formats.vllm import VLLM, uniform_demands
+from hlwq.formats.vllm import VLLM, uniform_demands, vllm_name
 from hlwq.grids import Grid
 from hlwq.matrix import QuantizedMatrix
 from hlwq.packing import pack, unpack
@@ -218,7 +218,7 @@ def _wrong_rules(
     wrong = []
     for module, matrix in layout.matrices().items():
         fused = module.removesuffix(matrix.name) + (matrix.fused or matrix.name)
-        name = layout.family.vllm_name(fused) if vllm else module
+        name = vllm_name(layout, fused) if vllm else module
         stored, rule = modules.get(module), _first_rule(rules, name)
         if stored is None:
             agrees = rule is False
@@ -228,8 +228,9 @@ def _wrong_rules(
             agrees = rule is not False and (chosen["bits"], size) == (stored.scheme.bits, stored.scheme.group_size)
         if not agrees:
             wrong.append(name)
-    kept = [f"{prefix}any.linear" for prefix in layout.family.kept]
-    outside = ["lm_head", *map(layout.family.vllm_name, kept)] if vllm else ["lm_head", *kept]
+    outside = [layout.output_head, *(f"{prefix}any.linear" for prefix in layout.beside)]
+    if vllm:
+        outside = [vllm_name(layout, name) for name in outside]
     return wrong + [name for name in outside if name not in modules and _first_rule(rules, name) is not False]
 
 
@@ -256,6 +257,7 @@ FORMAT = Format(
     outputs=outputs,
     encode=encode,
     json_files=json_files,
+    multiples=(32, 32),
     cautions=cautions,
     holds_scattered_groups=True,
 )

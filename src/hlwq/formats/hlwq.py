@@ -7,6 +7,8 @@ Walsh–Hadamard matrix of that order and the centroids those of Lloyd and Max f
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hlwq.bases import Basis, Hadamard, rotates_groups
-from hlwq.containers import DTYPES, Reader, TensorSpec
+from hlwq.containers import DTYPES, EXPERT, PACKED, Part, Reader, TensorSpec, stack_of_bytes
 from hlwq.errors import CheckpointError, UnsupportedError
 from hlwq.families import ModelLayout
 from hlwq.files import is_file
@@ -64,6 +66,12 @@ def hold(module: str, shape: tuple[int, int], grid: Grid, basis: Basis, dtype: s
     return replace(grid, storage=(torch.float16,))
 
 
+PARTS = ("weight_packed", "weight_norms")
+"""The tensors of a module."""
+MATRICES = ("gate_proj", "w1", "up_proj", "w3", "down_proj", "w2")
+"""The matrices of an expert in the order of evaluation, by the names of all families."""
+
+
 def outputs(module: str, shape: tuple[int, int], grid: Grid, dtype: str) -> list[TensorSpec]:
     """The two tensors of a module."""
     rows, columns = shape
@@ -90,7 +98,10 @@ def json_files(config: dict[str, Any], contents: Contents) -> dict[str, dict[str
     config = _with_dtype(config, contents.dtype)
     if "text_config" in config:
         config["text_config"] = _with_dtype(config["text_config"], contents.dtype)
-    return {"config.json": {**config, "quantization_config": section_for(contents.quantized)}}
+    section = section_for(contents.quantized)
+    if of_one := _of_one_expert(contents):
+        section["experts"] = of_one
+    return {"config.json": {**config, "quantization_config": section}}
 
 
 def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
@@ -112,6 +123,45 @@ def section_for(quantized: dict[str, Scheme]) -> dict[str, Any]:
             if scheme != common
         },
     }
+
+
+def parts(tensors: Iterable[TensorSpec]) -> list[Part]:
+    """The experts of a layer in one stack, so that an expert is one contiguous read: its codes, then its norms."""
+    stacks: dict[str, dict[int, list[TensorSpec]]] = {}
+    for spec in tensors:
+        if (found := EXPERT.match(spec.name)) and found[4] in PARTS:
+            stacks.setdefault(f"{found[1]}{PACKED}", {}).setdefault(int(found[2]), []).append(spec)
+    placed = []
+    for name, of_layer in stacks.items():
+        ordered = [sorted(of_layer[index], key=lambda spec: _place_in_expert(spec.name)) for index in sorted(of_layer)]
+        placed += stack_of_bytes(name, ordered)
+    return placed
+
+
+def _place_in_expert(name: str) -> tuple[int, int]:
+    """The place of a tensor among those of its expert: codes of gate, up and down, then their norms."""
+    matrix, part = name.split(".")[-2:]
+    return PARTS.index(part), MATRICES.index(matrix)
+
+
+def _of_one_expert(contents: Contents) -> list[list[Any]]:
+    """What `parts` puts into a stack for each expert: names, dtypes and shapes.
+
+    Raises:
+        UnsupportedError: they differ from layer to layer.
+    """
+    described: dict[str, list[list[Any]]] = {}
+    for module, matrix in contents.layout.matrices().items():
+        if matrix.experts and module in contents.quantized:
+            scheme = contents.quantized[module]
+            grid = LloydGrid(scheme.bits, scheme.group_size)
+            for spec in outputs(matrix.name.rpartition(".")[2], matrix.shape, grid, ""):
+                expert = f"{module.removesuffix(matrix.name)}{matrix.expert}"
+                described.setdefault(expert, []).append([spec.name, spec.dtype, list(spec.shape)])
+    alike = {json.dumps(sorted(each, key=lambda part: _place_in_expert(part[0]))) for each in described.values()}
+    if len(alike) > 1:
+        raise UnsupportedError(f"format {NAME} holds experts of one shape, with one width of codes and one group size.")
+    return list(json.loads(alike.pop())) if alike else []
 
 
 def check_version(section: dict[str, Any], where: str) -> None:
@@ -201,6 +251,9 @@ def demands(reader: Reader, layout: ModelLayout, modules: dict[str, StoredModule
         demand(transformers, "config.json says the model's type", untyped, "Copy it from the original's config.json."),
         demand(vllm, "fused matrices have one scheme", mixed_fusions(layout, modules), again),
     ]
+    if layout.has_experts:
+        packed_experts = [name for layer in layout.layers[:1] for name in layer.experts()] or ["experts"]
+        lines.append(demand(vllm, "no packed experts", packed_experts, "For vLLM, use `format='gptq'`."))
     if not family.vllm_packs_embedding:
         lines.append(demand(vllm, unpacked, packed, "Quantize again with `include_embeddings=False`."))
     return lines
@@ -227,6 +280,7 @@ FORMAT = Format(
     outputs=outputs,
     encode=encode,
     json_files=json_files,
+    parts=parts,
     holds_embeddings=True,
     includes_embeddings=True,
 )

@@ -9,13 +9,15 @@ in the HF layout as the sign that the norms are in it too. Only the per-module o
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hlwq.bases import Basis
-from hlwq.containers import DTYPES, Reader, TensorSpec
+from hlwq.containers import DTYPES, EXPERT, OF_MIXTRAL, Part, Reader, TensorSpec, stack_of_matrices
 from hlwq.errors import CheckpointError, UnsupportedError
 from hlwq.families import FAMILIES, ModelLayout, Restoration, family_of
 from hlwq.formats import reading
@@ -67,26 +69,65 @@ def json_files(config: dict[str, Any], contents: Contents) -> dict[str, dict[str
     section: dict[str, Any] = {"group_size": common.group_size, "bits": common.bits, "mode": "affine"}
     for module, scheme in contents.quantized.items():
         if scheme != common:
-            section[mlx.path(module)] = {"group_size": scheme.group_size, "bits": scheme.bits}
+            section[mlx.path(_switched(module))] = {"group_size": scheme.group_size, "bits": scheme.bits}
     config = {**config, "quantization": section, "quantization_config": section}
     if mlx.model_type:
         config["model_type"] = mlx.model_type
-    if mlx.reads_top_level_rope:
+    text = config.get("text_config")
+    if isinstance(text, dict):
+        if mlx.reads_top_level_vocabulary:
+            config.setdefault("vocab_size", text["vocab_size"])
+        if mlx.reads_top_level_rope:
+            config["text_config"] = {**text, **rope_as_before(text)}
+    elif mlx.reads_top_level_rope:
         config |= rope_as_before(config)
     return {"config.json": config}
 
 
-def rope_as_before(config: dict[str, Any]) -> dict[str, Any]:
-    """`rope_theta` and `rope_scaling` at the top level, where mlx-lm reads them.
+MATRICES = {name: usual for usual, name in OF_MIXTRAL.items()}
+"""mlx-lm's names of Mixtral's matrices."""
 
-    transformers 5 moved both into `rope_parameters`; without them mlx-lm takes its own default in silence.
+
+def parts(tensors: Iterable[TensorSpec]) -> list[Part]:
+    """The experts of a layer, each matrix and its scales and biases in stacks, as mlx-lm's `switch_mlp` has them."""
+    stacks: dict[str, dict[int, TensorSpec]] = {}
+    for spec in tensors:
+        found = EXPERT.match(spec.name)
+        if found and len(spec.shape) == 2:
+            name = f"{found[1]}switch_mlp.{MATRICES.get(found[3], found[3])}.{found[4]}"
+            stacks.setdefault(name, {})[int(found[2])] = spec
+    return [part for name, each in stacks.items() for part in stack_of_matrices(name, [each[i] for i in sorted(each)])]
+
+
+def _switched(module: str) -> str:
+    """The path by which mlx-lm knows a matrix of an expert: that of the stack; any other module's own."""
+    parent, _, name = module.rpartition(".")
+    switched = re.sub(r"\.experts\.\d+$", ".switch_mlp", parent)
+    return module if switched == parent else f"{switched}.{MATRICES.get(name, name)}"
+
+
+def rope_as_before(config: dict[str, Any]) -> dict[str, Any]:
+    """A decoder's rotary parameters where mlx-lm reads them: beside its other entries.
+
+    transformers 5 moved them into `rope_parameters`, where some models have one set for each type of layer; without
+    them mlx-lm takes its own default in silence.
     """
     parameters = dict(config.get("rope_parameters") or {})
-    theta = parameters.pop("rope_theta", None)
-    top_level = {} if theta is None else {"rope_theta": theta}
+    local = parameters.get("sliding_attention")
+    parameters = dict(parameters.get("full_attention") or local or parameters)
+    top_level = {key: parameters.pop(key) for key in ("rope_theta", "partial_rotary_factor") if key in parameters}
+    if isinstance(local, dict) and "rope_theta" in local:
+        top_level["rope_local_base_freq"] = local["rope_theta"]
     if parameters.get("rope_type", "default") != "default":
         top_level["rope_scaling"] = parameters
     return {key: value for key, value in top_level.items() if key not in config}
+
+
+def refusal(layout: ModelLayout) -> str:
+    """Why mlx-lm runs no file of a model with its codes; empty if it does."""
+    if layout.has_experts and not layout.family.mlx.runs_experts:
+        return "mlx-lm has the experts of this family in stacks of another name"
+    return layout.family.mlx.refusal
 
 
 def stored_modules(reader: Reader) -> dict[str, StoredModule]:
@@ -100,11 +141,13 @@ def stored_modules(reader: Reader) -> dict[str, StoredModule]:
     if section.get("mode", "affine") != "affine":
         raise UnsupportedError(f"{reader.path}: MLX mode {section['mode']} cannot be read; only affine can.")
     modules = {}
+    path_functions = {each.mlx.path for each in FAMILIES}
     for module in reading.modules_with(reader, "scales"):
         parts = reading.require_parts(reader, module, "weight", "scales", "biases")
         (rows, words), (_, groups), _ = (reading.matrix_shape(reader, part) for part in parts)
         # An override goes by MLX's path, which is the file's own name or what `sanitize` makes of it.
-        paths = (module, *(each.mlx.path(module) for each in FAMILIES))
+        switched = _switched(module)
+        paths = (module, switched, *(path(switched) for path in path_functions))
         path = next((path for path in paths if isinstance(section.get(path), dict)), None)
         chosen, here = (section[path], f"{where}.{path}") if path else (section, where)
         scheme = Scheme(
@@ -132,11 +175,12 @@ def dequantize(reader: Reader, module: str, scheme: Scheme) -> Tensor:
 
 def restoration(reader: Reader) -> Restoration:
     """What undoes mlx-lm's own conversion, where the family has one and the directory went through it."""
-    family = next((each for each in FAMILIES if each.mlx.converted(reader.tensors)), None)
-    if family is not None:
-        return family.mlx.restoration
-    family = family_of(reader.config)
-    return Restoration(family.mlx.restoration.config) if family else Restoration()
+    model_type = reader.config.get("model_type")
+    for family in FAMILIES:
+        if model_type in family.model_types and family.mlx.converted(reader.tensors):
+            return family.mlx.restoration
+    known = family_of(reader.config)
+    return Restoration(known.mlx.restoration.config) if known else Restoration()
 
 
 def demands(reader: Reader, layout: ModelLayout, modules: dict[str, StoredModule]) -> list[Demand]:
@@ -159,7 +203,7 @@ def demands(reader: Reader, layout: ModelLayout, modules: dict[str, StoredModule
         demand(engine, "config.json says whether embeddings are tied", untold, again),
     ]
     if mlx.reads_top_level_rope:
-        unread = list(rope_as_before(config))
+        unread = list(rope_as_before(text))
         lines.append(demand(engine, "rope_theta and rope_scaling stand at the top level", unread, again))
     lines += [demand(engine, *each) for each in mlx.demands(text)]
     if mlx.model_type:
@@ -180,7 +224,10 @@ FORMAT = Format(
     outputs=outputs,
     encode=encode,
     json_files=json_files,
+    parts=parts,
+    multiples=(1, 32),
     restoration=restoration,
+    refusal=refusal,
     default_symmetric=False,
     fused_alike=False,
     holds_embeddings=True,

@@ -13,16 +13,16 @@ from hlwq.formats import reading
 from hlwq.formats.base import Contents, Scheme
 from hlwq.patterns import matcher
 
-HEAD = "lm_head"
-HEAD_PATTERN = r"(.*\.)?lm_head$"
+EXPERTS_END = r"(\.\d+\.(gate_proj|up_proj|down_proj|w1|w2|w3))?$"
+"""Behind the name of all experts: nothing, or one matrix of one of them."""
 
 
 def kept_patterns(contents: Contents) -> list[str]:
     """Patterns of all that stays in its own dtype: outside the decoder, and modules in it."""
     outside = outside_the_decoder(contents.layout)
-    if HEAD in contents.quantized:
-        outside.remove(HEAD_PATTERN)
-    return [*outside, *module_patterns(set(contents.kept), contents.layout)]
+    if contents.layout.output_head in contents.quantized:
+        outside.remove(head_pattern(contents.layout))
+    return [*outside, *module_patterns(set(contents.kept), contents.layout), *router_patterns(contents.layout)]
 
 
 def patterns_by_scheme(contents: Contents, common: Scheme) -> dict[Scheme, list[str]]:
@@ -62,8 +62,24 @@ def outside_the_decoder(layout: ModelLayout) -> list[str]:
 
     vLLM says `visual.…` where the checkpoint says `model.visual.…`: each pattern matches both.
     """
-    kept = [rf"(.*\.)?{re.escape(prefix.removeprefix('model.'))}.*" for prefix in layout.family.kept]
-    return [*kept, HEAD_PATTERN]
+    kept = [rf"(.*\.)?{re.escape(prefix.removeprefix('model.'))}.*" for prefix in layout.beside]
+    return [*kept, head_pattern(layout)]
+
+
+def router_patterns(layout: ModelLayout) -> list[str]:
+    """Patterns of what engines build as linear layers and transformers does not: what routes tokens to experts."""
+    names = {
+        name.removesuffix(".weight")
+        for layer in layout.layers
+        for name, shape in layer.others.items()
+        if len(shape) == 2 and any(matrix.experts for matrix in layer.matrices())
+    }
+    return [rf"(.*\.)?layers\.\d+\.{re.escape(name)}$" for name in sorted(names)]
+
+
+def head_pattern(layout: ModelLayout) -> str:
+    """A pattern of the output head, wherever an engine has it."""
+    return rf"(.*\.)?{re.escape(layout.output_head.rpartition('.')[2])}$"
 
 
 def module_patterns(modules: set[str], layout: ModelLayout) -> list[str]:
@@ -71,20 +87,24 @@ def module_patterns(modules: set[str], layout: ModelLayout) -> list[str]:
     layers_of: dict[str, set[int]] = defaultdict(set)
     having: dict[str, set[int]] = defaultdict(set)
     fused: dict[str, str] = {}
+    experts: set[str] = set()
     for index, layer in enumerate(layout.layers):
         for matrix in layer.matrices():
-            having[matrix.name].add(index)
-            fused[matrix.name] = matrix.fused
+            name = matrix.experts or matrix.name  # engines ask for all experts of a layer at once
+            having[name].add(index)
+            fused[name] = "" if matrix.experts else matrix.fused
+            experts.update([name] if matrix.experts else [])
             if layout.layer_prefix(index) + matrix.name in modules:
-                layers_of[matrix.name].add(index)
+                layers_of[name].add(index)
     # One pattern for modules that share their parent and their layers; in it, the fused names beside the own.
-    leaves_of: dict[tuple[str, str], list[str]] = defaultdict(list)
+    leaves_of: dict[tuple[str, str, str], list[str]] = defaultdict(list)
     for name, layers in layers_of.items():
-        parent, leaf = name.rsplit(".", 1)
+        parent, dot, leaf = name.rpartition(".")
         where = r"\d+" if layers == having[name] else "(" + "|".join(map(str, sorted(layers))) + ")"
-        leaves = leaves_of[parent, where]
+        end = EXPERTS_END if name in experts else "$"
+        leaves = leaves_of[re.escape(parent + dot), where, end]
         leaves += [each for each in (leaf, fused[name].rpartition(".")[2]) if each and each not in leaves]
     return [
-        rf"(.*\.)?layers\.{where}\.{re.escape(parent)}\.({'|'.join(leaves)})$"
-        for (parent, where), leaves in leaves_of.items()
+        rf"(.*\.)?layers\.{where}\.{parent}({'|'.join(leaves)}){end}"
+        for (parent, where, end), leaves in leaves_of.items()
     ]

@@ -30,6 +30,14 @@ def uniform_demands(
     ]
 
 
+def vllm_name(layout: ModelLayout, name: str) -> str:
+    """A module's name in vLLM, by its name in the checkpoint: parts beside the decoder are not in `model` there."""
+    inside = "model.language_model."
+    if name.startswith(inside):
+        return "language_model.model." + name.removeprefix(inside)
+    return name.removeprefix("model.") if name.startswith(tuple(layout.beside)) else name
+
+
 def mixed_fusions(layout: ModelLayout, modules: dict[str, StoredModule]) -> list[str]:
     """The matrices that vLLM fuses, by its names for them, whose members do not have one scheme."""
     return [

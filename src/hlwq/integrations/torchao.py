@@ -57,6 +57,8 @@ def quantize_(model: nn.Module, *, bits: int | None = 5, block_size: int = 128, 
         if name.endswith(".weight_packed"):
             raise _quantized_already(name.rpartition(".")[0])
     layout = describe({**_config_of(model), "architectures": [type(model).__name__]}, tensors)
+    if layout.has_experts:
+        raise UnsupportedError("Experts are no linear layers, which alone torchao quantizes. Use `hlwq quantize`.")
     weights = {name: _plain_weight(name, model.get_submodule(name)) for name in sorted(usual_modules(layout))}
     widths = {name: weight.shape[1] for name, weight in weights.items()}
     device = next(model.parameters()).device

@@ -6,7 +6,8 @@ it, in the plan; transformers reads the files and renames their tensors for the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from inspect import signature
 from pathlib import Path
@@ -32,13 +33,16 @@ from hlwq.errors import HlwqError, RequestError, UnsupportedError
 from hlwq.families import describe
 from hlwq.formats import Scheme
 from hlwq.formats import hlwq as hlwq_format
-from hlwq.linear import HLWQEmbedding, HLWQLinear, HLWQTiedHead
+from hlwq.linear import HLWQEmbedding, HLWQExperts, HLWQLinear, HLWQTiedHead
 from hlwq.options import several
 from hlwq.pipeline import check_dropped
 from hlwq.plan import PlannedTensor, check_tensors, make_plan
 from hlwq.recipes import changed, recipe_named
 from hlwq.request import Selection
 from hlwq.work import check_finite, quantize_matrix
+
+OF_EXPERT = re.compile(r"\.experts\.\d+\.")
+"""In the names of an expert's own modules."""
 
 if TYPE_CHECKING:
     from transformers.modeling_utils import PreTrainedModel
@@ -77,6 +81,7 @@ class HLWQConfig(QuantizationConfigMixin):
         self.exclude = exclude
         self.dequantize = dequantize
         self.modules: dict[str, dict[str, int]] = {}
+        self.experts: list[Any] = []
         given = {
             "bits": bits is not None,
             "group_size": group_size is not None,
@@ -95,18 +100,20 @@ class HLWQConfig(QuantizationConfigMixin):
             RequestError: it holds a key that is none of these.
         """
         hlwq_format.check_version({"version": hlwq_format.VERSION, **config_dict}, "config.json")
-        own = {name: value for name, value in config_dict.items() if name not in ("quant_method", "version", "modules")}
+        described = ("quant_method", "version", "modules", "experts")
+        own = {name: value for name, value in config_dict.items() if name not in described}
         if unknown := own.keys() - signature(cls).parameters.keys():
             raise RequestError(f"quantization_config has the key {min(unknown)}, which hlwq does not know. Delete it.")
         config = cls(**own)
         config.given = []
-        config.modules = config_dict.get("modules", {})
+        config.modules, config.experts = config_dict.get("modules", {}), config_dict.get("experts", [])
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
         """The section as `hlwq quantize` writes it."""
         common = {"bits": self.bits, "group_size": self.group_size, "modules": self.modules}
-        return {"quant_method": hlwq_format.NAME, "version": hlwq_format.VERSION, **common}
+        experts = {"experts": self.experts} if self.experts else {}
+        return {"quant_method": hlwq_format.NAME, "version": hlwq_format.VERSION, **common, **experts}
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What is said at loading and not in the file."""
@@ -155,6 +162,9 @@ class HLWQQuantizer(HfQuantizer):
         directory = Path(checkpoint_files[0]).parent
         if self.pre_quantized:
             schemes = _stored_schemes(directory, model)
+            for name, scheme in _experts_in(model, schemes).items():
+                model.set_submodule(name, HLWQExperts(model.get_submodule(name), scheme))
+            schemes = {module: scheme for module, scheme in schemes.items() if not OF_EXPERT.search(module)}
             self.names = _own_names(model, schemes)
             for module, name in self.names.items():
                 _replace(model, name, schemes[module])
@@ -171,6 +181,10 @@ class HLWQQuantizer(HfQuantizer):
         plan = make_plan(self.reader, recipe, hlwq_format.NAME, selection)
         check_dropped(self.reader, plan)
         tensors = {tensor.module: tensor for tensor in plan.quantized()}
+        if any(OF_EXPERT.search(module) for module in tensors):
+            raise UnsupportedError(
+                "Experts cannot be quantized as they are loaded. Run `hlwq quantize --format hlwq` and load its output."
+            )
         self.names = _own_names(model, tensors)
         self.planned = {f"{name}.weight": tensors[module] for module, name in self.names.items()}
         for name in self.names.values():
@@ -216,7 +230,8 @@ class HLWQQuantizer(HfQuantizer):
         Raises:
             UnsupportedError: some of the codes are offloaded.
         """
-        if any(name.endswith(".weight_packed") and codes.is_meta for name, codes in model.named_parameters()):
+        packed = (".weight_packed", ".experts.packed")
+        if any(name.endswith(packed) and codes.is_meta for name, codes in model.named_parameters()):
             raise UnsupportedError(
                 "Offloaded weights cannot be decoded. Load the model whole, as with device_map='cpu'."
             )
@@ -226,7 +241,7 @@ class HLWQQuantizer(HfQuantizer):
             if parameter.dtype == before:
                 parameter.data = parameter.data.to(dtype)
         for name, module in list(model.named_modules()):
-            if isinstance(module, HLWQLinear | HLWQEmbedding):
+            if isinstance(module, HLWQLinear | HLWQEmbedding | HLWQExperts):
                 model.set_submodule(name, module.dequantize(dtype))
             elif isinstance(module, HLWQTiedHead):
                 model.set_submodule(name, module.dequantize())
@@ -240,7 +255,9 @@ class HLWQQuantizer(HfQuantizer):
         """Let the section call modules what `save_pretrained` will: a model without its head leaves a prefix out."""
         modules = {}
         for module, scheme in self.quantization_config.modules.items():
-            if module in self.names:
+            if OF_EXPERT.search(module):
+                modules[module] = scheme
+            elif module in self.names:
                 saved = revert_weight_conversion(model, {f"{self.names[module]}.weight_packed": torch.empty(0)})
                 modules[next(iter(saved)).removesuffix(".weight_packed")] = scheme
         self.quantization_config.modules = modules
@@ -308,6 +325,22 @@ def _stored_schemes(directory: Path, model: PreTrainedModel) -> dict[str, Scheme
         check_tensors(checkpoint, describe(checkpoint.config, checkpoint.tensors))
     schemes = {module: checkpoint.scheme_of(f"{module}.weight") for module in checkpoint.quantized_modules()}
     return {module: scheme for module, scheme in schemes.items() if scheme is not None}
+
+
+def _experts_in(model: PreTrainedModel, schemes: Mapping[str, Scheme]) -> dict[str, Scheme]:
+    """The modules that hold experts which a checkpoint has packed, by the model's own names, with their schemes."""
+    found: dict[str, Scheme] = {}
+    packed: dict[str, Scheme] = {}
+    for module, scheme in schemes.items():
+        if place := OF_EXPERT.search(module):
+            # Mixtral's files call it otherwise than its module.
+            packed[f"{module[: place.start()].replace('.block_sparse_moe', '.mlp')}.experts"] = scheme
+    for name, module in model.named_modules():
+        if name.endswith(".experts") and hasattr(module, "gate_up_proj"):
+            # Their place is the same, the names before the layers differ where the model is in a wrapper.
+            inside = name[name.index("layers.") :]
+            found.update((name, scheme) for each, scheme in packed.items() if f".{each}".endswith(f".{inside}"))
+    return found
 
 
 def _own_names(model: PreTrainedModel, modules: Iterable[str]) -> dict[str, str]:
