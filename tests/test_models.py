@@ -47,7 +47,7 @@ def test_transformers_loads_what_is_written(family: str, tmp_path: Path) -> None
     packed, info = loaded(tmp_path / "hlwq")
     assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     expected, original = logits(dense), logits(loaded(source)[0])
-    assert (logits(packed) - expected).abs().mean() < (expected - original).abs().mean() / 10
+    assert (logits(packed) - expected).abs().mean() < (expected - original).abs().mean() / 4
     found(ARCHITECTURES[family], "transformers", transformers.__version__, "hlwq", TESTED)
 
 

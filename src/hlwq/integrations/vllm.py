@@ -24,6 +24,7 @@ from vllm.model_executor.parameter import GroupQuantScaleParameter, PackedvLLMPa
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 
 from hlwq import kernels
+from hlwq.containers import PACKED
 from hlwq.errors import CheckpointError, UnsupportedError
 from hlwq.families import family_of
 from hlwq.formats import Scheme
@@ -87,6 +88,10 @@ class HLWQQuantizationConfig(QuantizationConfig):
         """
         for name in get_safetensors_params_metadata(model_name, revision=revision):
             module, _, part = name.rpartition(".")
+            if name.endswith(f".{PACKED}"):
+                raise UnsupportedError(
+                    f"{model_name}: vLLM runs no packed experts. Quantize the original again with `format='gptq'`."
+                )
             if part == "weight_packed":
                 where = f"{model_name}: config.json: quantization_config"
                 self.schemes[module] = hlwq_format.scheme_for(self.section, module, where)
