@@ -94,12 +94,12 @@ def test_of_a_model_on_the_hub_only_headers_are_read(
 
 
 def test_the_command_prints_the_table_and_the_outlook(tmp_path: Path) -> None:
-    printed = CliRunner().invoke(app, ["models"], env={"COLUMNS": "200"})
-    assert printed.exit_code == 0
-    assert all(each.architecture in printed.stdout for each in supported_models())
+    printed = CliRunner().invoke(app, ["models", "--json"])
+    assert [row["architecture"] for row in json.loads(printed.stdout)] == [m.architecture for m in supported_models()]
+    assert CliRunner().invoke(app, ["models"]).exit_code == 0
     source = save_model(tmp_path / "source", "starcoder2")
-    printed = CliRunner().invoke(app, ["models", str(source)], env={"COLUMNS": "200"})
-    assert printed.exit_code == 0
-    assert "vLLM (tested)" in printed.stdout
+    printed = CliRunner().invoke(app, ["models", str(source), "--json"])
+    assert {each["format"]: each["engines"] for each in json.loads(printed.stdout)}["gptq"] == {"vLLM": TESTED}
+    assert CliRunner().invoke(app, ["models", str(source)]).exit_code == 0
     refused = CliRunner().invoke(app, ["models", "--revision", "main"])
     assert refused.exit_code != 0

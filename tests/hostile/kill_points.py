@@ -77,14 +77,14 @@ class Steps:
         if self.live:
             self.step()
 
-    def on_write(self, writer: Writer, name: str, tensor: torch.Tensor, part: int | None = None) -> None:
+    def on_write(self, writer: Writer, name: str, tensor: torch.Tensor) -> None:
         self.count += 1
         if self.count == self.last:
             cut = tensor.clone()
             cut.view(torch.uint8).reshape(-1)[cut.nbytes // 2 :] = 0
-            self.write(writer, name, cut, part)
+            self.write(writer, name, cut)
             self.end()
-        self.write(writer, name, tensor, part)
+        self.write(writer, name, tensor)
 
 
 def in_a_process(work: Callable[[], None]) -> tuple[int, str]:
