@@ -122,7 +122,7 @@ RUNS = {
     "python benchmarks/gptq_terms.py MODEL --text FILE --calibration FILE --json terms.json": Run(
         f"--seeds 0 1 {SAMPLES} {CHUNKS}", slow=True
     ),
-    "python benchmarks/experts_layer.py": Run("--experts 4 --samples 2 --sequence-length 32", slow=True),
+    "python benchmarks/experts_layer.py": Run("--experts 8 --samples 2 --sequence-length 32", slow=True),
     "hlwq models": Run(),
     "hlwq models MODEL": Run(),
     "hlwq models Qwen/Qwen3.5-9B": Run(),
