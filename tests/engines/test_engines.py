@@ -39,8 +39,8 @@ OWN_BITS = {"bits": 4.5, "calibration": CALIBRATION}
 
 
 @pytest.fixture(scope="module")
-def models(smollm2: Path) -> dict[str, Path]:
-    return {"smollm2": smollm2, "hybrid": bundled_model()}
+def models(smollm2: Path, experts_model: Path) -> dict[str, Path]:
+    return {"smollm2": smollm2, "hybrid": bundled_model(), "experts": experts_model}
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +206,7 @@ def test_mistakes_exceed_the_tolerance(
         ("hybrid", "rtn", {"symmetric": False, "exclude": [r"layers\.1\.mlp"]}),
         ("hybrid", "hlwq-v7", {"desc_act": True, "calibration": CALIBRATION}),
         ("smollm2", "gptq", {"desc_act": True, "calibration": CALIBRATION}),
+        ("experts", "best", {"calibration": CALIBRATION}),
     ],
 )
 def test_gptqmodel_decodes_the_same_weights(
@@ -218,6 +219,20 @@ def test_gptqmodel_decodes_the_same_weights(
     assert set(theirs) == set(ours.quantized_modules())
     for module, weight in theirs.items():
         assert torch.equal(weight, ours.read(f"{module}.weight").to(weight.dtype)), module
+
+
+def test_vllm_reads_the_rules_of_experts_as_meant(
+    models: dict[str, Path], tmp_path: Path, run_engine: RunEngine
+) -> None:
+    directory = tmp_path / "quantized"
+    hlwq.quantize(models["experts"], directory, "rtn")
+    place = "language_model.model.layers.2.mlp."
+    expected = {
+        **dict.fromkeys((f"{place}experts", f"{place}shared_expert.gate_up_proj", f"{place}experts.3.up_proj"), True),
+        **dict.fromkeys((f"{place}gate", f"{place}shared_expert_gate", "visual.blocks.0.attn.qkv", "lm_head"), False),
+    }
+    output = run_engine("vllm", "vllm_rules.py", directory, list(expected))
+    assert {name: rule is not False for name, rule in output["rules"].items()} == expected
 
 
 def test_vllm_reads_the_dynamic_rules_as_meant(tmp_path: Path, run_engine: RunEngine) -> None:
