@@ -136,7 +136,8 @@ def judge(report: Report, source: Path, expected: Report | None = None) -> str:
         expected: what the engine made of the decoded weights, if that is not what transformers makes of them.
     """
     if "error" in report:
-        first = next(line.strip() for line in report["error"].splitlines() if line.strip())
+        where = f"{report.get('path')}: "  # of the run, which the table is not
+        first = next(line.strip() for line in report["error"].replace(where, "").splitlines() if line.strip())
         return shorten(first.partition(". ")[0], 160, placeholder=" …")
     decoded, original = logprobs(Path(report["path"])), logprobs(source)
     changed = float((decoded - original).abs().mean())
