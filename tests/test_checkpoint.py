@@ -355,9 +355,11 @@ def test_bytes_of_an_expert_are_described_by_the_configuration(tmp_path: Path) -
     reader = Reader(tmp_path / "out")
     assert torch.equal(reader.read("mlp.experts.1.up_proj.weight_packed"), codes[1])
     assert torch.equal(reader.read("mlp.experts.1.up_proj.weight_norms"), norms[1])
-    for wrong in (None, [["up_proj.weight_packed", "U8"]], [["up_proj.weight_packed", "U8", [3, 5]]]):
-        config["quantization_config"]["experts"] = wrong
-        (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    odd = [["up_proj.weight_packed", "U8", [3]], ["up_proj.weight_norms", "F16", [3, 2]]]
+    shapes = ([3, 5], [-1, -24], [0, 24], ["x"])
+    others = [[["up_proj.weight_packed", "U8", shape]] for shape in shapes]
+    for wrong in (None, "x", [["up_proj.weight_packed", "U8"]], [["up_proj.weight_packed", "U9", [24]]], odd, *others):
+        (tmp_path / "out" / "config.json").write_text(json.dumps({"quantization_config": {"experts": wrong}}))
         with pytest.raises(CheckpointError, match=r"quantization_config\.experts"):
             Reader(tmp_path / "out")
 

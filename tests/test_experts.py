@@ -9,33 +9,26 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import save_model
+from runners import TOKENS, runner_of, states, whole_model
 from torch import Tensor, nn
 
 import hlwq
-from hlwq.calibration import LayerRunner
 from hlwq.calibration.experts import SHRINKAGE, STARVED, Routed, tokens_of
 from hlwq.containers import Reader
 from hlwq.decoded import DecodedCheckpoint
 from hlwq.demo import held_out_text
 from hlwq.evaluate.divergence import divergence
-from hlwq.evaluate.model import load_model
 from hlwq.evaluate.statistics import mean_estimate
-from hlwq.families import describe
 from hlwq.files import read_json
 from hlwq.solvers import INPUTS, ORIGINAL_INPUTS, Gram
 
 FAMILIES = ("qwen3_moe", "olmoe", "mixtral", "glm4_moe", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next")
-TOKENS = torch.randint(0, 96, (5, 70), generator=torch.Generator().manual_seed(0))
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 @pytest.fixture
 def untokenized(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hlwq.evaluate.model.load_tokenizer", lambda path: None)  # these have none
-
-
-def whole_model(path: Path) -> Any:
-    return load_model(path, dtype=torch.float32)[0]
 
 
 def given_to_experts(model: Any, layer: int) -> Routed:
@@ -55,19 +48,7 @@ def test_an_expert_is_solved_on_the_tokens_that_go_to_it(
 ) -> None:
     """The last layer's experts halved one by one, against whole models that hooks look at."""
     source = Reader(save_model(tmp_path / "model", family))
-    layout = describe(source.config, source.tensors)
-    embedding = source.read(f"{layout.embedding}.weight")
-    runner = LayerRunner(
-        source.config,
-        layout,
-        TOKENS,
-        lambda ids: embedding[ids],
-        read=source.read,
-        needs={INPUTS, ORIGINAL_INPUTS},
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        batch_size=batch_size,
-    )
+    runner, layout = runner_of(source, needs={INPUTS, ORIGINAL_INPUTS}, batch_size=batch_size)
     last = len(layout.layers) - 1
     for _ in range(last):
         runner.advance(source.read, source.read)
@@ -85,7 +66,7 @@ def test_an_expert_is_solved_on_the_tokens_that_go_to_it(
     steps = [[path(m.name) for m in step] for step in layout.layers[last].steps if step[0].experts]
     counts = runner.quantize(source.read, steps, halve, {}, halved.__getitem__)
 
-    model = whole_model(source.path)
+    model = whole_model(source)
     norm, head = model.get_decoder().get_submodule(layout.norm), model.get_output_embeddings()
     with torch.no_grad():  # the original beside goes on with the original experts, in all batches
         assert runner._originals is not None
@@ -113,7 +94,7 @@ def test_an_expert_is_solved_on_the_tokens_that_go_to_it(
         module.gate_up_proj.mul_(0.5)
         module.down_proj.mul_(0.5)
         expected = model(input_ids=TOKENS).logits
-        found = head(norm(runner._states.read(slice(0, len(TOKENS)))))
+        found = head(norm(states(runner)))
     assert torch.allclose(found, expected, rtol=1e-3, atol=1e-3)
 
 
@@ -134,12 +115,7 @@ def test_a_starved_expert_is_given_other_tokens_with_little_weight() -> None:
 @every_family
 def test_no_layer_of_experts_is_ever_held(family: str, tmp_path: Path) -> None:
     source = Reader(save_model(tmp_path / "model", family))
-    layout = describe(source.config, source.tensors)
-    embedding = source.read(f"{layout.embedding}.weight")
-    runner = LayerRunner(
-        source.config, layout, TOKENS, lambda ids: embedding[ids], read=source.read, needs=frozenset(),
-        device=torch.device("cpu"), dtype=torch.float32, batch_size=5,
-    )  # fmt: skip
+    runner, layout = runner_of(source, needs=frozenset())
     largest = max(m.shape[0] * m.shape[1] for layer in layout.layers for m in layer.matrices())
     for _ in layout.layers:
         runner.advance(source.read, source.read)

@@ -10,16 +10,15 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import ALL_FAMILY_NAMES, make_checkpoint, some_names
+from runners import TOKENS, runner_of, states, whole_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, GraniteConfig
 
 from hlwq.calibration import LayerRunner
 from hlwq.containers import Reader
-from hlwq.evaluate.model import load_model
-from hlwq.families import Matrix, ModelLayout, describe
+from hlwq.families import Matrix, describe
 from hlwq.solvers import INPUTS, ORIGINAL_INPUTS, STREAM, Gram
 
-TOKENS = torch.randint(0, 96, (5, 70), generator=torch.Generator().manual_seed(0))
 WRITERS = {
     **dict.fromkeys(
         ("gemma2", "gemma3", "gemma3_text", "gemma4", "gemma4_text", "olmo2", "olmo3", "glm4", "exaone4"), 0
@@ -40,35 +39,9 @@ def source(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
     return Reader(make_checkpoint(tmp_path / "model", request.param))
 
 
-def runner_of(source: Reader, **options: Any) -> tuple[LayerRunner, ModelLayout]:
-    layout = describe(source.config, source.tensors)
-    embedding = source.read(f"{layout.embedding}.weight")
-    device = torch.device("cpu")
-    options = {"batch_size": len(TOKENS), "needs": frozenset({INPUTS}), **options}
-    runner = LayerRunner(
-        source.config,
-        layout,
-        TOKENS,
-        lambda ids: embedding[ids],
-        read=source.read,
-        device=device,
-        dtype=torch.float32,
-        **options,
-    )
-    return runner, layout
-
-
-def whole_model(source: Reader) -> Any:
-    return load_model(source.path, dtype=torch.float32)[0]
-
-
 def single(matrices: Iterable[Matrix]) -> list[Matrix]:
     """Those that are none of an expert's, which `test_experts.py` looks at."""
     return [matrix for matrix in matrices if not matrix.experts]
-
-
-def states(runner: LayerRunner) -> Tensor:
-    return runner._states.read(slice(0, len(TOKENS)))
 
 
 @pytest.mark.parametrize("options", [{}, {"batch_size": 2}, {"spill": True}, {"batch_size": 2, "spill": True}])

@@ -63,6 +63,7 @@ tests/test_polar.py and tests/engines/test_polarquant.py convert PolarQuant's.""
 TEXTS = ("wiki.txt", "calibration-wiki.txt", "wikitext-2-raw.test.txt")
 WORDS = {"FILE": "wiki.txt", "…": "", "SmolLM2-135M-Instruct.Q4_1.gguf": "SmolLM2-135M-Instruct.Q4_1"}
 
+EXPERTS = {"tests/data/experts": "MODEL", "calibration-code.txt": "wiki.txt", "held_out.txt": "wiki.txt"}
 SAMPLES = "--samples 2 --sequence-length 32"
 CALIBRATED = f"--calibration wiki.txt {SAMPLES}"
 CHUNKS = "--context 64 --limit 2"
@@ -123,6 +124,10 @@ RUNS = {
         f"--seeds 0 1 {SAMPLES} {CHUNKS}", slow=True
     ),
     "python benchmarks/experts_layer.py": Run("--experts 8 --samples 2 --sequence-length 32", slow=True),
+    "hlwq quantize tests/data/experts OUT --format gptq --calibration calibration-code.txt --samples 64 "
+    "--sequence-length 256": Run(SAMPLES, words=EXPERTS),
+    "hlwq compare OUT… --base tests/data/experts --text held_out.txt --protocol chunked --context 512 --limit 32 "
+    "--no-speed": Run(CHUNKS, words={"OUT…": "DIR1", **EXPERTS}),
     "hlwq models": Run(),
     "hlwq models MODEL": Run(),
     "hlwq models Qwen/Qwen3.5-9B": Run(),

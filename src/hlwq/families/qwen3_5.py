@@ -69,19 +69,17 @@ def _shape_before_mlx(spec: TensorSpec) -> tuple[int, ...]:
     return (spec.shape[0], spec.shape[2], spec.shape[1]) if spec.name.endswith("conv1d.weight") else spec.shape
 
 
-_FUSED = {
-    "linear_attn.in_proj_qkv": "linear_attn.in_proj_qkvz",
-    "linear_attn.in_proj_z": "linear_attn.in_proj_qkvz",
-    "linear_attn.in_proj_b": "linear_attn.in_proj_ba",
-    "linear_attn.in_proj_a": "linear_attn.in_proj_ba",
-}
-_KEEP = {"linear_attn.in_proj_b": _GATES, "linear_attn.in_proj_a": _GATES}
 QWEN3_5 = Family(
     "Qwen3.5 (hybrid)",
     ("Qwen3_5ForConditionalGeneration", "Qwen3_5ForCausalLM"),
     ("qwen3_5", "qwen3_5_text"),
-    fused=_FUSED,
-    keep=_KEEP,
+    fused={
+        "linear_attn.in_proj_qkv": "linear_attn.in_proj_qkvz",
+        "linear_attn.in_proj_z": "linear_attn.in_proj_qkvz",
+        "linear_attn.in_proj_b": "linear_attn.in_proj_ba",
+        "linear_attn.in_proj_a": "linear_attn.in_proj_ba",
+    },
+    keep={"linear_attn.in_proj_b": _GATES, "linear_attn.in_proj_a": _GATES},
     architecture_of={"qwen3_5_text": "Qwen3_5ForCausalLM"},
     vllm_unrotated=("linear_attn.in_proj_qkvz",),
     vllm_packs_embedding=False,
@@ -95,14 +93,12 @@ QWEN3_5 = Family(
         restoration=Restoration(_config_before_mlx, _name_before_mlx, _shape_before_mlx, _tensor_before_mlx),
     ),
 )
-QWEN3_5_MOE = Family(
-    "Qwen3.5-MoE (hybrid)",
-    ("Qwen3_5MoeForConditionalGeneration", "Qwen3_5MoeForCausalLM"),
-    ("qwen3_5_moe", "qwen3_5_moe_text"),
-    fused=_FUSED,
-    keep=_KEEP,
-    vllm_unrotated=("linear_attn.in_proj_qkvz",),
-    vllm_packs_embedding=False,
+QWEN3_5_MOE = replace(
+    QWEN3_5,
+    name="Qwen3.5-MoE (hybrid)",
+    architectures=("Qwen3_5MoeForConditionalGeneration", "Qwen3_5MoeForCausalLM"),
+    model_types=("qwen3_5_moe", "qwen3_5_moe_text"),
+    architecture_of={},
     mlx=replace(QWEN3_5.mlx, model_type="qwen3_5_moe"),
 )
 QWEN3_NEXT = Family(
