@@ -73,7 +73,7 @@ def quantize(
     Args:
         source: a directory, a hub id, or a `.gguf` file that transformers can dequantize.
         out: the directory to make; absent or empty. It appears when it is complete and checked.
-        recipe: a name of `RECIPES`, or a `Recipe` of your own; by default `best`, or `rtn` without transformers.
+        recipe: a name of `RECIPES`, or a `Recipe` of your own; by default `best`.
         progress: told how far the work is.
         options: the fields of `Request`, `Selection` and `Calibration` (`format`, `device`, `exclude`, `samples`, …;
             `calibration` is a `Calibration`, or the texts as they are), and changes of the recipe (`bits`,
