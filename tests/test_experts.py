@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ import hlwq
 from hlwq.calibration.experts import SHRINKAGE, STARVED, Routed, tokens_of
 from hlwq.containers import Reader
 from hlwq.decoded import DecodedCheckpoint
-from hlwq.demo import held_out_text
+from hlwq.demo import bundled_model, held_out_text
 from hlwq.evaluate.divergence import divergence
 from hlwq.evaluate.statistics import mean_estimate
 from hlwq.files import read_json
@@ -38,7 +41,7 @@ def given_to_experts(model: Any, layer: int) -> Routed:
     with torch.no_grad():
         model(input_ids=TOKENS)
     handle.remove()
-    return Routed(*seen[0])
+    return Routed(*seen[0], torch.zeros_like(seen[0][0]))
 
 
 @pytest.mark.parametrize("batch_size", [5, 2])
@@ -53,18 +56,16 @@ def test_an_expert_is_solved_on_the_tokens_that_go_to_it(
     for _ in range(last):
         runner.advance(source.read, source.read)
     grams: dict[str, Gram] = {}
-    halved: dict[str, Tensor] = {}
 
     def halve(layer: nn.Module, names: list[str], gram: Gram) -> None:
         for name in names:
             grams[name] = gram
             parameter = layer.get_parameter(f"{name}.weight")
-            file = layout.layer_prefix(last) + layout.family.in_files(name)
-            halved[f"{file}.weight"] = parameter.data = parameter / 2
+            parameter.data = parameter / 2
 
     path = layout.family.in_modules
     steps = [[path(m.name) for m in step] for step in layout.layers[last].steps if step[0].experts]
-    counts = runner.quantize(source.read, steps, halve, {}, halved.__getitem__)
+    counts = runner.quantize(source.read, steps, halve)
 
     model = whole_model(source)
     norm, head = model.get_decoder().get_submodule(layout.norm), model.get_output_embeddings()
@@ -102,7 +103,7 @@ def test_a_starved_expert_is_given_other_tokens_with_little_weight() -> None:
     tokens = 1000
     experts = torch.stack([torch.zeros(tokens, dtype=torch.long), torch.ones(tokens, dtype=torch.long)], 1)
     experts[:10, 1] = 2
-    routed = Routed(torch.randn(tokens, 8), experts, torch.full((tokens, 2), 0.5))
+    routed = Routed(torch.randn(tokens, 8), experts, torch.full((tokens, 2), 0.5), torch.zeros(tokens, 8))
     for expert, own in ((0, tokens), (1, tokens - 10), (2, 10), (3, 0)):
         token, weights, count = tokens_of(routed, expert)
         assert count == own
@@ -121,6 +122,50 @@ def test_no_layer_of_experts_is_ever_held(family: str, tmp_path: Path) -> None:
         runner.advance(source.read, source.read)
         held = [p.numel() for p in runner._decoder.parameters() if not p.is_meta]
         assert max(held, default=0) <= largest
+
+
+@pytest.mark.parametrize("batch_size", [5, 2, 1])
+def test_each_expert_is_read_once_however_many_batches(batch_size: int, tmp_path: Path) -> None:
+    source = Reader(save_model(tmp_path / "model", "qwen3_moe"))
+    runner, layout = runner_of(source, batch_size=batch_size)
+    read: Counter[str] = Counter()
+
+    def counting(name: str) -> Tensor:
+        read[name] += ".experts." in name
+        return source.read(name)
+
+    path = layout.family.in_modules
+    steps = [[path(m.name) for m in step] for step in layout.layers[0].steps]
+    runner.quantize(counting, steps, lambda *_: None)
+    runner.advance(counting, counting)
+    assert read.total()
+    assert max(read.values()) == 1
+
+
+@pytest.mark.parametrize("batch_size", [2, None])
+def test_a_run_goes_on_and_spills_to_the_same_bytes(batch_size: int | None, tmp_path: Path) -> None:
+    """What a layer's experts were solved with, and run with in the same pass, is what a resumed run computes."""
+    model = save_model(tmp_path / "model", "qwen3_5_moe", vocab_size=2048)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(bundled_model() / name, model / name)
+    calibration = hlwq.Calibration(
+        ("embedded",), samples=5, sequence_length=32, generated_samples=0, batch_size=batch_size
+    )
+
+    def run(out: str, calibration: hlwq.Calibration, stop: str = "") -> dict[str, bytes]:
+        def report(done: int, total: int, what: str) -> None:
+            if stop and what.startswith(stop):
+                raise KeyboardInterrupt
+
+        hlwq.quantize(model, tmp_path / out, "best", format="gptq", calibration=calibration, progress=report)
+        return {file.name: file.read_bytes() for file in (tmp_path / out).glob("*.safetensors")}
+
+    whole = run("whole", calibration)
+    assert run("spilled", replace(calibration, offload_activations=True)) == whole
+    with pytest.raises(KeyboardInterrupt):
+        run("resumed", calibration, stop="layer 2")
+    assert run("resumed", calibration) == whole
+    assert {file.name for file in (tmp_path / "spilled").iterdir()} == {f.name for f in (tmp_path / "whole").iterdir()}
 
 
 @pytest.mark.parametrize("options", [{"format": "gptq"}, {"format": "mlx"}, {"format": "hlwq", "bits": 4}], ids=str)

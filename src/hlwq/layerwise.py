@@ -61,7 +61,7 @@ class CalibratedLayers:
             streams = {name: stream for name, stream in streams.items() if name in planned}
         work.report(work.done, work.total, f"layer {index}")
         with memory_errors(f"layer {index}: the device has too little memory. Lower `batch_size`."):
-            counts = runner.quantize(work.read, [step for step in steps if step], solve, streams, self._written.read)
+            counts = runner.quantize(work.read, [step for step in steps if step], solve, streams)
         for name, count in counts.items():
             errors[planned[name].module]["calibration_tokens"] = count
         return errors
@@ -162,7 +162,7 @@ class CalibratedLayers:
         needs = work.plan.recipe.solver.needs
         spill = None
         if calibration.offload_activations:
-            copies = 2 if ORIGINAL_INPUTS in needs else 1
+            copies = (2 if ORIGINAL_INPUTS in needs else 1) * (3 if work.plan.layout.has_experts else 1)
             width = work.plan.layout.text_config["hidden_size"] * 4
             # The output's files are laid out already, but take their space only as they are written.
             check_disk(work.writer.partial, copies * tokens.numel() * width + work.plan.output_bytes())

@@ -1,4 +1,4 @@
-"""The experts of a layer, one in memory at a time: run with weights read for it, or calibrated on its tokens."""
+"""The experts of a layer, one in memory at a time: each runs once, on the tokens of all samples that go to it."""
 
 from __future__ import annotations
 
@@ -27,22 +27,19 @@ ReadExpert = Callable[[int, str], Tensor]
 
 @dataclass(frozen=True)
 class Routed:
-    """What the experts of a layer are given.
+    """What the experts of a layer are given, and what they make of it.
 
     Attributes:
         hidden: (tokens, hidden).
         experts: int64 (tokens, k), which experts each token goes to.
         weights: (tokens, k), how much of each is added.
+        outputs: (tokens, hidden), the sums so far.
     """
 
     hidden: Tensor
     experts: Tensor
     weights: Tensor
-
-    @classmethod
-    def joined(cls, batches: Sequence[Routed]) -> Routed:
-        """Those of several batches, in their order."""
-        return cls(*(torch.cat([getattr(each, name) for each in batches]) for name in ("hidden", "experts", "weights")))
+    outputs: Tensor
 
 
 @contextmanager
@@ -54,34 +51,26 @@ def without_stacks(layer: nn.Module, names: Sequence[str]) -> Iterator[None]:
     finally:
         for name, stacks in taken.items():
             module = layer.get_submodule(name)
-            for own in ("forward", "read"):
-                module.__dict__.pop(own, None)
+            module.__dict__.pop("forward", None)
             for stack, parameter in zip(STACKS, stacks, strict=True):
                 module.register_parameter(stack, parameter)
 
 
-def stream_experts(module: nn.Module, read: ReadExpert) -> None:
-    """Have a module of experts read each expert's matrices when tokens go to it, and let them go again.
+def add_expert(routed: Routed, expert: int, module: Any, matrices: Sequence[Tensor]) -> None:
+    """Add what an expert makes of its tokens to the outputs.
 
-    Where it does so already, it will read them from there, even in a forward pass that has come to the module.
+    Args:
+        routed: the tokens; changed in place.
+        expert: its number.
+        module: of transformers, which has the activation.
+        matrices: the expert's `MATRICES`, where they run.
     """
-    module.__dict__["read"] = read
-
-    def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        outputs = torch.zeros_like(hidden_states)
-        for expert in top_k_index.unique().tolist():
-            token, place = torch.where(top_k_index == expert)
-            matrices = [module.__dict__["read"](expert, name) for name in MATRICES]
-            result = run_expert(module, matrices, hidden_states[token]) * top_k_weights[token, place, None]
-            outputs.index_add_(0, token, result.to(outputs.dtype))
-        return outputs
-
-    module.__dict__["forward"] = forward
-
-
-def run_expert(module: Any, matrices: Sequence[Tensor], inputs: Tensor) -> Tensor:
-    """What an expert makes of inputs (n, hidden): (n, hidden)."""
-    return hidden_of(module, matrices[0], matrices[1], inputs) @ matrices[2].T
+    token, place = torch.where(routed.experts == expert)
+    for some, places in zip(token.split(TOGETHER), place.split(TOGETHER), strict=True):
+        inputs = routed.hidden[some].to(matrices[0].device)
+        results = hidden_of(module, matrices[0], matrices[1], inputs) @ matrices[2].T
+        weighted = results * routed.weights[some, places, None].to(results.device)
+        routed.outputs[some] += weighted.to(routed.outputs)
 
 
 def hidden_of(module: Any, gate: Tensor, up: Tensor, inputs: Tensor) -> Tensor:

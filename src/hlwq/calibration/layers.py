@@ -6,6 +6,7 @@ linear attention are those of the real model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -22,9 +23,9 @@ from hlwq.calibration.experts import (
     MATRICES,
     ReadExpert,
     Routed,
+    add_expert,
     hidden_of,
     module_of,
-    stream_experts,
     tokens_of,
     without_stacks,
 )
@@ -101,12 +102,13 @@ class LayerRunner:
         self._load_others(read)
         ids, places = tokens.unique(return_inverse=True)
         rows = embed(ids).to(self._dtype)
-        samples, length = tokens.shape
+        samples, self._length = tokens.shape
         # A smaller one comes first: the last one runs once, the others as often as there are steps in a layer.
         ends = range(samples, 0, -batch_size)
         self._batches = [slice(max(0, end - batch_size), end) for end in reversed(ends)]
         self._arguments: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
-        shape = (samples, length, rows.shape[1])
+        self._running = self._batches[-1]
+        shape = (samples, self._length, rows.shape[1])
         self._states = _States(shape, self._dtype, spill)
         self._originals: _States | None = None
         if ORIGINAL_INPUTS in needs:
@@ -170,12 +172,16 @@ class LayerRunner:
             read: where those weights come from.
             read_original: where the original weights come from; used if the originals run beside.
         """
-        with quiet_transformers(), self._loaded(read) as layer:
-            self._run_all(layer, self._states, self._batches)
+        self._advance(self._states, read)
         if self._originals is not None:
-            with quiet_transformers(), self._loaded(read_original) as layer:
-                self._run_all(layer, self._originals, self._batches)
+            self._advance(self._originals, read_original)
         self.index += 1
+
+    def _advance(self, states: _States, read: Read) -> None:
+        with quiet_transformers(), self._loaded(read) as layer:
+            for name in self._experts():
+                self._run_experts(layer, name, states, self._reader_of(name, read))
+            self._run_all(layer, states, self._batches)
 
     @torch.no_grad()
     def quantize(
@@ -184,7 +190,6 @@ class LayerRunner:
         steps: Sequence[Sequence[str]],
         solve: Solve,
         streams: Mapping[str, str] | None = None,
-        read_solved: Read | None = None,
     ) -> dict[str, int]:
         """Run the next layer, and have the modules of each step quantized when the forward pass reaches them.
 
@@ -193,7 +198,7 @@ class LayerRunner:
         `solve` replaces the weights and the pass goes on with them. A single batch thus needs a single pass.
 
         Of a mixture of experts, one expert is in memory at a time: what the experts are given is kept for all samples,
-        and each is solved on the tokens that go to it, weighted by how much of it is added for them.
+        and each is solved on the tokens that go to it, weighted by how much of it is added for them, and run on them.
 
         Args:
             read: where the layer's weights come from.
@@ -202,7 +207,6 @@ class LayerRunner:
             solve: called for each step.
             streams: by the first module of a step, the module whose inputs are the hidden states that the step's
                 outputs are added to; for a solver that needs to know how those differ from the original model's.
-            read_solved: where the experts that `solve` was called for are read from afterwards.
 
         Returns:
             How many tokens went to each expert, by the paths of its modules.
@@ -213,15 +217,16 @@ class LayerRunner:
         original_states, streams = self._originals, streams or {}
         with quiet_transformers(), self._loaded(read) as layer:
             original = layer if original_states is None else deepcopy(layer)
-            for name in map(self._layout.family.in_modules, self._layout.layers[self.index].experts()):
-                # The copy has its experts read by a function of its own, which goes on reading the source.
-                stream_experts(original.get_submodule(name), self._reader_of(name, read))
             passed: dict[str, Tensor] = {}
             original_passed: dict[str, Tensor] = {}
+            originally: dict[str, Routed] = {}
             for stream in streams.values():
                 _before(layer, [stream], partial(passed.__setitem__, stream))
             if original_states is not None:
-                for module in (*(step[0] for step in steps), *streams.values(), *experts):
+                for name in experts:
+                    reader = self._reader_of(name, read)
+                    originally[name] = self._run_experts(original, name, original_states, reader)
+                for module in (*(step[0] for step in steps), *streams.values()):
                     _before(original, [module], partial(original_passed.__setitem__, module))
                 original_outputs = self._run(original, original_states, last)
 
@@ -245,23 +250,20 @@ class LayerRunner:
             def pause_at(step: Sequence[str]) -> None:
                 _before(layer, step, lambda inputs: solve(layer, step, gather(step[0], inputs)))
 
-            def solve_experts(name: str, given: tuple[Any, ...]) -> None:
-                batches = [*(self._routed(layer, self._states, batch, name) for batch in others), Routed(*given)]
-                originals = None
-                if original_states is not None:
-                    hidden = (self._routed(original, original_states, batch, name).hidden for batch in others)
-                    originals = torch.cat([*hidden, original_passed.pop(name)])
-                module, routed = layer.get_submodule(name), Routed.joined(batches)
+            def solve_experts(name: str, *_: Tensor) -> Tensor:
+                module, reader = layer.get_submodule(name), self._reader_of(name, read)
+                routed = self._routed(layer, name, self._states)
+                wanted = originally[name].hidden if name in originally else None
                 for expert, own in experts[name].items():
-                    count = self._solve_expert(module, name, expert, own, routed, originals, read, solve)
+                    count = self._solve_expert(module, name, expert, own, routed, wanted, reader, solve)
                     counts.update((member, count) for step in own for member in step)
-                # The pass goes on with what was written of them.
-                stream_experts(module, self._reader_of(name, self._either(read, read_solved, counts)))
+                self._supply(module, routed)
+                return self._outputs(routed, last)
 
             for step in steps:
                 pause_at(step)
             for name in experts:
-                _before_experts(layer.get_submodule(name), partial(solve_experts, name))
+                _in_place_of(layer.get_submodule(name), partial(solve_experts, name))
             outputs = self._run(layer, self._states, last)
             self._run_all(layer, self._states, others)
             self._states.write(last, outputs)
@@ -279,23 +281,16 @@ class LayerRunner:
         matrices = {family.in_modules(each.name): each for each in self._layout.layers[self.index].matrices()}
         others: list[Sequence[str]] = []
         found: dict[str, dict[int, list[Sequence[str]]]] = {}
+        for matrix in matrices.values():
+            if matrix.experts:
+                found.setdefault(family.in_modules(matrix.experts), {})[matrix.expert] = []
         for step in steps:
             matrix = matrices[step[0]]
             if matrix.experts:
-                found.setdefault(family.in_modules(matrix.experts), {}).setdefault(matrix.expert, []).append(step)
+                found[family.in_modules(matrix.experts)][matrix.expert].append(step)
             else:
                 others.append(step)
         return others, found
-
-    def _either(self, read: Read, read_solved: Read | None, solved: Container[str]) -> Read:
-        """Reads modules of the next layer that were solved from where they were written, the others as before."""
-        prefix = self._layout.layer_prefix(self.index)
-
-        def read_either(name: str) -> Tensor:
-            inside = self._layout.family.in_modules(name.removeprefix(prefix)).removesuffix(".weight")
-            return read_solved(name) if read_solved and inside in solved else read(name)
-
-        return read_either
 
     def _solve_expert(
         self,
@@ -305,20 +300,20 @@ class LayerRunner:
         steps: Sequence[Sequence[str]],
         routed: Routed,
         originals: Tensor | None,
-        read: Read,
+        read: ReadExpert,
         solve: Solve,
     ) -> int:
-        """Have an expert's matrices solved on the tokens that go to it; returns how many they are."""
+        """Have an expert's matrices solved on the tokens that go to it, and run; returns how many tokens they are."""
         token, weights, count = tokens_of(routed, expert)
-        reader = self._reader_of(name, read)
-        matrices = [reader(expert, each) for each in MATRICES]
+        matrices = [read(expert, each) for each in MATRICES]
         holder = module_of({f"{name}.{expert}.{each}": m.clone() for each, m in zip(MATRICES, matrices, strict=True)})
-        gate, up = (holder.get_parameter(f"{name}.{expert}.{each}.weight") for each in MATRICES[:2])
-        inputs, wanted = routed.hidden[token], None if originals is None else originals[token]
+        solved = [holder.get_parameter(f"{name}.{expert}.{each}.weight") for each in MATRICES]
+        inputs = routed.hidden[token].to(self._device)
+        wanted = None if originals is None else originals[token].to(self._device)
         for step in steps:
             given, original = inputs, wanted
             if step[0].endswith(MATRICES[2]):
-                given = hidden_of(module, gate, up, inputs)
+                given = hidden_of(module, solved[0], solved[1], inputs)
                 original = None if wanted is None else hidden_of(module, matrices[0], matrices[1], wanted)
             hessian = torch.zeros(given.shape[1], given.shape[1], device=self._device)
             gram = Gram(hessian, None if original is None else torch.zeros_like(hessian))
@@ -326,10 +321,15 @@ class LayerRunner:
             _accumulate(gram, _Given(given, None, weights), wanted_rows)
             _mirror(hessian)
             solve(holder, step, gram)
+        add_expert(routed, expert, module, solved)
         return count
 
+    def _experts(self) -> list[str]:
+        """The modules of the next layer that hold experts."""
+        return [self._layout.family.in_modules(name) for name in self._layout.layers[self.index].experts()]
+
     def _reader_of(self, name: str, read: Read) -> ReadExpert:
-        """Reads matrices of a layer's experts, onto the device."""
+        """Reads matrices of the next layer's experts, onto the device."""
         prefix, in_files = self._layout.layer_prefix(self.index), self._layout.family.in_files
 
         def read_expert(expert: int, matrix: str) -> Tensor:
@@ -337,18 +337,42 @@ class LayerRunner:
 
         return read_expert
 
-    def _routed(self, layer: nn.Module, states: _States, batch: slice, name: str) -> Routed:
-        """What the experts of a layer are given for a batch; the pass ends there."""
+    def _run_experts(self, layer: nn.Module, name: str, states: _States, read: ReadExpert) -> Routed:
+        """Run each expert once, on its tokens of all batches; passes through the layer are given what comes out."""
+        module, routed = layer.get_submodule(name), self._routed(layer, name, states)
+        for expert in routed.experts.unique().tolist():
+            add_expert(routed, expert, module, [read(expert, matrix) for matrix in MATRICES])
+        self._supply(module, routed)
+        return routed
 
-        def stop(given: tuple[Any, ...]) -> None:
-            raise _ReachedExperts(Routed(*given))
+    def _routed(self, layer: nn.Module, name: str, states: _States) -> Routed:
+        """What experts of a layer are given in all batches."""
 
-        _before_experts(layer.get_submodule(name), stop)
-        try:
-            self._run(layer, states, batch)
-        except _ReachedExperts as reached:
-            return reached.routed
-        raise AssertionError(f"{name} was not reached")
+        def stop(*given: Tensor) -> Tensor:
+            raise _ReachedExperts(given)
+
+        module = layer.get_submodule(name)
+        _in_place_of(module, stop)
+        kept, found = states.beside("inputs"), []
+        for batch in self._batches:
+            try:
+                self._run(layer, states, batch)
+            except _ReachedExperts as reached:
+                hidden, *routing = reached.given
+                kept[self._tokens(batch)] = hidden
+                found.append([each.cpu() for each in routing])
+        experts, weights = (torch.cat(each) for each in zip(*found, strict=True))
+        return Routed(kept, experts, weights, states.beside("outputs"))
+
+    def _supply(self, module: nn.Module, routed: Routed) -> None:
+        """Have a module of experts give what is known already to come out of it, for the batch that runs."""
+        _in_place_of(module, lambda *_: self._outputs(routed, self._running))
+
+    def _outputs(self, routed: Routed, batch: slice) -> Tensor:
+        return routed.outputs[self._tokens(batch)].to(self._device)
+
+    def _tokens(self, batch: slice) -> slice:
+        return slice(batch.start * self._length, batch.stop * self._length)
 
     @torch.no_grad()
     def outputs_gram(self, read: Read) -> Gram:
@@ -373,10 +397,7 @@ class LayerRunner:
         """The next layer with its weights, which are let go afterwards."""
         layer: nn.Module = self._decoder.layers[self.index]
         prefix = self._layout.layer_prefix(self.index)
-        experts = [self._layout.family.in_modules(name) for name in self._layout.layers[self.index].experts()]
-        with without_stacks(layer, experts):
-            for name in experts:
-                stream_experts(layer.get_submodule(name), self._reader_of(name, read))
+        with without_stacks(layer, self._experts()):
             named = {name: prefix + self._layout.family.in_files(name) for name in layer.state_dict()}
             weights = {name: read(file).to(self._device, self._dtype) for name, file in named.items()}
             layer.load_state_dict(weights, assign=True)
@@ -388,6 +409,7 @@ class LayerRunner:
                 layer.load_state_dict({name: each.to("meta") for name, each in layer.state_dict().items()}, assign=True)
 
     def _run(self, layer: nn.Module, states: _States, batch: slice) -> Tensor:
+        self._running = batch
         positional, named = self._arguments[batch.stop - batch.start][self.index]
         outputs = layer(states.read(batch).to(self._device), *positional, **named)
         result: Tensor = outputs[0] if isinstance(outputs, tuple) else outputs
@@ -457,9 +479,8 @@ def calibration_memory(layout: ModelLayout, calibration: Calibration, solver: So
         weights = max(weights, width * sum(matrix.shape[0] * matrix.shape[1] for matrix in held))
         for step in layer.steps:
             problem = max(problem, solver.memory(sum(matrix.shape[0] for matrix in step), step[0].shape[1]))
-    stored = 0 if calibration.offload_activations else copies * states
-    if layout.has_experts:  # what those of a layer are given
-        stored += 2 * copies * states
+    kept = 3 if layout.has_experts else 1  # between layers; what experts are given, and what comes out of them
+    stored = 0 if calibration.offload_activations else kept * copies * states
     return transformers + copies * weights + stored + max(activations, problem)
 
 
@@ -516,18 +537,13 @@ def _before(layer: nn.Module, modules: Sequence[str], act: Callable[[Tensor], No
 
 
 class _ReachedExperts(Exception):
-    def __init__(self, routed: Routed) -> None:
-        self.routed = routed
+    def __init__(self, given: tuple[Tensor, ...]) -> None:
+        self.given = given
 
 
-def _before_experts(module: nn.Module, act: Callable[[tuple[Any, ...]], None]) -> None:
-    """Call `act` once with what a module of experts is given."""
-
-    def hook(_: nn.Module, given: tuple[Any, ...]) -> None:
-        handle.remove()
-        act(given)
-
-    handle = module.register_forward_pre_hook(hook)
+def _in_place_of(experts: nn.Module, act: Callable[..., Tensor]) -> None:
+    """Have `act` called instead of a module of experts, whose weights are not there."""
+    experts.__dict__["forward"] = act
 
 
 def _accumulate(gram: Gram, given: _Given, originals: _Given | None = None) -> None:
@@ -572,6 +588,22 @@ class _States:
             stream.seek(batch.start * self._sample_bytes)
             contents = bytearray(stream.read((batch.stop - batch.start) * self._sample_bytes))
         return torch.frombuffer(contents, dtype=self._dtype).reshape(-1, *self._shape[1:])
+
+    def beside(self, name: str) -> Tensor:
+        """Zeros (tokens, hidden) to keep more of all samples in; of a file, mapped: its pages go when others need room.
+
+        Args:
+            name: of the file.
+        """
+        size = math.prod(self._shape)
+        if self._file is None:
+            return torch.zeros(size, dtype=self._dtype).reshape(-1, self._shape[-1])
+        file = self._file.with_name(f"{self._file.name}-{name}")
+        file.unlink(missing_ok=True)  # what is mapped of it goes on
+        with disk_errors(file.parent), file.open("wb") as stream:  # written: a hole that finds no room is no error
+            for _ in range(self._shape[0]):
+                stream.write(bytes(self._sample_bytes))
+        return torch.from_file(str(file), shared=True, size=size, dtype=self._dtype).reshape(-1, self._shape[-1])
 
     def write(self, batch: slice, states: Tensor) -> None:
         if self._file is None:
