@@ -168,7 +168,15 @@ def test_a_run_goes_on_and_spills_to_the_same_bytes(batch_size: int | None, tmp_
     assert {file.name for file in (tmp_path / "spilled").iterdir()} == {f.name for f in (tmp_path / "whole").iterdir()}
 
 
-@pytest.mark.parametrize("options", [{"format": "gptq"}, {"format": "mlx"}, {"format": "hlwq", "bits": 4}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"format": "gptq"},
+        pytest.param({"format": "mlx"}, marks=pytest.mark.slow),
+        pytest.param({"format": "hlwq", "bits": 4}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_what_is_calibrated_is_recorded_and_better(
     options: dict[str, Any], experts_model: Path, tmp_path: Path
 ) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import ALL_FAMILY_NAMES, make_checkpoint, some_names
+from checkpoints import ALL_FAMILY_NAMES, FAMILY_NAMES, make_checkpoint, some_names
 from runners import TOKENS, runner_of, states, whole_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, GraniteConfig
@@ -106,8 +106,18 @@ def test_outputs_are_added_to_the_stream_that_the_family_names(source: Reader) -
             assert torch.allclose(each, after, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{}, {"batch_size": 2}])
-@pytest.mark.parametrize("needs", [{INPUTS}, {INPUTS, ORIGINAL_INPUTS}, {INPUTS, ORIGINAL_INPUTS, STREAM}], ids=len)
+@pytest.mark.parametrize(
+    ("source", "options", "needs"),
+    [
+        (family, options, needs)
+        for family in ALL_FAMILY_NAMES
+        for options in ({}, {"batch_size": 2})
+        for needs in ({INPUTS}, {INPUTS, ORIGINAL_INPUTS}, {INPUTS, ORIGINAL_INPUTS, STREAM})
+        if family in FAMILY_NAMES or (options and STREAM in needs)  # the others at their hardest
+    ],
+    indirect=["source"],
+    ids=str,
+)
 def test_steps_are_given_what_the_quantized_part_makes(
     source: Reader, options: dict[str, Any], needs: set[str]
 ) -> None:

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 
 import hlwq
-from hlwq.containers import Writer
+from hlwq.containers import Reader, Writer
+from hlwq.families import describe
 
 EVENTS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate"}
 
@@ -130,6 +131,8 @@ def main() -> None:
     def run(out: Path) -> None:
         hlwq.quantize(source, out, recipe, **options)
 
+    reader = Reader(source)
+    describe(reader.config, reader.tensors)  # imports what every process would
     whole = folder / "whole" / "out"
     assert in_a_process(lambda: run(whole)) == (0, "")
     results = []
