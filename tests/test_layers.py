@@ -116,7 +116,7 @@ def test_outputs_are_added_to_the_stream_that_the_family_names(source: Reader) -
         if family in FAMILY_NAMES or (options and STREAM in needs)  # the others at their hardest
     ],
     indirect=["source"],
-    ids=str,
+    ids=lambda value: str(len(value)) if isinstance(value, set) else str(value),
 )
 def test_steps_are_given_what_the_quantized_part_makes(
     source: Reader, options: dict[str, Any], needs: set[str]
