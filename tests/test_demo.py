@@ -6,6 +6,8 @@ import pytest
 
 from hlwq.containers import Reader
 from hlwq.demo import BASELINE, bundled_model, run_demo
+from hlwq.errors import RequestError
+from hlwq.files import read_json
 from hlwq.plan import make_plan
 from hlwq.recipes import RECIPES
 from hlwq.usage import commands
@@ -21,6 +23,19 @@ def test_bundled_model_has_what_the_engines_ask_of_a_hybrid() -> None:
     assert text["linear_key_head_dim"] == text["linear_value_head_dim"] == 64
     assert any(name.startswith("model.visual.") for name in reader.tensors)
     assert sum(file.stat().st_size for file in bundled_model().iterdir()) < 12e6
+
+
+def test_another_model_is_measured_and_not_taken_for_what_is_there(
+    experts_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hlwq.demo.JOBS", [(RECIPES["rtn"], "mlx", False)])
+    monkeypatch.setattr("hlwq.demo.CHUNKS", 4)
+    base, row = run_demo(tmp_path, lambda *_: None, experts_model)
+    assert read_json(tmp_path / "rtn-mlx" / "config.json")["text_config"]["num_experts"] == 16
+    assert row.perplexity > base.perplexity
+    assert run_demo(tmp_path, lambda *_: None, experts_model) == [base, row]
+    with pytest.raises(RequestError, match=r"rtn-mlx was made from experts\. Name another folder"):
+        run_demo(tmp_path, lambda *_: None)
 
 
 @pytest.mark.slow

@@ -156,6 +156,7 @@ NOT_RUN = {
         "needs that server: measured in tests/engines/test_servers.py"
     ),
     "python benchmarks/gpu_kernels.py": "needs a CUDA device",
+    "hlwq demo moe-demo --model tests/data/experts": "minutes: tests/test_demo.py measures this model in one format",
     "source → plan → [calibration samples, layer by layer] → (solver × grid × basis) for each matrix → format → "
     "directory → evidence": "a diagram",
 }

@@ -1,4 +1,4 @@
-"""The main job on the bundled model: every recipe, every format, every number."""
+"""The main job on a small model: every recipe, every format, every number."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from importlib.resources import files
 from pathlib import Path
 
 from hlwq.calibration import EMBEDDED, Calibration
+from hlwq.errors import RequestError
 from hlwq.evaluate.perplexity import Perplexity, paired_difference, perplexity
+from hlwq.files import read_json
 from hlwq.inspect import inspect
 from hlwq.quantize import quantize
 from hlwq.recipes import RECIPES
+from hlwq.sources import locate
 
 BASELINE = "(unquantized)"
 CONTEXT = 512
@@ -60,8 +63,8 @@ def held_out_text() -> Path:
     return Path(str(files("hlwq") / "bundled" / "held_out.txt"))
 
 
-def run_demo(out: Path, progress: Callable[[int, int, str], None]) -> list[DemoRow]:
-    """Quantize the bundled model with each recipe into each of its formats but two, and measure each result.
+def run_demo(out: Path, progress: Callable[[int, int, str], None], source: str | Path | None = None) -> list[DemoRow]:
+    """Quantize a small model with each recipe into each of its formats but two, and measure each result.
 
     Dense ones and those of compressed-tensors would measure the same. Calibrated ones use the reference documentation
     of Python.
@@ -69,26 +72,32 @@ def run_demo(out: Path, progress: Callable[[int, int, str], None]) -> list[DemoR
     Args:
         out: where the directories are left, one for each. Those already there are measured as they are.
         progress: told how far the work is.
+        source: the model; the bundled one unless given. See `hlwq.quantize`.
 
     Returns:
         One row for the unquantized model, then one for each recipe and format.
 
     Raises:
-        HlwqError: the disk is full, or a directory there cannot be read.
+        RequestError: a directory there was made from another model.
+        HlwqError: the disk is full, a directory there cannot be read, or the model cannot be quantized.
     """
-    model = bundled_model()
+    model = bundled_model() if source is None else locate(source)
     total = len(JOBS) + 1
     progress(0, total, BASELINE)
     base = _measure(model)
-    rows = [_row(BASELINE, "dense", model, base, None)]
+    rows = [_row(BASELINE, "dense", model, None, base)]
     for done, (recipe, format_name, calibrate) in enumerate(JOBS, 1):
         label = f"{recipe.name} --calibrate" if calibrate else recipe.name
         progress(done, total, f"{label} → {format_name}")
         directory = out / f"{label.replace(' --', '-')}-{format_name}"
-        if not directory.exists():
+        if directory.exists():
+            made_from = read_json(directory / "hlwq.json")["origin"]["source"]
+            if made_from != model.name:
+                raise RequestError(f"{directory} was made from {made_from}. Name another folder.", argument="out")
+        else:
             calibration = CALIBRATION if calibrate or recipe.calibrated else None
             quantize(model, directory, recipe, format=format_name, calibrate=calibrate or None, calibration=calibration)
-        rows.append(_row(label, format_name, directory, _measure(directory), base))
+        rows.append(_row(label, format_name, directory, model, _measure(directory), base))
     progress(total, total, "done")
     return rows
 
@@ -97,8 +106,15 @@ def _measure(directory: Path) -> Perplexity:
     return perplexity(directory, held_out_text(), protocol="chunked", context=CONTEXT, limit=CHUNKS)
 
 
-def _row(recipe: str, format_name: str, directory: Path, measured: Perplexity, base: Perplexity | None) -> DemoRow:
-    inspection = inspect(directory, bundled_model() if base else None)
+def _row(
+    recipe: str,
+    format_name: str,
+    directory: Path,
+    model: Path | None,
+    measured: Perplexity,
+    base: Perplexity | None = None,
+) -> DemoRow:
+    inspection = inspect(directory, model)
     errors = [
         (tensor.relative_error, tensor.shape[0] * tensor.shape[1])
         for tensor in inspection.tensors

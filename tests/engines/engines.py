@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -11,6 +12,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,23 +40,39 @@ def skip_without_int4_kernel() -> None:
         pytest.skip("vLLM's INT4 kernel for CPUs needs AVX-512, which this processor lacks")
 
 
+IMPORTED = {
+    "vllm": ("vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker", "vllm.model_executor.models.llama"),
+    "mlx": ("mlx_lm",),
+    "gptqmodel": (),  # its threads do not outlive a fork
+    "polarquant": ("polarengine_vllm",),
+}
+"""What takes longer to import than all else that the scripts do."""
+
+
+@cache
+def _zygote(engine: str) -> subprocess.Popen[str]:
+    """A process in an engine's environment that has imported it; it ends with this one."""
+    python = engine_python(engine)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "GPTQMODEL_CPU_WORKERS": "2"}
+    # One process less imports vLLM; the servers' tests run the engine in its own.
+    environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen([python, SCRIPTS / "zygote.py", *IMPORTED[engine]], env=environment, **pipes)
+
+
 def run_script(engine: str, script: str, directory: Path, out: Path, payload: Path | None, seconds: int = 900) -> None:
     """Run one of this folder's scripts in an engine's environment; it writes `out`."""
-    python = engine_python(engine)
-    arguments = [directory, *([payload] if payload else []), out]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "GPTQMODEL_CPU_WORKERS": "2"}
-    # One process less imports vLLM, which takes longer than all else; the servers' tests run the engine in its own.
-    environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    process = subprocess.run(
-        [str(python), str(SCRIPTS / script), *map(str, arguments)],
-        env=environment,
-        cwd=out.parent,
-        capture_output=True,
-        text=True,
-        timeout=seconds,
-        check=False,
-    )
-    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-6000:]
+    zygote, log = _zygote(engine), out.with_suffix(".log")
+    assert zygote.stdin
+    assert zygote.stdout
+    arguments = [str(each) for each in (directory, payload, out) if each]
+    job = {"script": Path(script).stem, "arguments": arguments, "folder": str(out.parent), "log": str(log)}
+    print(json.dumps(job), file=zygote.stdin, flush=True)
+    if not select.select([zygote.stdout], [], [], seconds)[0]:
+        zygote.kill()
+        _zygote.cache_clear()
+        pytest.fail(f"{script} takes more than {seconds} s. {log.read_text()[-6000:]}")
+    assert zygote.stdout.readline().strip() == "0", log.read_text()[-9000:]
 
 
 @contextmanager

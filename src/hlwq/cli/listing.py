@@ -14,14 +14,15 @@ from hlwq.errors import RequestError
 
 def demo(
     out: Annotated[Path, typer.Argument(help="Where the checkpoints are left.")] = Path("hlwq-demo"),
+    model: Annotated[str | None, typer.Option(help="Another small model.", show_default="the bundled one")] = None,
 ) -> Output:
-    """Quantize the bundled model with each recipe into each format, and measure them all."""
+    """Quantize a small model with each recipe into each format, and measure them all."""
     from hlwq.check import check_directory
     from hlwq.demo import BASELINE, run_demo
     from hlwq.usage import commands
 
     with progress("demo") as report:
-        rows = run_demo(out, report)
+        rows = run_demo(out, report, model)
     columns = "recipe", "format", "perplexity", "loss above BF16 (95 %)", "rel. squared error", "bits/weight", "bytes"
     cells = [
         [

@@ -32,6 +32,12 @@ transformers 5.23 ignores `transform_config`, and would run the file without a w
 refuses, with its name in the message. vLLM looks up the keys that it knows. `import hlwq` takes it out.
 """
 
+SGLANG_REFUSAL = {"linear_fp8_config": {"activation_scheme": "sglang_does_not_apply_transform_config"}}
+"""An entry that SGLang 0.5.23 alone reads, and refuses with this name in its message.
+
+It ignores `transform_config` as transformers does. (Read in its source, not run: it needs a GPU.)
+"""
+
 
 @dataclass(frozen=True)
 class InputTransform:
@@ -68,7 +74,7 @@ def transform_config(contents: Contents) -> dict[str, Any]:
         }
         for each in _transforms(contents)
     }
-    return {SECTION: {"config_groups": groups}} if groups else {}
+    return {SECTION: {"config_groups": groups}, **SGLANG_REFUSAL} if groups else {}
 
 
 def shared_tensors(contents: Contents) -> dict[str, Tensor]:
