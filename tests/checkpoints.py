@@ -34,6 +34,7 @@ ARCHITECTURES = {
     "seed_oss": "SeedOssForCausalLM",
     "ernie4_5": "Ernie4_5ForCausalLM",
     "starcoder2": "Starcoder2ForCausalLM",
+    "hunyuan_v1_dense": "HunYuanDenseV1ForCausalLM",
     "lfm2": "Lfm2ForCausalLM",
     "mistral3": "Mistral3ForConditionalGeneration",
     "gemma3": "Gemma3ForConditionalGeneration",
@@ -49,6 +50,12 @@ ARCHITECTURES = {
     "qwen3_5_moe": "Qwen3_5MoeForConditionalGeneration",
     "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM",
     "qwen3_next": "Qwen3NextForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "phimoe": "PhimoeForCausalLM",
+    "minimax_m2": "MiniMaxM2ForCausalLM",
+    "lfm2_moe": "Lfm2MoeForCausalLM",
+    "ernie4_5_moe": "Ernie4_5_MoeForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
 }
 FAMILY_NAMES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_5", "qwen3_5_text")
 """Those that tests of everything use."""
@@ -128,6 +135,25 @@ _OWN: dict[str, dict[str, Any]] = {
         **{"first_k_dense_replace": 1, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "pad_token_id": 0},
         "rope_scaling": None,
     },
+    "qwen2_moe": {**_OF_EXPERTS, "shared_expert_intermediate_size": 64},
+    "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 32, "rotary_dim": 16},
+    "lfm2_moe": {
+        **_OF_EXPERTS,
+        **{"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
+        **{"conv_bias": False, "conv_L_cache": 3, "norm_eps": 1e-5, "tie_word_embeddings": True},
+    },
+    "ernie4_5_moe": {
+        **{"moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1, "moe_intermediate_size": 64},
+        **{"moe_layer_start_index": 1, "moe_layer_end_index": 1, "pad_token_id": 0},
+    },
+    "deepseek_v3": {
+        **{"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_shared_experts": 1},
+        **{"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "num_key_value_heads": 4, "q_lora_rank": 64},
+        **{"kv_lora_rank": 64, "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 32, "pad_token_id": 0},
+        "rope_scaling": None,
+    },
+    "hunyuan_v1_dense": {"head_dim": 32, "pad_token_id": 0},
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 4, "mamba_d_state": 16, "mamba_d_head": 32, "head_dim": 32},
     "nemotron_h": {
         "hybrid_override_pattern": "M*-M",

@@ -25,7 +25,18 @@ from hlwq.evaluate.statistics import mean_estimate
 from hlwq.files import read_json
 from hlwq.solvers import INPUTS, ORIGINAL_INPUTS, Gram
 
-FAMILIES = ("qwen3_moe", "olmoe", "mixtral", "glm4_moe", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next")
+FAMILIES = (
+    "qwen3_moe",
+    "olmoe",
+    "mixtral",
+    "glm4_moe",
+    "qwen3_5_moe",
+    "qwen3_5_moe_text",
+    "qwen3_next",
+    "phimoe",
+    "ernie4_5_moe",
+    "deepseek_v3",
+)
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 

@@ -54,8 +54,26 @@ WHOLES: dict[str, dict[str, set[str]]] = {
     "qwen3_5_moe": {"self_attn.qkv_proj": _QKV, "mlp.shared_expert.gate_up_proj": _GATED},
     "qwen3_5_moe_text": {"self_attn.qkv_proj": _QKV, "mlp.shared_expert.gate_up_proj": _GATED},
     "qwen3_next": {"self_attn.qkv_proj": _QKV, "mlp.shared_expert.gate_up_proj": _GATED},
+    "qwen2_moe": {"self_attn.qkv_proj": _QKV, "mlp.shared_expert.gate_up_proj": _GATED},
+    "phimoe": {"self_attn.qkv_proj": _QKV},
+    "minimax_m2": {"self_attn.qkv_proj": _QKV},
+    "lfm2_moe": {"self_attn.qkv_proj": _QKV, "feed_forward.w13": {"w1", "w3"}},
+    "ernie4_5_moe": {
+        "self_attn.qkv_proj": _QKV,
+        "mlp.gate_up_proj": _GATED,
+        "mlp.shared_experts.gate_up_proj": _GATED,
+    },
+    "deepseek_v3": {
+        "self_attn.fused_qkv_a_proj": {"q_a_proj", "kv_a_proj_with_mqa"},
+        "mlp.gate_up_proj": _GATED,
+        "mlp.shared_experts.gate_up_proj": _GATED,
+    },
 }
 """What engines fuse in a family, where it is not what they fuse in most."""
+
+
+ROUTING = "e_score_correction_bias", "expert_bias"
+"""What routers add to their scores, in float32."""
 
 
 def transformers_model(config: dict[str, Any], folder: Path) -> tuple[dict[str, Any], transformers.PreTrainedModel]:
@@ -92,7 +110,7 @@ def test_matrices_are_exactly_the_linear_layers_of_the_decoder(family: str, tmp_
     linears = {
         name: (module.out_features, module.in_features, module.bias is not None)
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and ".layers." in name and "vision" not in name
+        if isinstance(module, torch.nn.Linear) and ".layers." in name and "vision" not in name and "router" not in name
     }
     layout = describe(model_config(family), model.state_dict())
     for name, module in model.named_modules():
@@ -230,7 +248,7 @@ def test_the_checkpoints_of_these_tests_hold_what_is_required(family: str, tmp_p
     reader = Reader(make_checkpoint(tmp_path / "model", family))
     required = describe(reader.config, reader.tensors).required_tensors()
     assert {name: reader.tensors[name].shape for name in required} == required
-    routing = {spec.dtype for name, spec in reader.tensors.items() if name.endswith("e_score_correction_bias")}
+    routing = {spec.dtype for name, spec in reader.tensors.items() if name.endswith(ROUTING)}
     assert {spec.dtype for spec in reader.tensors.values()} == {"BF16", *routing}
     beside = tuple(describe(reader.config, reader.tensors).beside)
     assert all(name.startswith(beside) for name in reader.tensors.keys() - required.keys())

@@ -82,7 +82,7 @@ def test_outputs_are_added_to_the_stream_that_the_family_names(source: Reader) -
     seen: dict[str, Tensor] = {}
     for index, layer in enumerate(layout.layers):
         module = model.get_decoder().layers[index]
-        for name in {"post_attention_layernorm", *(m.stream for m in layer.matrices() if m.stream)} & dict(
+        for name in {"post_attention_layernorm", "ffn_norm", *(m.stream for m in layer.matrices() if m.stream)} & dict(
             module.named_modules()
         ).keys():
             hook = partial(lambda name, _, inputs: seen.__setitem__(name, inputs[0]), name)
@@ -99,7 +99,7 @@ def test_outputs_are_added_to_the_stream_that_the_family_names(source: Reader) -
         assert len(writers) == (1 if of_experts else WRITERS.get(source.config["model_type"], 2))
         sums = [seen[m.stream] + seen[m.name] for m in writers]
         if of_experts:
-            end = seen["post_attention_layernorm"]
+            end = seen["ffn_norm" if source.config["model_type"] == "lfm2_moe" else "post_attention_layernorm"]
         if source.config["model_type"] == "cohere2":  # both add to what goes by the layer
             sums = [sums[0] + seen["mlp.down_proj"]]
         for each, after in zip(sums, [*(seen[m.stream] for m in writers[1:]), end], strict=bool(writers)):

@@ -56,6 +56,8 @@ def _zygote(engine: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "GPTQMODEL_CPU_WORKERS": "2"}
     # One process less imports vLLM; the servers' tests run the engine in its own.
     environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    # It counts ranks for a prompt's log-probabilities in a function that would be compiled first, in every process.
+    environment["TORCH_COMPILE_DISABLE"] = "1"
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     return subprocess.Popen([python, SCRIPTS / "zygote.py", *IMPORTED[engine]], env=environment, **pipes)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,6 +11,9 @@ from torch import Tensor
 
 from hlwq.containers import TensorSpec
 
+MATRICES = "gate_proj", "up_proj", "down_proj"
+"""An expert's, as transformers' modules are described."""
+OF_EXPERT = re.compile(r"(experts\.\d+\.)(\w+)")
 GATE, ROUTER = "a gate, and tiny", "routes tokens to experts"
 
 
@@ -125,6 +129,7 @@ class Family:
         keep: why a matrix stays in its own dtype unless the user includes it, by its path inside a layer.
         architecture_of: architectures by `model_type`, for configurations that were saved without one.
         renamings: parts of paths inside a layer in transformers' modules, and what the files have instead.
+        expert_matrices: what the files call an expert's `gate_proj`, `up_proj` and `down_proj`.
         vllm_unrotated: fused matrices, by their paths inside a layer, whose inputs vLLM does not rotate.
         vllm_packs_embedding: vLLM's model can hold its embedding and its output head as codes.
         mlx: the family in mlx-lm.
@@ -137,6 +142,7 @@ class Family:
     keep: dict[str, str] = field(default_factory=dict)
     architecture_of: dict[str, str] = field(default_factory=dict)
     renamings: tuple[tuple[str, str], ...] = ()
+    expert_matrices: tuple[str, str, str] = MATRICES
     vllm_unrotated: tuple[str, ...] = ()
     vllm_packs_embedding: bool = True
     mlx: MlxModel = field(default_factory=MlxModel)
@@ -145,13 +151,15 @@ class Family:
         """The path inside a layer by which files call what transformers' modules call `path`."""
         for module, file in self.renamings:
             path = path.replace(module, file)
-        return path
+        names = dict(zip(MATRICES, self.expert_matrices, strict=True))
+        return OF_EXPERT.sub(lambda found: found[1] + names.get(found[2], found[2]), path)
 
     def in_modules(self, path: str) -> str:
         """The reverse."""
         for module, file in self.renamings:
             path = path.replace(file, module)
-        return path
+        names = dict(zip(self.expert_matrices, MATRICES, strict=True))
+        return OF_EXPERT.sub(lambda found: found[1] + names.get(found[2], found[2]), path)
 
     def adapted(self, layer: Layer) -> Layer:
         """A layer as transformers describes it, with what only the family knows."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hlwq.families.family import Family, MlxModel
 
 _ROWS = (
@@ -20,9 +22,11 @@ _ROWS = (
     ("EXAONE 4", "Exaone4ForCausalLM", "exaone4"),
     ("Seed-OSS", "SeedOssForCausalLM", "seed_oss"),
     ("ERNIE 4.5", "Ernie4_5ForCausalLM", "ernie4_5"),
+    ("Hunyuan", "HunYuanDenseV1ForCausalLM", "hunyuan_v1_dense"),
     ("StarCoder 2", "Starcoder2ForCausalLM", "starcoder2"),
     ("Nemotron-H", "NemotronHForCausalLM", "nemotron_h"),
     ("Qwen3-MoE", "Qwen3MoeForCausalLM", "qwen3_moe"),
+    ("Qwen2-MoE", "Qwen2MoeForCausalLM", "qwen2_moe"),
     ("OLMoE", "OlmoeForCausalLM", "olmoe"),
     ("GLM-4.5-MoE", "Glm4MoeForCausalLM", "glm4_moe"),
     ("Mistral 3 (vision)", "Mistral3ForConditionalGeneration", "mistral3"),
@@ -39,12 +43,43 @@ LFM2 = Family(
 COHERE2 = Family("Cohere 2", ("Cohere2ForCausalLM",), ("cohere2",), vllm_packs_embedding=False)
 QWEN3_VL = Family("Qwen3-VL", ("Qwen3VLForConditionalGeneration",), ("qwen3_vl",), vllm_packs_embedding=False)
 GEMMA2 = Family("Gemma 2", ("Gemma2ForCausalLM",), ("gemma2",), vllm_packs_embedding=False)
+_MIXTRALS = "w1", "w3", "w2"
 _MIXER = "of the state-space mixer, which vLLM runs in its own dtype"
 MIXTRAL = Family(
     "Mixtral",
     ("MixtralForCausalLM",),
     ("mixtral",),
-    renamings=(("mlp.", "block_sparse_moe."), ("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")),
+    renamings=(("mlp.", "block_sparse_moe."),),
+    expert_matrices=_MIXTRALS,
+)
+MINIMAX_M2 = Family(
+    "MiniMax-M2",
+    ("MiniMaxM2ForCausalLM",),
+    ("minimax_m2",),
+    renamings=(("mlp.", "block_sparse_moe."),),
+    expert_matrices=_MIXTRALS,
+)
+PHI_MOE = Family(
+    "Phi-3.5-MoE",
+    ("PhimoeForCausalLM",),
+    ("phimoe",),
+    renamings=(("mlp.router.", "mlp.gate."), ("mlp.", "block_sparse_moe.")),
+    expert_matrices=_MIXTRALS,
+)
+LFM2_MOE = replace(
+    LFM2, name="LFM2-MoE", architectures=("Lfm2MoeForCausalLM",), model_types=("lfm2_moe",), expert_matrices=_MIXTRALS
+)
+ERNIE_MOE = Family(
+    "ERNIE 4.5 MoE",
+    ("Ernie4_5_MoeForCausalLM",),
+    ("ernie4_5_moe",),
+    renamings=(("mlp.gate.moe_statics", "mlp.moe_statics"),),
+)
+DEEPSEEK_V3 = Family(
+    "DeepSeek-V3 and R1",
+    ("DeepseekV3ForCausalLM",),
+    ("deepseek_v3",),
+    fused=dict.fromkeys(("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"), "self_attn.fused_qkv_a_proj"),
 )
 FALCON_H1 = Family(
     "Falcon-H1",
@@ -67,6 +102,11 @@ KNOWN = (
     GEMMA2,
     LFM2,
     MIXTRAL,
+    MINIMAX_M2,
+    PHI_MOE,
+    LFM2_MOE,
+    ERNIE_MOE,
+    DEEPSEEK_V3,
     FALCON_H1,
     GEMMA4,
 )
