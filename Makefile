@@ -25,7 +25,7 @@ test-all: $(VENV)/installed-dev
 # Our files in released vLLM, mlx-lm and GPTQModel, each in an environment of its own (about 10 GB, Linux).
 test-engines: $(VENV)/installed-dev
 	tools/make_engine_environments.sh $(VENVS)
-	HLWQ_ENGINES=$(abspath $(VENVS)) $(VENV)/bin/python -m pytest -m engines
+	HLWQ_ENGINES=$(abspath $(VENVS)) $(PYTEST) --dist loadfile -m engines
 
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .

@@ -43,8 +43,7 @@ class Calibration:
         seed: seed of the choice of texts.
         batch_size: samples that run through a layer together, whose activations are in memory at once; None for as
             many as 4 GB hold. With fewer than all, layers run several times.
-        offload_activations: keep the inputs of the next layer on disk, inside `OUT.partial`, instead of in memory;
-            what the experts of a layer are given stays in memory.
+        offload_activations: keep the inputs of the next layer on disk, inside `OUT.partial`, instead of in memory.
         generated_samples: samples beside those of the texts that the model writes itself; None for what
             `Plan.with_generated_samples` says.
     """
