@@ -136,8 +136,11 @@ _OWN: dict[str, dict[str, Any]] = {
         "rope_scaling": None,
     },
     "qwen2_moe": {**_OF_EXPERTS, "shared_expert_intermediate_size": 64},
-    "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 32, "rotary_dim": 16},
+    "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "attention_bias": True, "lm_head_bias": True},
+    "minimax_m2": {
+        **{"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 32, "rotary_dim": 16, "use_qk_norm": True},
+        **{"scoring_func": "sigmoid", "shared_intermediate_size": 0, "use_routing_bias": True},
+    },
     "lfm2_moe": {
         **_OF_EXPERTS,
         **{"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
@@ -150,7 +153,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "deepseek_v3": {
         **{"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_shared_experts": 1},
         **{"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "num_key_value_heads": 4, "q_lora_rank": 64},
-        **{"kv_lora_rank": 64, "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 32, "pad_token_id": 0},
+        **{"kv_lora_rank": 64, "qk_rope_head_dim": 16, "qk_nope_head_dim": 64, "v_head_dim": 64, "pad_token_id": 0},
         "rope_scaling": None,
     },
     "hunyuan_v1_dense": {"head_dim": 32, "pad_token_id": 0},

@@ -63,6 +63,7 @@ def test_what_was_measured_through_vllm_is_in_the_comparison(
     vllm: str, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("hlwq.evaluate.speed.STEADY", 100)  # other tests may run beside
     options = ["--endpoint", vllm, "--json"]
     for model in (dense, bundled_model()):  # the server stands for both; what it serves is not the point
         programs = ["--prompting", "completion", "--limit", "4", "--max-tokens", "24"]

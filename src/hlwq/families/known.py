@@ -67,7 +67,12 @@ PHI_MOE = Family(
     expert_matrices=_MIXTRALS,
 )
 LFM2_MOE = replace(
-    LFM2, name="LFM2-MoE", architectures=("Lfm2MoeForCausalLM",), model_types=("lfm2_moe",), expert_matrices=_MIXTRALS
+    LFM2,
+    name="LFM2-MoE",
+    architectures=("Lfm2MoeForCausalLM",),
+    model_types=("lfm2_moe",),
+    expert_matrices=_MIXTRALS,
+    mlx=MlxModel(refusal="mlx-lm renames weights of this family's dense layers, and not the scales beside them"),
 )
 ERNIE_MOE = Family(
     "ERNIE 4.5 MoE",
