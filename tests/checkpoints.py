@@ -34,6 +34,7 @@ ARCHITECTURES = {
     "seed_oss": "SeedOssForCausalLM",
     "ernie4_5": "Ernie4_5ForCausalLM",
     "starcoder2": "Starcoder2ForCausalLM",
+    "apertus": "ApertusForCausalLM",
     "hunyuan_v1_dense": "HunYuanDenseV1ForCausalLM",
     "lfm2": "Lfm2ForCausalLM",
     "mistral3": "Mistral3ForConditionalGeneration",
@@ -156,6 +157,7 @@ _OWN: dict[str, dict[str, Any]] = {
         **{"kv_lora_rank": 64, "qk_rope_head_dim": 16, "qk_nope_head_dim": 64, "v_head_dim": 64, "pad_token_id": 0},
         "rope_scaling": None,
     },
+    "apertus": {"hidden_act": "xielu", "mlp_bias": False, "post_norm": False, "qk_norm": True, "rope_scaling": None},
     "hunyuan_v1_dense": {"head_dim": 32, "pad_token_id": 0},
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 4, "mamba_d_state": 16, "mamba_d_head": 32, "head_dim": 32},
     "nemotron_h": {

@@ -40,6 +40,7 @@ WHOLES: dict[str, dict[str, set[str]]] = {
     "phi3": {},  # its matrices are wholes
     "glm4": {"self_attn.qkv_proj": _QKV},
     "starcoder2": {"self_attn.qkv_proj": _QKV},
+    "apertus": {"self_attn.qkv_proj": _QKV},
     "lfm2": {"self_attn.qkv_proj": _QKV, "feed_forward.w13": {"w1", "w3"}},
     "falcon_h1": {"self_attn.qkv_proj": _QKV, "feed_forward.gate_up_proj": _GATED},
     "nemotron_h": {"mixer.qkv_proj": _QKV},

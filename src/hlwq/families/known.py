@@ -23,6 +23,7 @@ _ROWS = (
     ("Seed-OSS", "SeedOssForCausalLM", "seed_oss"),
     ("ERNIE 4.5", "Ernie4_5ForCausalLM", "ernie4_5"),
     ("Hunyuan", "HunYuanDenseV1ForCausalLM", "hunyuan_v1_dense"),
+    ("Apertus", "ApertusForCausalLM", "apertus"),
     ("StarCoder 2", "Starcoder2ForCausalLM", "starcoder2"),
     ("Nemotron-H", "NemotronHForCausalLM", "nemotron_h"),
     ("Qwen3-MoE", "Qwen3MoeForCausalLM", "qwen3_moe"),
