@@ -23,6 +23,8 @@ from hlwq.demo import bundled_model, held_out_text
 from hlwq.evaluate.divergence import divergence
 from hlwq.evaluate.statistics import mean_estimate
 from hlwq.files import read_json
+from hlwq.plan import make_plan
+from hlwq.recipes import RECIPES
 from hlwq.solvers import INPUTS, ORIGINAL_INPUTS, Gram
 
 FAMILIES = (
@@ -289,6 +291,20 @@ def test_a_stack_beside_single_experts_is_refused(tmp_path: Path) -> None:
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(hlwq.CheckpointError, match="alone and in the stack of all experts"):
         hlwq.quantize(source, tmp_path / "out", "rtn")
+
+
+def test_experts_of_other_names_are_refused_by_them(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model = save_model(tmp_path / "model", "qwen3_moe")
+    tensors = load_file(model / "model.safetensors")
+    save_file(
+        {name.replace(".experts.", ".specialists."): t for name, t in tensors.items()}, model / "model.safetensors"
+    )
+    with pytest.raises(
+        hlwq.UnsupportedError, match=r"files call the experts otherwise than model\.layers\.0\.mlp\.exp"
+    ):
+        make_plan(Reader(model), RECIPES["rtn"])
 
 
 def test_packed_experts_without_a_head_are_found(tmp_path: Path) -> None:

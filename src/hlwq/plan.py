@@ -27,6 +27,7 @@ from hlwq.solvers import Nearest, Solver
 
 REST, UNKNOWN = "outside the layers", "unknown to this family"
 SHOWN_NAMES = 3
+EXPERTS = ".experts."
 HEAD_WEIGHTS = 1 << 26
 """Weights of an output head that are solved together: few of it, and yet many for each factorisation."""
 
@@ -347,10 +348,13 @@ def check_tensors(source: Headers, layout: ModelLayout) -> None:
     """Raise CheckpointError unless every tensor that the model needs is there, in its shape.
 
     Raises:
-        UnsupportedError: a tensor has a dtype of a model that is quantized already.
+        UnsupportedError: a tensor has a dtype of a model that is quantized already, or experts have other names.
     """
     for name, shape in layout.required_tensors().items():
         if name not in source.tensors:
+            if EXPERTS in name and not any(EXPERTS in each for each in source.tensors):
+                message = f"{layout.family.name}: files call the experts otherwise than {name}, which is not read."
+                raise UnsupportedError(message, tensor=name)
             raise CheckpointError(f"tensor {name} is missing from the checkpoint. Download it again.", tensor=name)
         spec = source.tensors[name]
         if spec.shape != shape:
