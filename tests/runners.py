@@ -28,8 +28,7 @@ def runner_of(source: Reader, **options: Any) -> tuple[LayerRunner, ModelLayout]
         lambda ids: embedding[ids],
         read=source.read,
         device=torch.device("cpu"),
-        dtype=torch.float32,
-        **options,
+        **{"dtype": torch.float32, **options},
     )
     return runner, layout
 

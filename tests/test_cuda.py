@@ -38,7 +38,7 @@ def made(source: Path, out: Path, recipe: str, device: str, **options: Any) -> h
     return hlwq.quantize(source, out, recipe, device=device, **options, **({"calibration": DATA} if calibrated else {}))
 
 
-@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("family", [*FAMILY_NAMES, "qwen3_moe"])
 @pytest.mark.parametrize(
     ("recipe", "options"), [("rtn", {}), ("hlwq", {}), ("hlwq-v7", {}), ("hlwq", {"calibrate": True})]
 )

@@ -137,10 +137,14 @@ def test_no_layer_of_experts_is_ever_held(family: str, tmp_path: Path) -> None:
         assert max(held, default=0) <= largest
 
 
+@pytest.mark.parametrize(("needs", "times"), [({INPUTS}, 1), ({INPUTS, ORIGINAL_INPUTS}, 2)], ids=["one", "both"])
 @pytest.mark.parametrize("batch_size", [5, 2, 1])
-def test_each_expert_is_read_once_however_many_batches(batch_size: int, tmp_path: Path) -> None:
+def test_each_expert_is_read_once_however_many_batches(
+    batch_size: int, needs: set[str], times: int, tmp_path: Path
+) -> None:
+    """Once more for the originals that run beside."""
     source = Reader(save_model(tmp_path / "model", "qwen3_moe"))
-    runner, layout = runner_of(source, batch_size=batch_size)
+    runner, layout = runner_of(source, needs=needs, batch_size=batch_size)
     read: Counter[str] = Counter()
 
     def counting(name: str) -> Tensor:
@@ -152,7 +156,38 @@ def test_each_expert_is_read_once_however_many_batches(batch_size: int, tmp_path
     runner.quantize(counting, steps, lambda *_: None)
     runner.advance(counting, counting)
     assert read.total()
-    assert max(read.values()) == 1
+    assert max(read.values()) == times
+
+
+def test_experts_are_solved_where_layers_run(tmp_path: Path) -> None:
+    """What they are given is kept in this machine's memory; on `meta`, whatever stays there by mistake is an error."""
+    source = Reader(save_model(tmp_path / "model", "qwen3_moe"))
+    runner, _ = runner_of(source, needs={INPUTS, ORIGINAL_INPUTS})
+    routed = Routed(torch.zeros(9, 128), torch.zeros(9, 1, dtype=torch.long), torch.ones(9, 1), torch.zeros(9, 128))
+    runner._device = torch.device("meta")
+    name, read = "mlp.experts", runner._reader_of("mlp.experts", source.read)
+    solved: list[str] = []
+
+    def solve(layer: nn.Module, names: list[str], gram: Gram) -> None:
+        assert gram.hessian.is_meta
+        solved.extend(names)
+
+    steps = [[f"{name}.0.gate_proj", f"{name}.0.up_proj"], [f"{name}.0.down_proj"]]
+    module = runner._decoder.layers[0].mlp.experts
+    with pytest.raises(NotImplementedError, match="meta"):  # when outputs would be kept
+        runner._solve_expert(module, name, 0, steps, routed, torch.zeros(9, 128), read, solve)
+    assert len(solved) == 3
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "lfm2_moe", "ernie4_5_moe"])
+def test_what_routers_add_stays_in_float32(family: str, tmp_path: Path) -> None:
+    source = Reader(save_model(tmp_path / "model", family))
+    runner, layout = runner_of(source, dtype=torch.bfloat16)
+    runner._dtype = torch.bfloat16
+    runner.index = len(layout.layers) - 1
+    with runner._loaded(source.read) as layer:
+        routing = {name: each.dtype for name, each in layer.state_dict().items() if name.endswith("bias")}
+    assert set(routing.values()) == {torch.float32}
 
 
 @pytest.mark.parametrize("batch_size", [2, None])
@@ -176,8 +211,9 @@ def test_a_run_goes_on_and_spills_to_the_same_bytes(batch_size: int | None, tmp_
     whole = run("whole", calibration)
     assert run("spilled", replace(calibration, offload_activations=True)) == whole
     with pytest.raises(KeyboardInterrupt):
-        run("resumed", calibration, stop="layer 2")
-    assert run("resumed", calibration) == whole
+        run("resumed", replace(calibration, offload_activations=True), stop="layer 2")
+    assert list(tmp_path.glob("resumed.partial/activations*"))
+    assert run("resumed", replace(calibration, offload_activations=True)) == whole
     assert {file.name for file in (tmp_path / "spilled").iterdir()} == {f.name for f in (tmp_path / "whole").iterdir()}
 
 

@@ -20,7 +20,7 @@ from hlwq.check import check_directory
 from hlwq.decoded import DecodedCheckpoint
 from hlwq.demo import bundled_model
 from hlwq.errors import CheckpointError, HlwqWarning, UnsupportedError
-from hlwq.formats.transforms import REFUSAL
+from hlwq.formats.transforms import REFUSAL, SGLANG_REFUSAL
 from hlwq.hadamard import hadamard_matrix
 from hlwq.usage import commands
 
@@ -163,6 +163,14 @@ def test_the_command_for_transformers_imports_hlwq(tmp_path: Path) -> None:
     assert "import sys, hlwq;" in dict(commands(out, FORMAT))["transformers"]
     hlwq.quantize(tmp_path / "source", tmp_path / "plain", "rtn", format=FORMAT)
     assert "hlwq;" not in dict(commands(tmp_path / "plain", FORMAT))["transformers"]
+
+
+def test_rotated_files_alone_have_what_sglang_refuses(tmp_path: Path) -> None:
+    out = rotated(tmp_path)
+    hlwq.quantize(tmp_path / "source", tmp_path / "plain", "rtn", format=FORMAT)
+    for directory, refused in ((tmp_path / "plain", False), (out, True)):
+        section = json.loads((directory / "config.json").read_text())["quantization_config"]
+        assert (SGLANG_REFUSAL.items() <= section.items()) == refused
 
 
 def test_transformers_without_hlwq_refuses(tmp_path: Path) -> None:

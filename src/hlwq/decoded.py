@@ -46,9 +46,9 @@ def _sections(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _quantized_already(where: str | Path, method: str) -> UnsupportedError:
+    decode = "" if method == "fp8" else ", or decode it with `hlwq convert`"
     return UnsupportedError(
-        f"{where}: the model is quantized already ({method}). Start from its BF16 original, "
-        "or decode it with `hlwq convert`.",
+        f"{where}: the model is quantized already ({method}). Start from its BF16 original{decode}.",
         argument="source",
         path=Path(where),
     )

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from hlwq.calibration import EMBEDDED, Calibration
 from hlwq.errors import RequestError
 from hlwq.evaluate.perplexity import Perplexity, paired_difference, perplexity
-from hlwq.files import read_json
 from hlwq.inspect import inspect
+from hlwq.manifest import read_manifest
+from hlwq.provenance import origin_of
 from hlwq.quantize import quantize
 from hlwq.recipes import RECIPES
 from hlwq.sources import locate
@@ -82,24 +84,35 @@ def run_demo(out: Path, progress: Callable[[int, int, str], None], source: str |
         HlwqError: the disk is full, a directory there cannot be read, or the model cannot be quantized.
     """
     model = bundled_model() if source is None else locate(source)
-    total = len(JOBS) + 1
+    origin = origin_of(source or model, model)
+    jobs = []
+    for recipe, format_name, calibrate in JOBS:
+        label = f"{recipe.name} --calibrate" if calibrate else recipe.name
+        directory = out / f"{label.replace(' --', '-')}-{format_name}"
+        _refuse_another(directory, origin)
+        jobs.append((label, recipe, format_name, calibrate, directory))
+    total = len(jobs) + 1
     progress(0, total, BASELINE)
     base = _measure(model)
     rows = [_row(BASELINE, "dense", model, None, base)]
-    for done, (recipe, format_name, calibrate) in enumerate(JOBS, 1):
-        label = f"{recipe.name} --calibrate" if calibrate else recipe.name
+    for done, (label, recipe, format_name, calibrate, directory) in enumerate(jobs, 1):
         progress(done, total, f"{label} → {format_name}")
-        directory = out / f"{label.replace(' --', '-')}-{format_name}"
-        if directory.exists():
-            made_from = read_json(directory / "hlwq.json")["origin"]["source"]
-            if made_from != model.name:
-                raise RequestError(f"{directory} was made from {made_from}. Name another folder.", argument="out")
-        else:
+        if not directory.exists():
             calibration = CALIBRATION if calibrate or recipe.calibrated else None
             quantize(model, directory, recipe, format=format_name, calibrate=calibrate or None, calibration=calibration)
         rows.append(_row(label, format_name, directory, model, _measure(directory), base))
     progress(total, total, "done")
     return rows
+
+
+def _refuse_another(directory: Path, origin: dict[str, Any]) -> None:
+    """Raise RequestError if a directory is there, and is of another model."""
+    if not directory.exists():
+        return
+    found = (read_manifest(directory) or {"origin": {}})["origin"]
+    if any(found.get(key) != origin[key] for key in ("source", "revision")):
+        what = found.get("source") or "something else"
+        raise RequestError(f"{directory} was made from {what}. Name another folder.", argument="out")
 
 
 def _measure(directory: Path) -> Perplexity:

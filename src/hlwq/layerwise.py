@@ -162,6 +162,7 @@ class CalibratedLayers:
         needs = work.plan.recipe.solver.needs
         spill = None
         if calibration.offload_activations:
+            self.remove_spilled()  # of a run that was killed
             copies = (2 if ORIGINAL_INPUTS in needs else 1) * (3 if work.plan.layout.has_experts else 1)
             width = work.plan.layout.text_config["hidden_size"] * 4
             # The output's files are laid out already, but take their space only as they are written.

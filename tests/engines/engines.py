@@ -59,7 +59,8 @@ def _zygote(engine: str) -> subprocess.Popen[str]:
     # It counts ranks for a prompt's log-probabilities in a function that would be compiled first, in every process.
     environment["TORCH_COMPILE_DISABLE"] = "1"
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    return subprocess.Popen([python, SCRIPTS / "zygote.py", *IMPORTED[engine]], env=environment, **pipes)
+    command = [python, SCRIPTS / "zygote.py", *IMPORTED[engine]]
+    return subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
 
 
 def run_script(engine: str, script: str, directory: Path, out: Path, payload: Path | None, seconds: int = 900) -> None:
@@ -70,11 +71,17 @@ def run_script(engine: str, script: str, directory: Path, out: Path, payload: Pa
     arguments = [str(each) for each in (directory, payload, out) if each]
     job = {"script": Path(script).stem, "arguments": arguments, "folder": str(out.parent), "log": str(log)}
     print(json.dumps(job), file=zygote.stdin, flush=True)
-    if not select.select([zygote.stdout], [], [], seconds)[0]:
-        zygote.kill()
+    answered = select.select([zygote.stdout], [], [], seconds)[0]
+    status = zygote.stdout.readline().strip() if answered else ""
+    if not status:  # nothing in time, or the engine cannot be imported
+        with suppress(ProcessLookupError):
+            os.killpg(zygote.pid, signal.SIGKILL)
         _zygote.cache_clear()
-        pytest.fail(f"{script} takes more than {seconds} s. {log.read_text()[-6000:]}")
-    assert zygote.stdout.readline().strip() == "0", log.read_text()[-9000:]
+        said = log.read_text()[-6000:] if log.exists() else "See the standard error of its process."
+        pytest.fail(
+            f"{script} did not end within {seconds} s, or {engine} ended before (status {zygote.wait()}). {said}"
+        )
+    assert status == "0", log.read_text()[-9000:]
 
 
 @contextmanager

@@ -93,6 +93,7 @@ class LayerRunner:
             UnsupportedError: the model gives its layers more of each sample than its hidden states.
         """
         self.index = 0
+        self._running = slice(0)  # the batch that runs
         self._layout, self._device = layout, device
         # In float16 the activations of many models overflow.
         self._dtype = compute_dtype(device, torch.float32 if dtype == torch.float16 else dtype)
@@ -107,7 +108,6 @@ class LayerRunner:
         ends = range(samples, 0, -batch_size)
         self._batches = [slice(max(0, end - batch_size), end) for end in reversed(ends)]
         self._arguments: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
-        self._running = self._batches[-1]
         shape = (samples, self._length, rows.shape[1])
         self._states = _States(shape, self._dtype, spill)
         self._originals: _States | None = None
@@ -195,7 +195,8 @@ class LayerRunner:
 
         The last batch runs through the layer once and pauses at each step, while the step's inputs, which depend on
         what is quantized by then, are gathered from it and from the other batches, which are run up to there. Then
-        `solve` replaces the weights and the pass goes on with them. A single batch thus needs a single pass.
+        `solve` replaces the weights and the pass goes on with them. A single batch thus needs a single pass (and, of a
+        mixture of experts, one more of the originals).
 
         Of a mixture of experts, one expert is in memory at a time: what the experts are given is kept for all samples,
         and each is solved on the tokens that go to it, weighted by how much of it is added for them, and run on them.
@@ -250,9 +251,9 @@ class LayerRunner:
             def pause_at(step: Sequence[str]) -> None:
                 _before(layer, step, lambda inputs: solve(layer, step, gather(step[0], inputs)))
 
-            def solve_experts(name: str, *_: Tensor) -> Tensor:
+            def solve_experts(name: str, *given: Tensor) -> Tensor:
                 module, reader = layer.get_submodule(name), self._reader_of(name, read)
-                routed = self._routed(layer, name, self._states)
+                routed = self._routed(layer, name, self._states, given)
                 wanted = originally[name].hidden if name in originally else None
                 for expert, own in experts[name].items():
                     count = self._solve_expert(module, name, expert, own, routed, wanted, reader, solve)
@@ -305,6 +306,7 @@ class LayerRunner:
     ) -> int:
         """Have an expert's matrices solved on the tokens that go to it, and run; returns how many tokens they are."""
         token, weights, count = tokens_of(routed, expert)
+        weights = weights.to(self._device)
         matrices = [read(expert, each) for each in MATRICES]
         holder = module_of({f"{name}.{expert}.{each}": m.clone() for each, m in zip(MATRICES, matrices, strict=True)})
         solved = [holder.get_parameter(f"{name}.{expert}.{each}.weight") for each in MATRICES]
@@ -345,8 +347,8 @@ class LayerRunner:
         self._supply(module, routed)
         return routed
 
-    def _routed(self, layer: nn.Module, name: str, states: _States) -> Routed:
-        """What experts of a layer are given in all batches."""
+    def _routed(self, layer: nn.Module, name: str, states: _States, last: Sequence[Tensor] = ()) -> Routed:
+        """What experts of a layer are given in all batches; in the last one, unless that is known already."""
 
         def stop(*given: Tensor) -> Tensor:
             raise _ReachedExperts(given)
@@ -355,12 +357,17 @@ class LayerRunner:
         _in_place_of(module, stop)
         kept, found = states.beside("inputs"), []
         for batch in self._batches:
+            given = last if batch == self._batches[-1] else ()
             try:
-                self._run(layer, states, batch)
+                if not given:
+                    self._run(layer, states, batch)
             except _ReachedExperts as reached:
-                hidden, *routing = reached.given
-                kept[self._tokens(batch)] = hidden
-                found.append([each.cpu() for each in routing])
+                given = reached.given
+            if not given:
+                raise AssertionError(f"{name} was not reached")
+            hidden, *routing = given
+            kept[self._tokens(batch)] = hidden
+            found.append([each.cpu() for each in routing])
         experts, weights = (torch.cat(each) for each in zip(*found, strict=True))
         return Routed(kept, experts, weights, states.beside("outputs"))
 
@@ -369,7 +376,8 @@ class LayerRunner:
         _in_place_of(module, lambda *_: self._outputs(routed, self._running))
 
     def _outputs(self, routed: Routed, batch: slice) -> Tensor:
-        return routed.outputs[self._tokens(batch)].to(self._device)
+        # A copy: some models go on in place.
+        return routed.outputs[self._tokens(batch)].to(self._device, copy=True)
 
     def _tokens(self, batch: slice) -> slice:
         return slice(batch.start * self._length, batch.stop * self._length)
@@ -399,7 +407,10 @@ class LayerRunner:
         prefix = self._layout.layer_prefix(self.index)
         with without_stacks(layer, self._experts()):
             named = {name: prefix + self._layout.family.in_files(name) for name in layer.state_dict()}
-            weights = {name: read(file).to(self._device, self._dtype) for name, file in named.items()}
+            weights = {
+                name: read(named[name]).to(self._device, torch.float32 if self._stays_float32(name) else own.dtype)
+                for name, own in layer.state_dict().items()
+            }
             layer.load_state_dict(weights, assign=True)
             layer.to(self._device)  # its buffers, which no file holds
             del weights
@@ -407,6 +418,10 @@ class LayerRunner:
                 yield layer
             finally:
                 layer.load_state_dict({name: each.to("meta") for name, each in layer.state_dict().items()}, assign=True)
+
+    def _stays_float32(self, name: str) -> bool:
+        """Whether transformers keeps a tensor of a layer in float32, such as what is added to a router's scores."""
+        return not set(name.split(".")).isdisjoint(self._decoder._keep_in_fp32_modules_strict or ())
 
     def _run(self, layer: nn.Module, states: _States, batch: slice) -> Tensor:
         self._running = batch
@@ -590,7 +605,10 @@ class _States:
         return torch.frombuffer(contents, dtype=self._dtype).reshape(-1, *self._shape[1:])
 
     def beside(self, name: str) -> Tensor:
-        """Zeros (tokens, hidden) to keep more of all samples in; of a file, mapped: its pages go when others need room.
+        """Zeros (tokens, hidden) to keep more of all samples in; in a file that is mapped, if these are in a file.
+
+        Rows are taken from anywhere in them. The pages of a mapped file count as this process's memory, but go when
+        others need room.
 
         Args:
             name: of the file.

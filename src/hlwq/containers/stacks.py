@@ -22,8 +22,8 @@ EXPERT = re.compile(r"(.*\.)experts\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w3|w
 """A tensor of a single expert."""
 OF_MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 """The names that an expert's matrices have in Mixtral's files."""
-MIXTRALS = ("block_sparse_moe.", "feed_forward.")
-"""Where experts have them."""
+WITH_MIXTRAL_NAMES = ("block_sparse_moe.", "feed_forward.")
+"""What experts that have them are in: Mixtral's and LFM2's."""
 PACKED = "experts.packed"
 """Experts as HLWQ checkpoints hold them: uint8 (experts, bytes); the configuration says what the bytes are."""
 
@@ -65,7 +65,7 @@ def parts_of(spec: TensorSpec, config: dict[str, Any]) -> list[Part]:
             raise CheckpointError(f"tensor {spec.name} has shape {spec.shape}: its rows are not those of two matrices.")
         return _rows(spec, [f"{fused[1]}.{{}}.{name}.weight" for name in names])
     if switched := SWITCHED.match(spec.name):
-        matrix = OF_MIXTRAL[switched[2]] if switched[1].endswith(MIXTRALS) else switched[2]
+        matrix = OF_MIXTRAL[switched[2]] if switched[1].endswith(WITH_MIXTRAL_NAMES) else switched[2]
         return _rows(spec, [f"{switched[1]}experts.{{}}.{matrix}.{switched[3]}"])
     return []
 

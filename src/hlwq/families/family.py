@@ -156,7 +156,7 @@ class Family:
 
     def in_modules(self, path: str) -> str:
         """The reverse."""
-        for module, file in self.renamings:
+        for module, file in reversed(self.renamings):
             path = path.replace(file, module)
         names = dict(zip(self.expert_matrices, MATRICES, strict=True))
         return OF_EXPERT.sub(lambda found: found[1] + names.get(found[2], found[2]), path)
