@@ -17,6 +17,7 @@ from hlwq.errors import HlwqWarning, RequestError, ResourceError
 from hlwq.evaluate import results
 from hlwq.evaluate.generation import has_chat_template, transformers_generate
 from hlwq.evaluate.server import Endpoint
+from hlwq.files import write_whole
 from hlwq.sources import locate
 
 if TYPE_CHECKING:
@@ -206,13 +207,12 @@ def speed(
 
 
 def experts(
-    model: Annotated[str, typer.Argument(help="A mixture of experts, or a file of uses that --trace left.")],
+    model: Annotated[str, typer.Argument(help="A mixture of experts, or a file that --trace left.")],
     text: Annotated[Path | None, flag("A UTF-8 text file to run.")] = None,
-    context: Annotated[int, flag("Tokens in a chunk.", min=2)] = 2048,
+    context: Annotated[int | None, flag("Tokens in a chunk (default 2048).", min=2)] = None,
     limit: Limit = None,
     capacities: Annotated[
-        list[int] | None,
-        flag("Experts of each layer that fit (default: 1/16 to 1/2 of them).", "--capacity"),
+        list[int] | None, flag("Experts of each layer that fit (default: 1/8 to 3/4 of them).", "--capacity", min=1)
     ] = None,
     trace: Annotated[Path | None, flag("Keep which experts were used here (.safetensors).")] = None,
     chart: Annotated[Path | None, flag("Draw the hit rates here (.svg or .png).")] = None,
@@ -221,27 +221,33 @@ def experts(
     """Record which experts the tokens of a text go to, and what caches of them would have there."""
     from hlwq.evaluate.experts import ExpertUse, expert_use
 
+    if trace is not None and trace.suffix != ".safetensors":
+        raise RequestError(f"`trace` {trace} must end in .safetensors.", argument="trace")
     if chart is not None:
         from hlwq.report.charts import check_charts, hit_rate_chart
 
         if chart.suffix not in (".svg", ".png"):
-            raise RequestError(f"`chart` {chart} must end in .svg or .png.")
+            raise RequestError(f"`chart` {chart} must end in .svg or .png.", argument="chart")
         check_charts()
+    for file in filter(None, (trace, chart)):
+        if not file.parent.is_dir():
+            raise RequestError(f"{file.parent} is no folder, where {file.name} would be written.", path=file)
     with progress("measuring", "--limit makes it shorter.") as report:
         if model.endswith(".safetensors"):
-            if idle := next((name for name, given in (("text", text), ("trace", trace)) if given), None):
+            given = {"text": text, "context": context, "limit": limit, "trace": trace, "device": device}
+            if idle := next((name for name, value in given.items() if value is not None), None):
                 raise RequestError(f"`{idle}` changes nothing: {model} holds uses already.", argument=idle)
             use = ExpertUse.read(Path(model))
         elif text is None:
             raise RequestError("Name the `text` that the model is to run.", argument="text")
         else:
-            use = expert_use(model, text, context=context, limit=limit, device=device, progress=report)
+            use = expert_use(model, text, context=context or 2048, limit=limit, device=device, progress=report)
+            if trace is not None:
+                use.save(trace)
         rates = use.replay(capacities or (), report)
-    if trace is not None:
-        use.save(trace)
     if chart is not None:
         drawn = hit_rate_chart(rates)
-        chart.write_bytes(drawn.png if chart.suffix == ".png" else drawn.svg.encode())
+        write_whole(chart, drawn.png if chart.suffix == ".png" else drawn.svg.encode())
     balance = use.balance()
     heads = "layer", "busiest expert, %", "evenness", "unused"
     spread = [[f"{b.layer}", f"{100 * b.busiest:.1f}", f"{b.entropy:.3f}", f"{b.unused}"] for b in balance]

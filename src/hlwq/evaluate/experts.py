@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
-from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -14,16 +15,16 @@ from hlwq.decoded import DecodedCheckpoint
 from hlwq.errors import CheckpointError, RequestError, UnsupportedError
 from hlwq.evaluate.model import check_tokens, load_for_evaluation
 from hlwq.evaluate.perplexity import read_text, windows_of
-from hlwq.expert_cache import POLICIES, Belady, hit_rate
+from hlwq.expert_cache import POLICIES, Belady, Policy, hit_rate
 from hlwq.families import describe
-from hlwq.files import check_file, disk_errors
+from hlwq.files import check_file, write_whole
 from hlwq.sources import locate
 from hlwq.transformers_models import encode, load_tokenizer, quiet_transformers
 
-FRACTIONS = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
+FRACTIONS = (1 / 8, 1 / 4, 1 / 2, 3 / 4)
 """Of the experts of a layer: the capacities that are looked at unless told otherwise."""
-TRACE = "experts"
-"""The tensor in a file of uses."""
+TRACE, BOUND = "experts", "belady"
+"""The tensor in a file of uses, and the policy that no other beats."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class LayerBalance:
 
 @dataclass(frozen=True)
 class HitRates:
-    """What caches of a capacity have there, as the share of all uses.
+    """What caches of a capacity have there, as the share of all uses, in the mean over layers.
 
     Attributes:
         capacity: experts of each layer that fit.
@@ -66,7 +67,7 @@ class ExpertUse:
         layers: the numbers of the layers that have experts.
         experts: of each.
         uses: int16 (layers, tokens, experts of each token).
-        expert_bytes: what an expert takes on disk; None where that is not known.
+        expert_bytes: what an expert takes on disk, in the mean; None where that is not known.
     """
 
     layers: tuple[int, ...]
@@ -76,13 +77,12 @@ class ExpertUse:
 
     def save(self, file: Path) -> None:
         """Write the uses as safetensors."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         described = {"layers": " ".join(map(str, self.layers)), "experts": str(self.experts)}
         if self.expert_bytes is not None:
             described["expert_bytes"] = str(self.expert_bytes)
-        with disk_errors(file.parent):
-            save_file({TRACE: self.uses.contiguous()}, file, described)
+        write_whole(file, save({TRACE: self.uses.contiguous()}, described))
 
     @staticmethod
     def read(file: Path) -> ExpertUse:
@@ -99,11 +99,15 @@ class ExpertUse:
                 described, uses = opened.metadata(), opened.get_tensor(TRACE)
             nbytes = described.get("expert_bytes")
             layers, experts = tuple(map(int, described["layers"].split())), int(described["experts"])
-            if uses.ndim != 3 or len(uses) != len(layers) or uses.min() < 0 or uses.max() >= experts:
+            if uses.dtype != torch.int16 or uses.ndim != 3 or not uses.numel() or len(uses) != len(layers):
+                raise ValueError
+            if uses.min() < 0 or uses.max() >= experts:
                 raise ValueError
             return ExpertUse(layers, experts, uses, None if nbytes is None else int(nbytes))
         except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, RuntimeError):
-            raise CheckpointError(f"{file} holds no uses of experts. Record them anew.", path=file) from None
+            raise CheckpointError(
+                f"{file} holds no uses of experts, as `trace` leaves them. Record them anew.", path=file
+            ) from None
 
     def balance(self) -> list[LayerBalance]:
         """How the tokens spread, layer by layer."""
@@ -124,26 +128,29 @@ class ExpertUse:
             progress: told how far the work is.
 
         Raises:
-            RequestError: a capacity is less than 1, or all experts fit.
+            RequestError: a capacity does not hold the experts of a token, or all experts fit.
         """
-        usual = sorted({max(1, round(self.experts * fraction)) for fraction in FRACTIONS} - {self.experts})
-        capacities = capacities or usual
-        for capacity in capacities:
-            if not 0 < capacity < self.experts:
-                raise RequestError(f"`capacities` {capacity} must be from 1 to {self.experts - 1}, of {self.experts}.")
-        steps, rows = len(capacities) * len(self.layers), []
-        traces = [uses.tolist() for uses in self.uses]
-        for place, capacity in enumerate(capacities):
-            found: dict[str, list[float]] = {name: [] for name in (*POLICIES, "belady")}
-            for index, uses in enumerate(traces):
+        least = self.uses.shape[2]
+        usual = {max(least, round(self.experts * fraction)) for fraction in FRACTIONS} - {self.experts}
+        capacities = sorted(set(capacities) or usual)
+        for capacity in capacities or [0]:
+            if not least <= capacity < self.experts:
+                message = (
+                    f"`capacities` {capacity} must hold the {least} experts of a token, and not all {self.experts}."
+                )
+                raise RequestError(message, argument="capacities")
+        found = {capacity: dict.fromkeys((*POLICIES, BOUND), 0.0) for capacity in capacities}
+        steps, done = len(self.layers) * len(capacities) * (len(POLICIES) + 1), 0
+        for layer, uses in zip(self.layers, self.uses, strict=True):
+            tokens = uses.tolist()
+            policies: dict[str, Callable[[], Policy]] = {**POLICIES, BOUND: partial(Belady, tokens)}
+            for (name, policy), capacity in product(policies.items(), capacities):
                 if progress:
-                    progress(place * len(self.layers) + index, steps, f"replaying {capacity} of {self.experts}")
-                for name, policy in POLICIES.items():
-                    found[name].append(hit_rate(uses, policy(), capacity))
-                found["belady"].append(hit_rate(uses, Belady(uses), capacity))
-            nbytes = None if self.expert_bytes is None else self.expert_bytes * capacity * len(self.layers)
-            rows.append(HitRates(capacity, nbytes, {name: fmean(each) for name, each in found.items()}))
-        return rows
+                    progress(done, steps, f"replaying layer {layer}, {name}, {capacity} of {self.experts}")
+                found[capacity][name] += hit_rate(tokens, policy(), capacity) / len(self.layers)
+                done += 1
+        memory = None if self.expert_bytes is None else self.expert_bytes * len(self.layers)
+        return [HitRates(each, None if memory is None else memory * each, found[each]) for each in capacities]
 
 
 def expert_use(
@@ -176,6 +183,13 @@ def expert_use(
     places = {index: layer.experts()[0] for index, layer in enumerate(layout.layers) if layer.experts()}
     if not places:
         raise UnsupportedError(f"{model} has no experts: it is a dense {layout.family.name} model.", path=path)
+    matrices = [(index, m) for index in places for m in layout.layers[index].matrices() if m.experts]
+    of_experts = {(index, m.expert) for index, m in matrices}
+    counts = {sum(place == index for place, _ in of_experts) for index in places}
+    if len(counts) > 1:
+        raise UnsupportedError(
+            f"{model}: its layers have different numbers of experts, which is not looked at.", path=path
+        )
     with quiet_transformers():
         ids = encode(load_tokenizer(path), read_text(text))
     chunks = windows_of(ids, context, context, limit)
@@ -199,9 +213,6 @@ def expert_use(
             decoder(input_ids=torch.tensor([chunk], device=loaded.device), use_cache=False)
     for handle in handles:
         handle.remove()
-    some = next(index for index in places)
-    matrices = [matrix for matrix in layout.layers[some].matrices() if matrix.experts]
-    first = [f"{layout.layer_prefix(some)}{matrix.name}.weight" for matrix in matrices if matrix.expert == 0]
     uses = torch.stack([torch.cat(each) for each in seen.values()])
-    count = 1 + max(matrix.expert for matrix in matrices)
-    return ExpertUse(tuple(places), count, uses, sum(map(checkpoint.stored_bytes, first)))
+    nbytes = sum(checkpoint.stored_bytes(f"{layout.layer_prefix(index)}{m.name}.weight") for index, m in matrices)
+    return ExpertUse(tuple(places), counts.pop(), uses, nbytes // len(of_experts))
