@@ -343,6 +343,25 @@ def test_experts_of_other_names_are_refused_by_them(tmp_path: Path) -> None:
         make_plan(Reader(model), RECIPES["rtn"])
 
 
+def test_transposed_experts_are_refused(tmp_path: Path) -> None:
+    """As Qwen3-VL-MoE has them."""
+    from safetensors.torch import load_file, save_file
+
+    model = save_model(tmp_path / "model", "qwen3_5_moe_text")
+    tensors = load_file(model / "model.safetensors")
+    kept = {name: values for name, values in tensors.items() if ".experts." not in name}
+    for layer in sorted({name.partition(".experts.")[0] for name in tensors.keys() - kept.keys()}):
+        gate, up, down = (
+            torch.stack([tensors[f"{layer}.experts.{expert}.{part}_proj.weight"].T for expert in range(4)])
+            for part in ("gate", "up", "down")
+        )
+        kept[f"{layer}.experts.gate_up_proj"] = torch.cat([gate, up], 2)
+        kept[f"{layer}.experts.down_proj"] = down.contiguous()
+    save_file(kept, model / "model.safetensors")
+    with pytest.raises(hlwq.UnsupportedError, match=r"_proj\.weight has shape .*, which is not read"):
+        make_plan(Reader(model), RECIPES["rtn"])
+
+
 def test_packed_experts_without_a_head_are_found(tmp_path: Path) -> None:
     from transformers import AutoModel
 

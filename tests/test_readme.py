@@ -102,6 +102,10 @@ RUNS = {
     "hlwq eval divergence DIR --against SOURCE --text FILE": Run(CHUNKS),
     "hlwq eval humaneval DIR": Run("--limit 1 --max-tokens 4", sandbox=True),
     "hlwq eval speed DIR": Run("--prompt-tokens 8 --new-tokens 2 --runs 1"),
+    "hlwq eval experts MODEL --text FILE": Run(CHUNKS, words={"MODEL": str(ROOT / "tests/data/experts")}),
+    "hlwq eval experts tests/data/experts --text held_out.txt --context 512 --limit 64": Run(
+        CHUNKS, words={**EXPERTS, "tests/data/experts": str(ROOT / "tests/data/experts")}
+    ),
     "hlwq eval speed DIR --packed": Run("--prompt-tokens 8 --new-tokens 2 --runs 1"),
     "hlwq compare DIR1 DIR2 … --base SOURCE --text FILE": Run(CHUNKS, slow=True),
     "hlwq card DIR --repository me/NAME --report report && hlwq push DIR me/NAME --dry-run": Run(

@@ -99,9 +99,25 @@ def _check_plain(value: Any) -> None:
 
 def write_json(file: Path, value: dict[str, Any]) -> None:
     """Write indented UTF-8 JSON, as the hub's own files are, durably, and whole or not at all."""
+    _write(file, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write_whole(file: Path, contents: bytes) -> None:
+    """Write a file that a user named, durably, and whole or not at all.
+
+    Raises:
+        ResourceError: it cannot be written.
+    """
+    try:
+        _write(file, contents)
+    except OSError as error:
+        raise ResourceError(f"{file} cannot be written: {error.strerror}. Name another place.", path=file) from None
+
+
+def _write(file: Path, contents: bytes) -> None:
     partial = file.with_name(file.name + ".tmp")
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    with partial.open("wb") as stream:
+        stream.write(contents)
         stream.flush()
         os.fsync(stream.fileno())
     partial.replace(file)

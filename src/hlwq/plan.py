@@ -348,7 +348,7 @@ def check_tensors(source: Headers, layout: ModelLayout) -> None:
     """Raise CheckpointError unless every tensor that the model needs is there, in its shape.
 
     Raises:
-        UnsupportedError: a tensor has a dtype of a model that is quantized already, or experts have other names.
+        UnsupportedError: a tensor has a dtype of a model that is quantized already, or experts other names or shapes.
     """
     for name, shape in layout.required_tensors().items():
         if name not in source.tensors:
@@ -358,6 +358,9 @@ def check_tensors(source: Headers, layout: ModelLayout) -> None:
             raise CheckpointError(f"tensor {name} is missing from the checkpoint. Download it again.", tensor=name)
         spec = source.tensors[name]
         if spec.shape != shape:
+            if EXPERTS in name:
+                message = f"{layout.family.name}: {name} has shape {spec.shape} instead of {shape}, which is not read."
+                raise UnsupportedError(message, tensor=name)
             raise CheckpointError(
                 f"tensor {name} has shape {spec.shape}, but config.json says {shape}. They do not belong together.",
                 tensor=name,

@@ -84,7 +84,13 @@ for command in (
     *(listing.demo, listing.models, listing.recipes, listing.formats),
 ):
     app.command(cls=Command)(with_json(command))
-for command in (evaluate.perplexity, evaluate.divergence, evaluate.humaneval, evaluate.speed):
+for command in (
+    evaluate.perplexity,
+    evaluate.divergence,
+    evaluate.humaneval,
+    evaluate.speed,
+    evaluate.experts,
+):
     evaluation.command(cls=Command)(with_json(command))
 
 

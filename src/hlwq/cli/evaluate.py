@@ -11,12 +11,13 @@ import typer
 from rich.filesize import decimal
 
 from hlwq.cli.options import Device, flag
-from hlwq.cli.printing import Output, interval, progress
+from hlwq.cli.printing import Cells, Line, Output, interval, progress
 from hlwq.devices import usual_device
 from hlwq.errors import HlwqWarning, RequestError, ResourceError
 from hlwq.evaluate import results
 from hlwq.evaluate.generation import has_chat_template, transformers_generate
 from hlwq.evaluate.server import Endpoint
+from hlwq.files import write_whole
 from hlwq.sources import locate
 
 if TYPE_CHECKING:
@@ -203,6 +204,70 @@ def speed(
             _keep(model, "speed", setting, result, subject)
 
     return Output(result, lines, afterwards=keep)
+
+
+def experts(
+    model: Annotated[str, typer.Argument(help="A mixture of experts, or a file that --trace left.")],
+    text: Annotated[Path | None, flag("A UTF-8 text file to run.")] = None,
+    context: Annotated[int | None, flag("Tokens in a chunk (default 2048).", min=2)] = None,
+    limit: Limit = None,
+    capacities: Annotated[
+        list[int] | None, flag("Experts of each layer that fit (default: 1/8 to 3/4 of them).", "--capacity", min=1)
+    ] = None,
+    trace: Annotated[Path | None, flag("Keep which experts were used here (.safetensors).")] = None,
+    chart: Annotated[Path | None, flag("Draw the hit rates here (.svg or .png).")] = None,
+    device: Device = None,
+) -> Output:
+    """Record which experts the tokens of a text go to, and what caches of them would have there."""
+    from hlwq.evaluate.experts import ExpertUse, expert_use
+
+    if trace is not None and trace.suffix != ".safetensors":
+        raise RequestError(f"`trace` {trace} must end in .safetensors.", argument="trace")
+    if chart is not None:
+        from hlwq.report.charts import check_charts, hit_rate_chart
+
+        if chart.suffix not in (".svg", ".png"):
+            raise RequestError(f"`chart` {chart} must end in .svg or .png.", argument="chart")
+        check_charts()
+    for file in filter(None, (trace, chart)):
+        if not file.parent.is_dir():
+            raise RequestError(f"{file.parent} is no folder, where {file.name} would be written.", path=file)
+    with progress("measuring", "--limit makes it shorter.") as report:
+        if model.endswith(".safetensors"):
+            given = {"text": text, "context": context, "limit": limit, "trace": trace, "device": device}
+            if idle := next((name for name, value in given.items() if value is not None), None):
+                raise RequestError(f"`{idle}` changes nothing: {model} holds uses already.", argument=idle)
+            use = ExpertUse.read(Path(model))
+        elif text is None:
+            raise RequestError("Name the `text` that the model is to run.", argument="text")
+        else:
+            use = expert_use(model, text, context=context or 2048, limit=limit, device=device, progress=report)
+            if trace is not None:
+                use.save(trace)
+        rates = use.replay(capacities or (), report)
+    if chart is not None:
+        drawn = hit_rate_chart(rates)
+        write_whole(chart, drawn.png if chart.suffix == ".png" else drawn.svg.encode())
+    balance = use.balance()
+    heads = "layer", "busiest expert, %", "evenness", "unused"
+    spread = [[f"{b.layer}", f"{100 * b.busiest:.1f}", f"{b.entropy:.3f}", f"{b.unused}"] for b in balance]
+    names = list(rates[0].rates)
+    cells = [
+        [
+            f"{row.capacity} of {use.experts}",
+            "" if row.nbytes is None else decimal(row.nbytes),
+            *(f"{100 * row.rates[name]:.1f}" for name in names),
+        ]
+        for row in rates
+    ]
+    layers, tokens, each = use.uses.shape
+    lines: list[Line] = [
+        Cells(heads, spread, right=range(4)),
+        Cells(("experts of each layer", "memory", *(f"{name}, %" for name in names)), cells, right=range(1, 6)),
+        f"{tokens:,} tokens, each to {each} of {use.experts} experts in {layers} layers. Hit rates: uses that find "
+        "their expert in a cache that is empty at first, token by token; belady knows what comes, and is the bound.",
+    ]
+    return Output({"balance": balance, "hit_rates": rates, "tokens": tokens}, lines)
 
 
 def _subject(model: str | None, endpoint: str | None, device: str | None) -> tuple[str | Endpoint, str]:

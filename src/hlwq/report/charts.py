@@ -8,6 +8,7 @@ from io import BytesIO, StringIO
 from typing import Any
 
 from hlwq.errors import ResourceError
+from hlwq.evaluate.experts import HitRates
 from hlwq.evaluate.statistics import Estimate
 from hlwq.report.compare import Row
 
@@ -20,6 +21,8 @@ LOOKS = [
     {"facecolor": GREY},
 ]
 """Styles of the engines' bars."""
+LINES = {"lru": "s-", "lfu": "^-", "lfru": "o-", "belady": "--"}
+"""Marks of policies, the bound without any."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,20 @@ def pareto_front(rows: Sequence[Row]) -> list[Row]:
 def _compared(rows: Sequence[Row]) -> list[tuple[Row, Estimate]]:
     """All rows but the base's, with their losses above it."""
     return [(row, row.loss_above_base) for row in rows if row.loss_above_base]
+
+
+def hit_rate_chart(rates: Sequence[HitRates]) -> Chart:
+    """What caches of experts have there, by policy, against what they take."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(6, 3.5))
+    gigabytes = all(row.nbytes is not None for row in rates)
+    places = [(row.nbytes or 0) / 1e9 if gigabytes else row.capacity for row in rates]
+    for (name, looks), colour in zip(LINES.items(), (ORANGE, "#56B4E9", BLUE, GREY), strict=True):
+        axes.plot(places, [100 * row.rates[name] for row in rates], looks, color=colour, label=name)
+    axes.set_xlabel("cache of all layers, GB" if gigabytes else "experts of each layer that fit")
+    axes.set_ylabel("uses that find their expert there, %")
+    axes.legend(frameon=False)
+    return _drawn(figure)
 
 
 def check_charts() -> None:
