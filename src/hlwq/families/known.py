@@ -53,13 +53,7 @@ MIXTRAL = Family(
     renamings=(("mlp.", "block_sparse_moe."),),
     expert_matrices=_MIXTRALS,
 )
-MINIMAX_M2 = Family(
-    "MiniMax-M2",
-    ("MiniMaxM2ForCausalLM",),
-    ("minimax_m2",),
-    renamings=(("mlp.", "block_sparse_moe."),),
-    expert_matrices=_MIXTRALS,
-)
+MINIMAX_M2 = replace(MIXTRAL, name="MiniMax-M2", architectures=("MiniMaxM2ForCausalLM",), model_types=("minimax_m2",))
 PHI_MOE = Family(
     "Phi-3.5-MoE",
     ("PhimoeForCausalLM",),
