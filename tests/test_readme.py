@@ -125,9 +125,9 @@ RUNS = {
         "--samples 4 --sequence-length 256 --limit 2", engine="gptqmodel"
     ),
     "python benchmarks/gptq_terms.py MODEL --text FILE --calibration FILE --json terms.json": Run(
-        f"--seeds 0 {SAMPLES} {CHUNKS}", slow=True
+        f"--seeds 0 1 {SAMPLES} {CHUNKS}", slow=True
     ),
-    "python benchmarks/experts_layer.py": Run("--experts 2 --samples 2 --sequence-length 32", slow=True),
+    "python benchmarks/experts_layer.py": Run("--experts 8 --samples 2 --sequence-length 32", slow=True),
     "hlwq quantize tests/data/experts OUT --format gptq --calibration calibration-code.txt --samples 64 "
     "--sequence-length 256": Run(SAMPLES, words=EXPERTS),
     "hlwq compare OUT… --base tests/data/experts --text held_out.txt --protocol chunked --context 512 --limit 32 "
@@ -165,7 +165,7 @@ NOT_RUN = {
     "directory → evidence": "a diagram",
 }
 UNDOCUMENTED = {
-    "python benchmarks/data_free.py --text FILE": Run("--model MODEL --limit 1", slow=True),
+    "python benchmarks/data_free.py --text FILE": Run("--model MODEL --limit 2", slow=True),
     "python benchmarks/quality.py MODEL --text FILE --calibration FILE --json q.json --mlx .venvs/mlx/bin/python": Run(
         f"{SAMPLES} {CHUNKS} --only mlx", engine="mlx"
     ),
