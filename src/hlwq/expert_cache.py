@@ -1,151 +1,149 @@
-"""Which experts of a layer stay in memory where not all of them fit.
-
-A token goes to a few experts of each layer. Those that are not resident are loaded, each in the place of another, which
-a policy chooses among those that the token does not need.
-"""
+"""Experts in memory as far as there is room, those that tokens need and that are not there read beside the work."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from math import exp2, inf, log2
-from typing import Any, Protocol
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from itertools import islice
+from threading import Lock
+from time import perf_counter
 
-HALF_LIFE = 16.0
-"""Tokens after which a use counts half, for `lfru`."""
+import torch
+from torch import Tensor
 
+from hlwq.errors import RequestError
+from hlwq.expert_policies import POLICIES, LayerCache
+from hlwq.expert_store import ExpertStore
+from hlwq.options import bytes_of
 
-class Policy(Protocol):
-    """What chooses the expert to give up.
-
-    Attributes:
-        worth: of each expert that was used; that of the least is given up.
-    """
-
-    worth: dict[int, Any]
-
-    def used(self, expert: int, time: int) -> None:
-        """An expert was used. Times count tokens, from 0."""
-
-
-class Lru:
-    """Least recently used."""
-
-    def __init__(self) -> None:
-        self.worth: dict[int, Any] = {}
-
-    def used(self, expert: int, time: int) -> None:
-        """See `Policy`."""
-        self.worth[expert] = (time, -expert)
+AHEAD = 2
+"""Experts in memory beside those that are kept: one runs while the next is read."""
 
 
-class Lfu(Lru):
-    """Least frequently used since the beginning, resident or not; of equals, the least recently."""
-
-    def used(self, expert: int, time: int) -> None:
-        """See `Policy`."""
-        count = self.worth[expert][0] if expert in self.worth else 0
-        self.worth[expert] = (count + 1, time, -expert)
+_Read = tuple[int, Tensor, "Future[None]"]
+"""An expert that is being read: its number, its memory, and what ends when it is there."""
 
 
-class Lfru(Lru):
-    """Least frequently used of late: each use counts half after `HALF_LIFE` more tokens; of equals, least recently.
-
-    Kept as log2(Σ 2^(tᵢ / half-life)) over the uses tᵢ, which ranks experts as the decayed sums do at any time.
-    """
-
-    def __init__(self, half_life: float = HALF_LIFE) -> None:
-        super().__init__()
-        self._half_life = half_life
-
-    def used(self, expert: int, time: int) -> None:
-        """See `Policy`."""
-        now = time / self._half_life
-        before = self.worth[expert][0] if expert in self.worth else -inf
-        self.worth[expert] = (now + log2(1 + exp2(before - now)), time, -expert)
-
-
-class Belady:
-    """The expert whose next use is farthest away (Belady, 1966): for replays, which know it.
-
-    No other choice has more hits where all experts of a token are resident together.
-    """
-
-    def __init__(self, uses: Sequence[Sequence[int]]) -> None:
-        self.worth: dict[int, Any] = {}
-        self._next: list[dict[int, float]] = []
-        following: dict[int, float] = {}
-        for time in range(len(uses) - 1, -1, -1):
-            self._next.append({expert: following.get(expert, inf) for expert in uses[time]})
-            following.update(dict.fromkeys(uses[time], time))
-        self._next.reverse()
-
-    def used(self, expert: int, time: int) -> None:
-        """See `Policy`."""
-        self.worth[expert] = (-self._next[time][expert], -expert)
-
-
-POLICIES: dict[str, Callable[[], Policy]] = {"lru": Lru, "lfu": Lfu, "lfru": Lfru}
-"""Those that need not know what comes."""
-
-
-class LayerCache:
-    """The experts of one layer that are in memory.
+@dataclass
+class Counters:
+    """What a cache has done.
 
     Attributes:
-        capacity: how many fit: at least those of a token.
-        resident: which are there.
-        hits: how often an expert was there when a token needed it.
+        hits: how often an expert was there when the tokens of a call needed it.
         misses: how often one was not.
+        nbytes: read.
+        seconds: waited for what was read.
     """
 
-    def __init__(self, capacity: int, policy: Policy) -> None:
-        self.capacity, self._policy = capacity, policy
-        self.resident: set[int] = set()
-        self.hits = self.misses = self._time = 0
+    hits: int = 0
+    misses: int = 0
+    nbytes: int = 0
+    seconds: float = 0.0
 
-    def use(self, experts: Sequence[int]) -> list[tuple[int, int | None]]:
-        """Use the experts of a token, which are then all resident.
+
+class ExpertCache:
+    """The experts of a model's layers, of which a number is kept in memory.
+
+    Attributes:
+        capacity: experts of each layer that are kept.
+        counters: what was done since the beginning.
+    """
+
+    def __init__(self, store: ExpertStore, size: int | str, policy: str = "lfru") -> None:
+        """Start empty.
 
         Args:
-            experts: by their numbers, each once.
-
-        Returns:
-            What is loaded, and what each takes the place of; None while there is room.
+            store: where the experts are.
+            size: experts of each layer that are kept; or bytes for those of all layers, like `4GB`.
+            policy: which are kept: lru, lfu or lfru.
 
         Raises:
-            ValueError: they do not fit.
+            RequestError: the size is none or does not hold one expert of each layer, or the policy is unknown.
         """
-        if len(experts) > self.capacity:
-            raise ValueError(f"{len(experts)} experts of a token do not fit where there is room for {self.capacity}.")
-        missing = [expert for expert in experts if expert not in self.resident]
-        spare = self.resident.difference(experts)
-        loads: list[tuple[int, int | None]] = []
-        for expert in missing:
-            given_up = None
-            if len(self.resident) == self.capacity:
-                given_up = min(spare, key=self._policy.worth.__getitem__)
-                spare.remove(given_up)
-                self.resident.remove(given_up)
-            self.resident.add(expert)
-            loads.append((expert, given_up))
-        for expert in experts:
-            self._policy.used(expert, self._time)
-        self.hits += len(experts) - len(missing)
-        self.misses += len(missing)
-        self._time += 1
-        return loads
+        if policy not in POLICIES:
+            message = f"`expert_policy` {policy} is unknown. Use one of {', '.join(POLICIES)}."
+            raise RequestError(message, argument="expert_policy")
+        least = store.nbytes * len(store.counts)
+        self.capacity = size if isinstance(size, int) else bytes_of("expert_cache", size) // least
+        if self.capacity < 1:
+            raise RequestError(
+                f"`expert_cache` {size} must hold an expert of each layer: {least / 1e6:,.1f} MB at least.",
+                argument="expert_cache",
+            )
+        self.counters = Counters()
+        self._store = store
+        self._layers = {layer: LayerCache(self.capacity, POLICIES[policy]()) for layer in store.counts}
+        self._kept: dict[tuple[str, int], Tensor] = {}
+        self._spare: list[Tensor] = []
+        self._lock = Lock()
+        self._reader = ThreadPoolExecutor(1, "experts")
 
+    def rows(self, layer: str, tokens: Sequence[Sequence[int]], device: torch.device) -> Iterator[tuple[int, Tensor]]:
+        """The experts that tokens go to, each once: those that are there, then the others as they arrive.
 
-def hit_rate(uses: Sequence[Sequence[int]], policy: Policy, capacity: int) -> float:
-    """The share of uses that a cache of one layer, empty at first, has there.
+        Args:
+            layer: the name of their stack.
+            tokens: the experts of each.
+            device: where they are wanted.
 
-    Args:
-        uses: the experts of each token.
-        policy: what it gives up.
-        capacity: experts that fit, at least those of a token.
-    """
-    cache = LayerCache(capacity, policy)
-    for experts in uses:
-        cache.use(experts)
-    total = cache.hits + cache.misses
-    return cache.hits / total if total else 0.0
+        Yields:
+            The number of an expert, and its bytes, uint8, good until the next is asked for.
+
+        Raises:
+            CheckpointError: a file is not what it was.
+        """
+        with self._lock:
+            cache = self._layers[layer]
+            walk = cache.use(tokens)
+            self.counters.hits += len(walk.hits)
+            self.counters.misses += len(walk.loads)
+            loads, leaving = iter(walk.loads), iter(walk.leaving)
+            reads: deque[_Read] = deque()
+            try:
+                reads.extend(self._start(layer, expert, device) for expert in islice(loads, AHEAD))
+                for expert in walk.hits:
+                    yield expert, self._kept[layer, expert].to(device)
+                while reads:
+                    expert, row, done = reads.popleft()
+                    self._wait(done)
+                    yield expert, row
+                    if expert in cache.resident:
+                        self._kept[layer, expert] = row
+                        left = next(leaving, None)
+                        if left is not None:
+                            self._spare.append(self._kept.pop((layer, left)))
+                    else:
+                        self._spare.append(row)
+                    reads.extend(self._start(layer, expert, device) for expert in islice(loads, 1))
+            except BaseException:
+                for _, _, done in reads:
+                    wait([done])
+                there = cache.resident & {expert for of, expert in self._kept if of == layer}
+                cache.resident = there
+                self._kept = {key: row for key, row in self._kept.items() if key[0] != layer or key[1] in there}
+                raise
+
+    def _start(self, layer: str, expert: int, device: torch.device) -> _Read:
+        """Begin to read an expert into memory that is spare."""
+        at = next((place for place, row in enumerate(self._spare) if row.device == device), None)
+        row = torch.empty(self._store.nbytes, dtype=torch.uint8, device=device) if at is None else self._spare.pop(at)
+        # What still runs on a GPU may use that memory.
+        free = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+        return expert, row, self._reader.submit(self._read, layer, expert, row, free)
+
+    def _read(self, layer: str, expert: int, row: Tensor, free: torch.cuda.Event | None) -> None:
+        if free is None:
+            self._store.read(layer, expert, row)
+        else:
+            with torch.cuda.stream(torch.cuda.Stream(row.device)) as stream:
+                stream.wait_event(free)
+                self._store.read(layer, expert, row)
+                stream.synchronize()
+        self.counters.nbytes += self._store.nbytes
+
+    def _wait(self, read: Future[None]) -> None:
+        since = perf_counter()
+        read.result()
+        self.counters.seconds += perf_counter() - since

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from hlwq.errors import UnsupportedError
+from hlwq.expert_cache import ExpertCache
 from hlwq.formats import Scheme
 from hlwq.formats.hlwq import decode
 from hlwq.kernels import embedding, matmul
+from hlwq.packed_experts import ExpertShape, Rows, rows_in, run_experts
 
 
 class _NoWeight(UnsupportedError, AttributeError):
@@ -126,49 +129,30 @@ class HLWQExperts(nn.Module):
     """The experts of a layer, packed: each one's codes and norms in a row of one tensor, as files hold them.
 
     Attributes:
-        packed: uint8 (experts, bytes of an expert). A parameter, since those are what device maps offload.
+        packed: uint8 (experts, bytes of an expert); None where a cache holds some. A parameter, since those are what
+            device maps offload.
         gating: the module that transformers had in this place, without its matrices: what joins gate and up.
+        cache: what holds the experts, and the layer's name in it; None where all are here.
     """
 
-    packed: nn.Parameter
+    packed: nn.Parameter | None
     gating: Any
 
-    def __init__(self, dense: nn.Module, scheme: Scheme) -> None:
+    def __init__(self, dense: nn.Module, scheme: Scheme, cache: tuple[ExpertCache, str] | None = None) -> None:
         """Leave the codes empty, and take the matrices from the module that is replaced.
 
         Args:
             dense: transformers' module of experts, with `gate_up_proj` and `down_proj`.
             scheme: bits and group size.
+            cache: what holds the experts, and the layer's name in it.
         """
         super().__init__()
-        count, rows, self.hidden = dense.get_parameter("gate_up_proj").shape
-        self.inner, self.scheme = rows // 2, scheme
+        self.count, rows, hidden = dense.get_parameter("gate_up_proj").shape
+        self.shape, self.cache = ExpertShape(hidden, rows // 2, scheme), cache
         del dense.gate_up_proj, dense.down_proj
         self.__dict__["gating"] = dense  # no child, whose matrices transformers would look for
-        sizes = [of(*shape) for of in (self.codes_bytes, self.norms_bytes) for shape in self.shapes]
-        self.starts = [sum(sizes[:place]) for place in range(len(sizes) + 1)]
-        packed = torch.empty(count, self.starts[-1], dtype=torch.uint8, device="meta")
-        self.packed = nn.Parameter(packed, requires_grad=False)
-
-    @property
-    def shapes(self) -> list[tuple[int, int]]:
-        """(out, in) of gate, up and down."""
-        return [(self.inner, self.hidden), (self.inner, self.hidden), (self.hidden, self.inner)]
-
-    def codes_bytes(self, rows: int, columns: int) -> int:
-        """Bytes of a matrix's codes."""
-        return rows * (columns * self.scheme.bits // 8)
-
-    def norms_bytes(self, rows: int, columns: int) -> int:
-        """Bytes of a matrix's norms."""
-        return rows * (columns // self.scheme.group_size) * 2
-
-    def matrix(self, expert: Tensor, place: int) -> tuple[Tensor, Tensor]:
-        """Codes, uint8 (rows, bytes), and norms, float16 (rows, groups), of gate, up or down, in an expert's row."""
-        rows, starts = self.shapes[place][0], self.starts
-        codes = expert[starts[place] : starts[place + 1]].view(rows, -1)
-        norms = expert[starts[place + 3] : starts[place + 4]].view(torch.float16).view(rows, -1)
-        return codes, norms
+        packed = torch.empty(self.count, self.shape.nbytes, dtype=torch.uint8, device="meta")
+        self.register_parameter("packed", None if cache else nn.Parameter(packed, requires_grad=False))
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """What the experts make of tokens, weighted and summed.
@@ -178,26 +162,19 @@ class HLWQExperts(nn.Module):
             top_k_index: the experts of each token, (tokens, k).
             top_k_weights: their weights, (tokens, k).
         """
-        outputs = torch.zeros_like(hidden_states)
-        for index in top_k_index.unique().tolist():
-            if index >= len(self.packed):  # what other ranks hold
-                continue
-            token, place = torch.where(top_k_index == index)
-            result = self.compute(self.packed[index], hidden_states[token]) * top_k_weights[token, place, None]
-            outputs.index_add_(0, token, result.to(outputs.dtype))
-        return outputs
-
-    def compute(self, expert: Tensor, inputs: Tensor) -> Tensor:
-        """What one expert makes of inputs (n, hidden): (n, hidden), in their dtype."""
-        gate, up = (matmul(inputs, *self.matrix(expert, place), self.scheme.bits) for place in (0, 1))
-        gated: Tensor = self.gating._apply_gate(torch.cat([gate, up], -1))
-        return matmul(gated, *self.matrix(expert, 2), self.scheme.bits)
+        if self.cache is None:
+            rows: Rows = partial(rows_in, self.get_parameter("packed"))
+        else:
+            cache, layer = self.cache
+            rows = partial(cache.rows, layer)
+        gate = self.gating._apply_gate
+        return run_experts(hidden_states, top_k_index, top_k_weights, self.shape, gate, rows)
 
     def dequantize(self, dtype: torch.dtype) -> nn.Module:
         """Transformers' module with decoded matrices, in this dtype."""
+        packed = self.get_parameter("packed")
         decoded = [
-            torch.stack([decode(*self.matrix(expert, place), self.scheme.bits).to(dtype) for expert in self.packed])
-            for place in range(3)
+            torch.stack([self.shape.decoded(expert, place).to(dtype) for expert in packed]) for place in range(3)
         ]
         self.gating.gate_up_proj = nn.Parameter(torch.cat(decoded[:2], 1), requires_grad=False)
         self.gating.down_proj = nn.Parameter(decoded[2], requires_grad=False)
@@ -206,8 +183,9 @@ class HLWQExperts(nn.Module):
 
     def extra_repr(self) -> str:
         """What is printed between the parentheses."""
-        scheme = f"bits={self.scheme.bits}, group_size={self.scheme.group_size}"
-        return f"{len(self.packed)}, {self.hidden}, {self.inner}, {scheme}"
+        shape, scheme = self.shape, self.shape.scheme
+        kept = f", kept={self.cache[0].capacity}" if self.cache else ""
+        return f"{self.count}, {shape.hidden}, {shape.inner}, bits={scheme.bits}, group_size={scheme.group_size}{kept}"
 
 
 class HLWQEmbedding(_Packed):

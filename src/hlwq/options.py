@@ -113,3 +113,21 @@ def _in_words(hint: Any) -> str:
         return f"several of {_in_words(get_args(hint)[0])}"
     words = {bool: "True or False", int: "an integer", float: "a number", str: "a string", Path: "a path"}
     return "None" if hint is type(None) else words.get(hint, f"a {hint.__name__}")
+
+
+def bytes_of(name: str, size: int | str) -> int:
+    """A size in bytes, like `5GB`.
+
+    Args:
+        name: the argument that has it.
+        size: in bytes, or with a unit.
+
+    Raises:
+        RequestError: it is no size.
+    """
+    if isinstance(size, int):
+        return size
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG])B", size.strip(), re.IGNORECASE)
+    if not match:
+        raise RequestError(f"`{name}` {size} is not a size. Write it like 5GB or 500MB.", argument=name)
+    return int(float(match[1]) * {"K": 10**3, "M": 10**6, "G": 10**9}[match[2].upper()])

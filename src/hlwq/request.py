@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from math import isfinite
@@ -12,7 +11,7 @@ from typing import Any, Literal
 
 from hlwq.calibration import Calibration
 from hlwq.errors import RequestError
-from hlwq.options import check_types, option, several
+from hlwq.options import bytes_of, check_types, option, several
 from hlwq.recipes import Recipe, changed, recipe_named, stage_options
 
 USUAL_RECIPE = "best"
@@ -122,7 +121,7 @@ class Request:
     @property
     def shard_bytes(self) -> int:
         """`max_shard_size` in bytes. Raises RequestError if it is no size."""
-        return _bytes("max_shard_size", self.max_shard_size)
+        return bytes_of("max_shard_size", self.max_shard_size)
 
     @property
     def budget(self) -> Budget | None:
@@ -134,7 +133,7 @@ class Request:
         bits = self.changes.get("bits")
         if isinstance(bits, float):
             return Budget(bits=bits)
-        return None if self.size is None else Budget(nbytes=_bytes("size", self.size))
+        return None if self.size is None else Budget(nbytes=bytes_of("size", self.size))
 
     @classmethod
     def of(cls, source: str | Path, recipe: str | Recipe | None = None, **options: Any) -> Request:
@@ -189,13 +188,3 @@ class Request:
                 if getattr(self.calibration, name):
                     raise RequestError(f"`{name}` changes nothing: {nearest}", argument=name)
         return recipe
-
-
-def _bytes(name: str, size: int | str) -> int:
-    """A size in bytes. Raises RequestError, which names the argument, if it is none."""
-    if isinstance(size, int):
-        return size
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG])B", size.strip(), re.IGNORECASE)
-    if not match:
-        raise RequestError(f"`{name}` {size} is not a size. Write it like 5GB or 500MB.", argument=name)
-    return int(float(match[1]) * {"K": 10**3, "M": 10**6, "G": 10**9}[match[2].upper()])

@@ -93,6 +93,10 @@ class Reader:
             return torch.empty(spec.shape, dtype=DTYPES[spec.dtype])
         return torch.frombuffer(contents, dtype=DTYPES[spec.dtype]).reshape(spec.shape)
 
+    def place(self, name: str) -> tuple[Path, int]:
+        """The file that holds a tensor, and where in it the tensor begins, in bytes."""
+        return self._places[name]
+
     def stamps(self) -> dict[str, str]:
         """Each weight file's size, and a hash of its header."""
         return {file.name: _stamp(file) for file in sorted({file for file, _ in self._places.values()})}

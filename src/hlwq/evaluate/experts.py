@@ -15,7 +15,7 @@ from hlwq.decoded import DecodedCheckpoint
 from hlwq.errors import CheckpointError, RequestError, UnsupportedError
 from hlwq.evaluate.model import check_tokens, load_for_evaluation
 from hlwq.evaluate.perplexity import read_text, windows_of
-from hlwq.expert_cache import POLICIES, Belady, Policy, hit_rate
+from hlwq.expert_policies import POLICIES, Belady, Policy, hit_rate
 from hlwq.families import describe
 from hlwq.files import check_file, write_whole
 from hlwq.sources import locate

@@ -27,9 +27,11 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hlwq.containers import DTYPES, Reader
+from hlwq.containers import DTYPES, PACKED, Reader
 from hlwq.decoded import DecodedCheckpoint, open_dense
 from hlwq.errors import HlwqError, RequestError, UnsupportedError
+from hlwq.expert_cache import ExpertCache
+from hlwq.expert_store import ExpertStore
 from hlwq.families import describe
 from hlwq.formats import Scheme
 from hlwq.formats import hlwq as hlwq_format
@@ -62,8 +64,11 @@ class HLWQConfig(QuantizationConfigMixin):
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
         dequantize: bool = False,
+        expert_cache: int | str | None = None,
+        expert_policy: str | None = None,
+        expert_source: str | None = None,
     ) -> None:
-        """The options of recipe hlwq, for a model that is not quantized.
+        """The options of recipe hlwq, for a model that is not quantized; and how one loads that is.
 
         Args:
             bits: width of a code, 2 to 8; by default 5.
@@ -72,6 +77,10 @@ class HLWQConfig(QuantizationConfigMixin):
             include: regular expressions of modules, kept by default, to quantize.
             exclude: regular expressions of modules to keep.
             dequantize: for an HLWQ checkpoint: decode it into ordinary layers.
+            expert_cache: for an HLWQ checkpoint with experts that do not fit: bytes of them that are kept in memory,
+                like `4GB`, or how many of each layer. What was done is in `model.expert_cache.counters`.
+            expert_policy: which are kept: `lfru`, those used most of late, as by default; `lru` or `lfu`.
+            expert_source: where the others are: on `disk`, as by default, or in the host's `memory`.
         """
         self.quant_method = hlwq_format.NAME
         self.bits = 5 if bits is None else bits
@@ -80,6 +89,7 @@ class HLWQConfig(QuantizationConfigMixin):
         self.include = include
         self.exclude = exclude
         self.dequantize = dequantize
+        self.expert_cache, self.expert_policy, self.expert_source = expert_cache, expert_policy, expert_source
         self.modules: dict[str, dict[str, int]] = {}
         self.experts: list[Any] = []
         given = {
@@ -117,7 +127,8 @@ class HLWQConfig(QuantizationConfigMixin):
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What is said at loading and not in the file."""
-        return {"dequantize": self.dequantize, "given": self.given}
+        said = ("dequantize", "given", "expert_cache", "expert_policy", "expert_source")
+        return {name: getattr(self, name) for name in said}
 
 
 class HLWQQuantizer(HfQuantizer):
@@ -128,6 +139,7 @@ class HLWQQuantizer(HfQuantizer):
         reader: the files that they are in, where they are quantized as they are loaded.
         names: what the model calls the modules that are packed, by their names in the files.
         failure: what went wrong with one of them. Raised when loading has ended, since transformers would wrap it.
+        cache: what holds the experts; None if all are in the model.
     """
 
     quantization_config: HLWQConfig
@@ -138,6 +150,7 @@ class HLWQQuantizer(HfQuantizer):
         self.reader: Reader | None = None
         self.names: dict[str, str] = {}
         self.failure: HlwqError | None = None
+        self.cache: ExpertCache | None = None
 
     def files(self) -> Reader:
         """The files that are quantized as they are loaded."""
@@ -162,8 +175,17 @@ class HLWQQuantizer(HfQuantizer):
         directory = Path(checkpoint_files[0]).parent
         if self.pre_quantized:
             schemes = _stored_schemes(directory, model)
-            for name, scheme in _experts_in(model, schemes).items():
-                model.set_submodule(name, HLWQExperts(model.get_submodule(name), scheme))
+            experts = _experts_in(model, schemes)
+            self.cache = self._cache_of(directory, bool(experts))
+            for name, (stack, scheme) in experts.items():
+                cached = (self.cache, stack) if self.cache else None
+                model.set_submodule(name, HLWQExperts(model.get_submodule(name), scheme, cached))
+            if self.cache:
+                model._keys_to_ignore_on_load_unexpected = {
+                    *(model._keys_to_ignore_on_load_unexpected or ()),
+                    rf"\.{re.escape(PACKED)}$",
+                }
+                vars(model)["expert_cache"] = self.cache
             schemes = {module: scheme for module, scheme in schemes.items() if not OF_EXPERT.search(module)}
             self.names = _own_names(model, schemes)
             for module, name in self.names.items():
@@ -171,8 +193,38 @@ class HLWQQuantizer(HfQuantizer):
         else:
             self._plan(model, directory)
 
+    def _cache_of(self, directory: Path, has_experts: bool) -> ExpertCache | None:
+        """What holds the experts of a directory, if some of them are to be kept.
+
+        Raises:
+            RequestError: an option changes nothing, or is out of range.
+        """
+        config = self.quantization_config
+        if config.expert_cache is None:
+            for name in ("expert_policy", "expert_source"):
+                if getattr(config, name) is not None:
+                    raise RequestError(f"`{name}` changes nothing without `expert_cache`.", argument=name)
+            return None
+        if not has_experts:
+            message = f"`expert_cache` changes nothing: {directory} has no packed experts."
+            raise RequestError(message, argument="expert_cache", path=directory)
+        if config.dequantize:
+            raise RequestError(
+                "`dequantize=True` decodes all experts. Leave `expert_cache` out.", argument="dequantize"
+            )
+        source = config.expert_source or "disk"
+        if source not in ("disk", "memory"):
+            message = f"`expert_source` {source} is unknown. Use disk or memory."
+            raise RequestError(message, argument="expert_source")
+        store = ExpertStore(Reader(directory), in_memory=source == "memory")
+        return ExpertCache(store, config.expert_cache, config.expert_policy or "lfru")
+
     def _plan(self, model: PreTrainedModel, directory: Path) -> None:
         config, self.reader = self.quantization_config, open_dense(directory)
+        for name in ("expert_cache", "expert_policy", "expert_source"):
+            if getattr(config, name) is not None:
+                message = f"`{name}` is for HLWQ checkpoints, and this one is not quantized. Leave it out."
+                raise RequestError(message, argument=name)
         if config.dequantize:
             message = "`dequantize=True` is for HLWQ checkpoints, and this one is not quantized. Leave it out."
             raise RequestError(message)
@@ -230,6 +282,8 @@ class HLWQQuantizer(HfQuantizer):
         Raises:
             UnsupportedError: some of the codes are offloaded.
         """
+        if self.cache:
+            raise UnsupportedError("Experts that are not in memory cannot be decoded. Leave `expert_cache` out.")
         packed = (".weight_packed", ".experts.packed")
         if any(name.endswith(packed) and codes.is_meta for name, codes in model.named_parameters()):
             raise UnsupportedError(
@@ -265,6 +319,16 @@ class HLWQQuantizer(HfQuantizer):
     def is_serializable(self) -> bool:
         """`save_pretrained` writes an HLWQ checkpoint."""
         return True
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> Any:
+        """What `save_pretrained` writes.
+
+        Raises:
+            UnsupportedError: the experts are not in the model.
+        """
+        if self.cache:
+            raise UnsupportedError("Experts that are not in memory cannot be saved. Leave `expert_cache` out.")
+        return None, {}
 
     @property
     def is_trainable(self) -> bool:
@@ -327,19 +391,24 @@ def _stored_schemes(directory: Path, model: PreTrainedModel) -> dict[str, Scheme
     return {module: scheme for module, scheme in schemes.items() if scheme is not None}
 
 
-def _experts_in(model: PreTrainedModel, schemes: Mapping[str, Scheme]) -> dict[str, Scheme]:
-    """The modules that hold experts which a checkpoint has packed, by the model's own names, with their schemes."""
-    found: dict[str, Scheme] = {}
-    packed: dict[str, Scheme] = {}
+def _experts_in(model: PreTrainedModel, schemes: Mapping[str, Scheme]) -> dict[str, tuple[str, Scheme]]:
+    """The modules that hold experts which a checkpoint has packed, by the model's own names.
+
+    Returns:
+        The name that each has in the files, and its scheme.
+    """
+    found: dict[str, tuple[str, Scheme]] = {}
+    packed: dict[str, tuple[str, Scheme]] = {}
     for module, scheme in schemes.items():
         if place := OF_EXPERT.search(module):
             # Mixtral's files call it otherwise than its module.
-            packed[f"{module[: place.start()].replace('.block_sparse_moe', '.mlp')}.experts"] = scheme
+            stack = f"{module[: place.start()]}.experts"
+            packed[stack.replace(".block_sparse_moe", ".mlp")] = stack, scheme
     for name, module in model.named_modules():
         if name.endswith(".experts") and hasattr(module, "gate_up_proj"):
             # Their place is the same, the names before the layers differ where the model is in a wrapper.
             inside = name[name.index("layers.") :]
-            found.update((name, scheme) for each, scheme in packed.items() if f".{each}".endswith(f".{inside}"))
+            found.update((name, stored) for each, stored in packed.items() if f".{each}".endswith(f".{inside}"))
     return found
 
 

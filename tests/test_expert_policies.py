@@ -18,7 +18,7 @@ from hlwq.cli import app
 from hlwq.demo import bundled_model, held_out_text
 from hlwq.evaluate.experts import ExpertUse, expert_use
 from hlwq.evaluate.model import load_for_evaluation
-from hlwq.expert_cache import HALF_LIFE, POLICIES, Belady, LayerCache, Lfru, Lfu, Lru, Policy, hit_rate
+from hlwq.expert_policies import HALF_LIFE, POLICIES, Belady, LayerCache, Lfru, Lfu, Lru, Policy, hit_rate
 
 
 def trace(tokens: int, experts: int, each: int, seed: int = 0) -> list[list[int]]:

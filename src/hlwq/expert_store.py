@@ -1,0 +1,85 @@
+"""Experts of a packed checkpoint where they lie: each is one contiguous read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hlwq.containers import EXPERT, Reader
+from hlwq.errors import CheckpointError, UnsupportedError
+from hlwq.formats.hlwq import PARTS
+
+
+class ExpertStore:
+    """The packed experts of a checkpoint, in its files or in memory.
+
+    Attributes:
+        counts: how many each layer has, by the name of its stack in the files.
+        nbytes: what an expert takes.
+    """
+
+    def __init__(self, reader: Reader, *, in_memory: bool = False) -> None:
+        """Find the experts.
+
+        Args:
+            reader: a checkpoint in format hlwq.
+            in_memory: read them all now, into memory from which a GPU copies fast.
+
+        Raises:
+            UnsupportedError: there are none, or their sizes differ.
+        """
+        self._path = reader.path
+        self._places: dict[tuple[str, int], tuple[Path, int]] = {}
+        sizes: dict[tuple[str, int], int] = {}
+        for name, spec in reader.tensors.items():
+            found = EXPERT.match(name)
+            if found and found[4] in PARTS:
+                key, (file, offset) = (f"{found[1]}experts", int(found[2])), reader.place(name)
+                self._places[key] = file, min(offset, self._places.get(key, (file, offset))[1])
+                sizes[key] = sizes.get(key, 0) + spec.nbytes
+        if len(set(sizes.values())) != 1:
+            what = "has experts of different sizes" if sizes else "has no packed experts"
+            raise UnsupportedError(f"{reader.path} {what}.", path=reader.path)
+        self.nbytes = next(iter(sizes.values()))
+        layers = [layer for layer, _ in sizes]
+        self.counts = {layer: layers.count(layer) for layer in dict.fromkeys(layers)}
+        self._files = {file: file.open("rb", buffering=0) for file, _ in self._places.values()}
+        self._staged = torch.empty(0, dtype=torch.uint8)
+        self._memory: dict[tuple[str, int], Tensor] = {}
+        if in_memory:
+            rows = {key: self._host_memory() for key in self._places}
+            for key, row in rows.items():
+                self.read(*key, row)
+            self._memory = rows
+
+    def read(self, layer: str, expert: int, into: Tensor) -> None:
+        """Copy an expert. Not for two threads at once.
+
+        Args:
+            layer: the name of its stack.
+            expert: its number.
+            into: uint8 (nbytes,), on any device.
+
+        Raises:
+            CheckpointError: the file is not what it was.
+        """
+        if self._memory:
+            into.copy_(self._memory[layer, expert], non_blocking=True)
+            return
+        if into.device.type != "cpu":
+            if not len(self._staged):
+                self._staged = self._host_memory()
+            self.read(layer, expert, self._staged)
+            into.copy_(self._staged)
+            return
+        file, offset = self._places[layer, expert]
+        self._files[file].seek(offset)
+        if self._files[file].readinto(into.numpy().data) != self.nbytes:
+            raise CheckpointError(
+                f"{file} has changed since it was opened. Load the model again.", path=file, tensor=layer
+            )
+
+    def _host_memory(self) -> Tensor:
+        return torch.empty(self.nbytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
