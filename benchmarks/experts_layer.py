@@ -46,10 +46,10 @@ CONFIG = {
 }
 
 
-def make_layer(path: Path, experts: int) -> Path:
+def make_model(path: Path, experts: int, layers: int = 1) -> Path:
     """Write the checkpoint, with the bundled model's tokenizer."""
     path.mkdir()
-    config = {**CONFIG, "num_experts": experts}
+    config = {**CONFIG, "num_experts": experts, "num_hidden_layers": layers}
     (path / "config.json").write_text(json.dumps(config))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(bundled_model() / name, path / name)
@@ -72,7 +72,7 @@ def main() -> None:
     options = parser.parse_args()
     calibration = hlwq.Calibration(("embedded",), options.samples, options.sequence_length, generated_samples=0)
     with tempfile.TemporaryDirectory() as folder, Progress() as bar:
-        source = make_layer(Path(folder) / "layer", options.experts)
+        source = make_model(Path(folder) / "layer", options.experts)
         task = bar.add_task("calibrating")
 
         def report(done: int, total: int, item: str) -> None:
