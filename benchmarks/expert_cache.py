@@ -4,8 +4,8 @@
     python benchmarks/expert_cache.py
 
 Without a MODEL: random weights, 4 layers of 64 experts in the shape of Qwen3-30B-A3B's. Its experts are quantized to 4
-bits. Each line is a process of its own, which generates greedily. Before each token what the system holds of the files
-is dropped, or every read would come from memory; the mapping's pages are dropped with it. Linux.
+bits. Each line is a process of its own, which reads a text token by token. Before each token what the system holds of
+the files is dropped, or every read would come from memory; the mapping's pages are dropped with it. Linux.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", help="a BF16 checkpoint with experts")
     parser.add_argument("--capacities", type=int, nargs="+", help="by default 1, k, 1/4, 1/2, 3/4 and all")
     parser.add_argument("--prompt-tokens", type=int, default=32)
-    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--experts", type=int, default=64, help="of the random model")
     parser.add_argument("--layers", type=int, default=4, help="of the random model")
     parser.add_argument("--run", help=argparse.SUPPRESS)
@@ -53,8 +53,8 @@ def main() -> None:
         print(json.dumps(run(Path(options.model), options.run, options.prompt_tokens, options.new_tokens)))
         return
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(options.model) if options.model else make_model(Path(folder) / "m", options.experts, options.layers)
-        packed = Path(folder) / "packed"
+        packed, random = Path(folder) / "packed", Path(folder) / "random"
+        source = Path(options.model) if options.model else make_model(random, options.experts, options.layers)
         hlwq.quantize(source, packed, "hlwq", bits=4, include_embeddings=False)
         store = ExpertStore(Reader(packed))
         count, layers = max(store.counts.values()), len(store.counts)
@@ -69,9 +69,11 @@ def main() -> None:
             ("4 bits, mapped", packed, "mapped", None),
         ]
         for capacity in options.capacities or usual:
-            runs += [(f"4 bits, cache of {capacity} of {count}", packed, str(capacity), capacity)]
+            runs.append((f"4 bits, cache of {capacity} of {count}", packed, str(capacity), capacity))
+            if capacity < count:
+                runs.append(("  and read ahead", packed, f"{capacity}:ahead", capacity))
         runs += [("4 bits, in memory", packed, "memory", None)]
-        table = Table("experts", "tokens/s", "× BF16 offload", "hits", "read/token", "waited", "peak", "of it cache + 2")
+        table = Table("experts", "tokens/s", "× offload", "hits", "read/token", "waited", "peak", "of it cache + 2")
         first = None
         for title, directory, how, capacity in track(runs, "measuring", console=Console(stderr=True)):
             words = [sys.executable, __file__, str(directory), "--run", how]
@@ -100,10 +102,15 @@ def run(directory: Path, how: str, prompt_tokens: int, new_tokens: int) -> dict[
         if how == "disk":
             said = {"device_map": on_disk(directory, kept), "offload_folder": folder}
         elif how.isdecimal():
-            said = {"quantization_config": HLWQConfig(expert_cache=int(how))}
+            ahead = True if kept else None
+            said = {"quantization_config": HLWQConfig(expert_cache=int(how), expert_prefetch=ahead)}
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16, **said)
         if how == "mapped":
             maps = map_experts(model, directory)
+        if how == "memory":  # as they are loaded they are mapped too
+            for module in model.modules():
+                if isinstance(module, HLWQExperts):
+                    module.packed = torch.nn.Parameter(module.get_parameter("packed").clone(), requires_grad=False)
         files += [file for file in Path(folder).rglob("*") if file.is_file()]
 
         def drop(*_: Any) -> None:
@@ -116,15 +123,16 @@ def run(directory: Path, how: str, prompt_tokens: int, new_tokens: int) -> dict[
                     os.close(handle)
 
         model.register_forward_pre_hook(drop)
-        ids = encode(load_tokenizer(directory), held_out_text().read_text(encoding="utf-8"))[:prompt_tokens]
+        ids = encode(load_tokenizer(directory), held_out_text().read_text(encoding="utf-8"))
+        ids = ids[: prompt_tokens + new_tokens]
         prompt = torch.tensor([ids])
-        settings: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         with torch.inference_mode():
-            model.generate(prompt, max_new_tokens=2, **settings)
+            past = model(prompt[:, :prompt_tokens], use_cache=True).past_key_values
             cache = getattr(model, "expert_cache", None)
             before = vars(cache.counters).copy() if cache else {}
             since = time.perf_counter()
-            model.generate(prompt[:, :1], max_new_tokens=new_tokens, **settings)
+            for token in prompt[0, prompt_tokens:]:
+                past = model(token[None, None], past_key_values=past, use_cache=True).past_key_values
             took = time.perf_counter() - since
     counted = {name: getattr(cache.counters, name) - value for name, value in before.items()}
     return {"rate": new_tokens / took, "took": took, "peak": peak_memory(), **counted}

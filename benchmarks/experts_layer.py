@@ -53,7 +53,8 @@ def make_model(path: Path, experts: int, layers: int = 1) -> Path:
     (path / "config.json").write_text(json.dumps(config))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(bundled_model() / name, path / name)
-    layout = describe(config, ["model.embed_tokens.weight", "model.layers.0.some.weight"])
+    stored = ["model.embed_tokens.weight", *(f"model.layers.{layer}.some.weight" for layer in range(layers))]
+    layout = describe(config, stored)
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for name, shape in layout.required_tensors().items():

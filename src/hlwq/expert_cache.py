@@ -77,8 +77,15 @@ class ExpertCache:
         self._layers = {layer: LayerCache(self.capacity, POLICIES[policy]()) for layer in store.counts}
         self._kept: dict[tuple[str, int], Tensor] = {}
         self._spare: list[Tensor] = []
+        self._passing = 0  # being read or run
+        self._expected: tuple[str, deque[_Read]] = "", deque()
         self._lock = Lock()
         self._reader = ThreadPoolExecutor(1, "experts")
+
+    @property
+    def held(self) -> int:
+        """Bytes that experts take now."""
+        return self._store.nbytes * (len(self._kept) + len(self._spare) + self._passing)
 
     def rows(self, layer: str, tokens: Sequence[Sequence[int]], device: torch.device) -> Iterator[tuple[int, Tensor]]:
         """The experts that tokens go to, each once: those that are there, then the others as they arrive.
@@ -99,10 +106,11 @@ class ExpertCache:
             walk = cache.use(tokens)
             self.counters.hits += len(walk.hits)
             self.counters.misses += len(walk.loads)
-            loads, leaving = iter(walk.loads), iter(walk.leaving)
-            reads: deque[_Read] = deque()
+            reads = self._expected_of(layer, walk.loads)
+            early = {expert for expert, _, _ in reads}
+            loads, leaving = (each for each in walk.loads if each not in early), iter(walk.leaving)
             try:
-                reads.extend(self._start(layer, expert, device) for expert in islice(loads, AHEAD))
+                reads.extend(self._start(layer, expert, device) for expert in islice(loads, AHEAD - len(reads)))
                 for expert in walk.hits:
                     yield expert, self._kept[layer, expert].to(device)
                 while reads:
@@ -116,19 +124,53 @@ class ExpertCache:
                             self._spare.append(self._kept.pop((layer, left)))
                     else:
                         self._spare.append(row)
+                    self._passing -= 1
                     reads.extend(self._start(layer, expert, device) for expert in islice(loads, 1))
             except BaseException:
                 for _, _, done in reads:
                     wait([done])
+                self._passing = 0
                 there = cache.resident & {expert for of, expert in self._kept if of == layer}
                 cache.resident = there
                 self._kept = {key: row for key, row in self._kept.items() if key[0] != layer or key[1] in there}
                 raise
 
+    def expect(self, layer: str, experts: Sequence[int], device: torch.device) -> None:
+        """Begin to read what a layer is likely to need next.
+
+        Args:
+            layer: the name of the stack.
+            experts: which, the likeliest first; those that are there are left out, and what there is no memory for.
+            device: where they will be wanted.
+        """
+        with self._lock:
+            self._expected_of("", [])
+            missing = (expert for expert in experts if expert not in self._layers[layer].resident)
+            self._expected = layer, deque(self._start(layer, expert, device) for expert in islice(missing, AHEAD))
+
+    def _expected_of(self, layer: str, experts: Sequence[int]) -> deque[_Read]:
+        """What is being read of what a layer needs; the memory of the rest is spare again."""
+        of, reads = self._expected
+        self._expected = "", deque()
+        wanted: deque[_Read] = deque()
+        for read in reads:
+            if of == layer and read[0] in experts:
+                wanted.append(read)
+            else:
+                self._wait(read[2])
+                self._spare.append(read[1])
+                self._passing -= 1
+        return wanted
+
     def _start(self, layer: str, expert: int, device: torch.device) -> _Read:
         """Begin to read an expert into memory that is spare."""
         at = next((place for place, row in enumerate(self._spare) if row.device == device), None)
-        row = torch.empty(self._store.nbytes, dtype=torch.uint8, device=device) if at is None else self._spare.pop(at)
+        if at is None:
+            with torch.inference_mode(False):  # else the reading thread could not write to it
+                row = torch.empty(self._store.nbytes, dtype=torch.uint8, device=device)
+        else:
+            row = self._spare.pop(at)
+        self._passing += 1
         # What still runs on a GPU may use that memory.
         free = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
         return expert, row, self._reader.submit(self._read, layer, expert, row, free)

@@ -123,7 +123,7 @@ class LayerCache:
     def use(self, tokens: Sequence[Sequence[int]]) -> Walk:
         """Use the experts of the tokens of a call, each once however many tokens go to it.
 
-        Those of the last token are resident afterwards, and of the others that were resident or used what is worth most.
+        Those of the last token are resident afterwards, and of the others what is worth most.
 
         Args:
             tokens: the experts of each, by their numbers, each once.

@@ -46,7 +46,7 @@ class ExpertStore:
         layers = [layer for layer, _ in sizes]
         self.counts = {layer: layers.count(layer) for layer in dict.fromkeys(layers)}
         self._files = {file: file.open("rb", buffering=0) for file, _ in self._places.values()}
-        self._staged = torch.empty(0, dtype=torch.uint8)
+        self._staged: Tensor | None = None
         self._memory: dict[tuple[str, int], Tensor] = {}
         if in_memory:
             rows = {key: self._host_memory() for key in self._places}
@@ -69,7 +69,7 @@ class ExpertStore:
             into.copy_(self._memory[layer, expert], non_blocking=True)
             return
         if into.device.type != "cpu":
-            if not len(self._staged):
+            if self._staged is None:
                 self._staged = self._host_memory()
             self.read(layer, expert, self._staged)
             into.copy_(self._staged)
@@ -82,4 +82,5 @@ class ExpertStore:
             )
 
     def _host_memory(self) -> Tensor:
-        return torch.empty(self.nbytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        # Said, since models are made on the device `meta`.
+        return torch.empty(self.nbytes, dtype=torch.uint8, device="cpu", pin_memory=torch.cuda.is_available())

@@ -133,6 +133,7 @@ class HLWQExperts(nn.Module):
             device maps offload.
         gating: the module that transformers had in this place, without its matrices: what joins gate and up.
         cache: what holds the experts, and the layer's name in it; None where all are here.
+        following: the experts of the next layer and their router, if they are read ahead.
     """
 
     packed: nn.Parameter | None
@@ -149,6 +150,7 @@ class HLWQExperts(nn.Module):
         super().__init__()
         self.count, rows, hidden = dense.get_parameter("gate_up_proj").shape
         self.shape, self.cache = ExpertShape(hidden, rows // 2, scheme), cache
+        self.following: tuple[HLWQExperts, nn.Module] | None = None  # inside a tuple they are no submodules
         del dense.gate_up_proj, dense.down_proj
         self.__dict__["gating"] = dense  # no child, whose matrices transformers would look for
         packed = torch.empty(self.count, self.shape.nbytes, dtype=torch.uint8, device="meta")
@@ -168,7 +170,19 @@ class HLWQExperts(nn.Module):
             cache, layer = self.cache
             rows = partial(cache.rows, layer)
         gate = self.gating._apply_gate
-        return run_experts(hidden_states, top_k_index, top_k_weights, self.shape, gate, rows)
+        outputs = run_experts(hidden_states, top_k_index, top_k_weights, self.shape, gate, rows)
+        if self.following and len(hidden_states) == 1:  # the tokens of a prompt go to most experts
+            self.read_ahead(*self.following, hidden_states, top_k_index.shape[1])
+        return outputs
+
+    @staticmethod
+    def read_ahead(following: HLWQExperts, router: nn.Module, token: Tensor, each: int) -> None:
+        """Begin to read what a layer will need, by its router and what the layer before it was given."""
+        said = router(token)
+        scores = said[0] if isinstance(said, tuple) else said
+        assert following.cache is not None
+        cache, layer = following.cache
+        cache.expect(layer, scores[0].topk(each).indices.tolist(), token.device)
 
     def dequantize(self, dtype: torch.dtype) -> nn.Module:
         """Transformers' module with decoded matrices, in this dtype."""

@@ -251,9 +251,6 @@ def demands(reader: Reader, layout: ModelLayout, modules: dict[str, StoredModule
         demand(transformers, "config.json says the model's type", untyped, "Copy it from the original's config.json."),
         demand(vllm, "fused matrices have one scheme", mixed_fusions(layout, modules), again),
     ]
-    if layout.has_experts:
-        packed_experts = [name for layer in layout.layers[:1] for name in layer.experts()] or ["experts"]
-        lines.append(demand(vllm, "no packed experts", packed_experts, "For vLLM, use `format='gptq'`."))
     if not family.vllm_packs_embedding:
         lines.append(demand(vllm, unpacked, packed, "Quantize again with `include_embeddings=False`."))
     return lines

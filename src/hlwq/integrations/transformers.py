@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from inspect import signature
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,8 @@ from hlwq.work import check_finite, quantize_matrix
 
 OF_EXPERT = re.compile(r"\.experts\.\d+\.")
 """In the names of an expert's own modules."""
+OF_CACHE = ("expert_policy", "expert_source", "expert_prefetch")
+"""What is said of a cache of experts, beside its size."""
 
 if TYPE_CHECKING:
     from transformers.modeling_utils import PreTrainedModel
@@ -67,6 +70,7 @@ class HLWQConfig(QuantizationConfigMixin):
         expert_cache: int | str | None = None,
         expert_policy: str | None = None,
         expert_source: str | None = None,
+        expert_prefetch: bool | None = None,
     ) -> None:
         """The options of recipe hlwq, for a model that is not quantized; and how one loads that is.
 
@@ -81,6 +85,7 @@ class HLWQConfig(QuantizationConfigMixin):
                 like `4GB`, or how many of each layer. What was done is in `model.expert_cache.counters`.
             expert_policy: which are kept: `lfru`, those used most of late, as by default; `lru` or `lfu`.
             expert_source: where the others are: on `disk`, as by default, or in the host's `memory`.
+            expert_prefetch: read what the next layer's router makes of this layer's input before it is needed.
         """
         self.quant_method = hlwq_format.NAME
         self.bits = 5 if bits is None else bits
@@ -90,6 +95,7 @@ class HLWQConfig(QuantizationConfigMixin):
         self.exclude = exclude
         self.dequantize = dequantize
         self.expert_cache, self.expert_policy, self.expert_source = expert_cache, expert_policy, expert_source
+        self.expert_prefetch = expert_prefetch
         self.modules: dict[str, dict[str, int]] = {}
         self.experts: list[Any] = []
         given = {
@@ -127,8 +133,7 @@ class HLWQConfig(QuantizationConfigMixin):
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What is said at loading and not in the file."""
-        said = ("dequantize", "given", "expert_cache", "expert_policy", "expert_source")
-        return {name: getattr(self, name) for name in said}
+        return {name: getattr(self, name) for name in ("dequantize", "given", "expert_cache", *OF_CACHE)}
 
 
 class HLWQQuantizer(HfQuantizer):
@@ -186,6 +191,10 @@ class HLWQQuantizer(HfQuantizer):
                     rf"\.{re.escape(PACKED)}$",
                 }
                 vars(model)["expert_cache"] = self.cache
+                if self.quantization_config.expert_prefetch:
+                    for name, following in pairwise(experts):
+                        layer, next_layer = model.get_submodule(name), model.get_submodule(following)
+                        vars(layer)["following"] = next_layer, _router_of(model, following)
             schemes = {module: scheme for module, scheme in schemes.items() if not OF_EXPERT.search(module)}
             self.names = _own_names(model, schemes)
             for module, name in self.names.items():
@@ -201,7 +210,7 @@ class HLWQQuantizer(HfQuantizer):
         """
         config = self.quantization_config
         if config.expert_cache is None:
-            for name in ("expert_policy", "expert_source"):
+            for name in OF_CACHE:
                 if getattr(config, name) is not None:
                     raise RequestError(f"`{name}` changes nothing without `expert_cache`.", argument=name)
             return None
@@ -221,7 +230,7 @@ class HLWQQuantizer(HfQuantizer):
 
     def _plan(self, model: PreTrainedModel, directory: Path) -> None:
         config, self.reader = self.quantization_config, open_dense(directory)
-        for name in ("expert_cache", "expert_policy", "expert_source"):
+        for name in ("expert_cache", *OF_CACHE):
             if getattr(config, name) is not None:
                 message = f"`{name}` is for HLWQ checkpoints, and this one is not quantized. Leave it out."
                 raise RequestError(message, argument=name)
@@ -410,6 +419,19 @@ def _experts_in(model: PreTrainedModel, schemes: Mapping[str, Scheme]) -> dict[s
             inside = name[name.index("layers.") :]
             found.update((name, stored) for each, stored in packed.items() if f".{each}".endswith(f".{inside}"))
     return found
+
+
+def _router_of(model: PreTrainedModel, experts: str) -> nn.Module:
+    """The module that says which experts a token goes to.
+
+    Raises:
+        UnsupportedError: it is not found.
+    """
+    block = model.get_submodule(experts.rpartition(".")[0])
+    router = next((getattr(block, name) for name in ("gate", "router") if hasattr(block, name)), None)
+    if not isinstance(router, nn.Module):
+        raise UnsupportedError(f"{experts} has no router beside it: leave `expert_prefetch` out.", tensor=experts)
+    return router
 
 
 def _own_names(model: PreTrainedModel, modules: Iterable[str]) -> dict[str, str]:

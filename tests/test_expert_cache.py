@@ -1,0 +1,231 @@
+"""Experts that are not all in memory: what is read, what is kept, and that no output changes."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, pipeline
+
+import hlwq
+from hlwq import packed_experts
+from hlwq.containers import Reader
+from hlwq.demo import bundled_model
+from hlwq.expert_cache import AHEAD, ExpertCache
+from hlwq.expert_policies import POLICIES, LayerCache
+from hlwq.expert_store import ExpertStore
+from hlwq.linear import HLWQExperts
+
+CPU = torch.device("cpu")
+LAYERS, EXPERTS, EACH = 4, 16, 4
+CHUNK = 48
+"""Tokens that are walked through together in these tests, so that prompts have several chunks."""
+
+
+@pytest.fixture(scope="module")
+def packed(experts_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("packed") / "q4"
+    hlwq.quantize(experts_model, out, "hlwq", bits=4)
+    return out
+
+
+@pytest.fixture(autouse=True)
+def several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_experts, "CHUNK", CHUNK)
+
+
+def load(path: Path, **options: Any) -> Any:
+    given = {"quantization_config": hlwq.HLWQConfig(**options)} if options else {}
+    return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **given)
+
+
+def stacks(path: Path) -> dict[str, Tensor]:
+    stored = load_file(path / "model.safetensors")
+    return {name.removesuffix(".packed"): tensor for name, tensor in stored.items() if name.endswith("experts.packed")}
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_an_expert_is_its_row_of_the_file(packed: Path, in_memory: bool) -> None:
+    store, expected = ExpertStore(Reader(packed), in_memory=in_memory), stacks(packed)
+    assert store.counts == dict.fromkeys(expected, EXPERTS)
+    row = torch.empty(store.nbytes, dtype=torch.uint8)
+    for layer, tensor in expected.items():
+        for expert in (3, 0, EXPERTS - 1):
+            store.read(layer, expert, row)
+            assert torch.equal(row, tensor[expert])
+
+
+def calls(layer: int) -> Iterator[list[list[int]]]:
+    """Prompts of several lengths and single tokens, whose experts are chosen unevenly."""
+    generator = torch.Generator().manual_seed(layer)
+    favourites = 1 / torch.arange(1.0, EXPERTS + 1)
+    for tokens in (40, *[1] * 60, 7, *[1] * 20):
+        yield torch.multinomial(favourites.expand(tokens, -1), EACH, generator=generator).tolist()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("capacity", [1, 3, EACH, 9, EXPERTS])
+def test_what_is_given_is_what_is_stored(packed: Path, capacity: int, policy: str) -> None:
+    store, expected = ExpertStore(Reader(packed)), stacks(packed)
+    cache = ExpertCache(store, capacity, policy)
+    replays = [LayerCache(capacity, POLICIES[policy]()) for _ in expected]
+    for call in zip(*map(calls, range(len(expected))), strict=True):
+        for (layer, tensor), replay, tokens in zip(expected.items(), replays, call, strict=True):
+            given = []
+            for expert, row in cache.rows(layer, tokens, CPU):
+                assert torch.equal(row, tensor[expert])
+                assert cache.held <= (capacity * LAYERS + AHEAD) * store.nbytes
+                given.append(expert)
+            replay.use(tokens)
+            assert sorted(given) == sorted({expert for experts in tokens for expert in experts})
+    assert cache.counters.hits == sum(replay.hits for replay in replays)
+    assert cache.counters.misses == sum(replay.misses for replay in replays)
+    assert cache.counters.nbytes == cache.counters.misses * store.nbytes
+
+
+def test_a_walk_that_was_broken_off_is_forgotten(packed: Path) -> None:
+    store, expected = ExpertStore(Reader(packed)), stacks(packed)
+    cache, layer = ExpertCache(store, 6), next(iter(expected))
+    for broken in ([[0, 1, 2, 3], [4, 5, 6, 7]], [[8, 9, 10, 11]], [[0, 4, 9, 12]]):
+        for _ in cache.rows(layer, broken, CPU):
+            break
+        for _ in zip(cache.rows(layer, broken[::-1], CPU), range(2), strict=False):
+            pass
+    for tokens in calls(0):
+        for expert, row in cache.rows(layer, tokens, CPU):
+            assert torch.equal(row, expected[layer][expert])
+            assert cache.held <= (6 * LAYERS + AHEAD) * store.nbytes
+
+
+def test_a_file_that_has_changed_is_an_error_and_not_a_wrong_answer(packed: Path, tmp_path: Path) -> None:
+    shutil.copytree(packed, tmp_path / "q4")
+    cache, layer = ExpertCache(ExpertStore(Reader(tmp_path / "q4")), 2), next(iter(stacks(packed)))
+    file = tmp_path / "q4" / "model.safetensors"
+    whole = file.read_bytes()
+    with file.open("r+b") as stream:
+        stream.truncate(len(whole) // 50)
+    with pytest.raises(hlwq.CheckpointError, match="has changed since it was opened"):
+        list(cache.rows(layer, [[0, 5], [9, 11]], CPU))
+    file.write_bytes(whole)  # in place, as a download goes on
+    assert [expert for expert, _ in cache.rows(layer, [[0, 5], [9, 11]], CPU)] == [0, 5, 9, 11]
+
+
+@pytest.fixture(scope="module")
+def prompt() -> Tensor:
+    return torch.randint(6, 2000, (1, 130), generator=torch.Generator().manual_seed(0))
+
+
+def outputs(model: Any, prompt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits of a prompt, and what follows greedily and at random."""
+    with torch.inference_mode():
+        logits = model(prompt).logits
+        greedy = model.generate(prompt[:, :20], max_new_tokens=12, do_sample=False, eos_token_id=None)
+        torch.manual_seed(0)
+        sampled = model.generate(prompt[:, :20], max_new_tokens=12, do_sample=True, temperature=2.0, eos_token_id=None)
+    return logits, greedy, sampled
+
+
+@pytest.fixture(scope="module")
+def expected(packed: Path, prompt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packed_experts, "CHUNK", CHUNK)
+        return outputs(load(packed), prompt)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"expert_cache": capacity} for capacity in range(1, EXPERTS + 1)),
+        *({"expert_cache": 6, "expert_policy": policy} for policy in POLICIES),
+        {"expert_cache": 3, "expert_source": "memory"},
+        {"expert_cache": "1MB"},
+    ],
+    ids=str,
+)
+def test_outputs_are_those_of_the_whole_model(
+    options: dict[str, Any], packed: Path, prompt: Tensor, expected: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    model = load(packed, **options)
+    used: list[tuple[str, list[list[int]]]] = []
+    for module in model.modules():
+        if isinstance(module, HLWQExperts):
+            assert module.cache is not None
+            name = module.cache[1]
+            module.register_forward_pre_hook(lambda _, given, name=name: used.append((name, given[1].tolist())))
+    for found, right in zip(outputs(model, prompt), expected, strict=True):
+        assert torch.equal(found, right)
+
+    cache: ExpertCache = model.expert_cache
+    policy = POLICIES[options.get("expert_policy", "lfru")]
+    replays = {name: LayerCache(cache.capacity, policy()) for name in stacks(packed)}
+    for name, tokens in used:
+        for start in range(0, len(tokens), CHUNK):
+            replays[name].use(tokens[start : start + CHUNK])
+    assert cache.counters.hits == sum(replay.hits for replay in replays.values())
+    assert cache.counters.misses == sum(replay.misses for replay in replays.values())
+    assert cache.counters.misses > 0
+
+
+def test_bytes_are_for_all_layers(packed: Path) -> None:
+    nbytes = ExpertStore(Reader(packed)).nbytes
+    for size, capacity in (("1MB", 10**6 // (LAYERS * nbytes)), (f"{LAYERS * nbytes / 1000}KB", 1)):
+        assert load(packed, expert_cache=size).expert_cache.capacity == capacity
+
+
+def test_policies_keep_different_experts(packed: Path) -> None:
+    hits = set()
+    for policy in POLICIES:
+        cache = ExpertCache(ExpertStore(Reader(packed)), 6, policy)
+        for tokens in calls(0):
+            for _ in cache.rows(next(iter(stacks(packed))), tokens, CPU):
+                pass
+        hits.add(cache.counters.hits)
+    assert len(hits) == len(POLICIES)
+
+
+def test_a_pipeline_runs(packed: Path) -> None:
+    options = {"quantization_config": hlwq.HLWQConfig(expert_cache="1MB")}
+    ordinary, small = (pipeline("text-generation", str(packed), model_kwargs=each) for each in ({}, options))
+    said = {"max_new_tokens": 8, "do_sample": False}
+    assert small("def main():", **said) == ordinary("def main():", **said)
+
+
+def test_what_is_not_in_memory_is_neither_saved_nor_decoded(packed: Path, tmp_path: Path) -> None:
+    model = load(packed, expert_cache=2)
+    with pytest.raises(hlwq.UnsupportedError, match=r"cannot be saved. Leave `expert_cache` out"):
+        model.save_pretrained(tmp_path / "again")
+    with pytest.raises(hlwq.UnsupportedError, match=r"cannot be decoded. Leave `expert_cache` out"):
+        model.dequantize()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"expert_cache": 0}, "`expert_cache` 0 must hold an expert of each layer: 0.1 MB at least"),
+        ({"expert_cache": "50KB"}, "`expert_cache` 50KB must hold an expert of each layer: 0.1 MB at least"),
+        ({"expert_cache": "much"}, "`expert_cache` much is not a size"),
+        ({"expert_cache": 4, "expert_policy": "fifo"}, "`expert_policy` fifo is unknown. Use one of lru, lfu, lfru"),
+        ({"expert_cache": 4, "expert_source": "cloud"}, "`expert_source` cloud is unknown. Use disk or memory"),
+        ({"expert_policy": "lru"}, "`expert_policy` changes nothing without `expert_cache`"),
+        ({"expert_source": "memory"}, "`expert_source` changes nothing without `expert_cache`"),
+        ({"expert_cache": 4, "dequantize": True}, "decodes all experts. Leave `expert_cache` out"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_named(options: dict[str, Any], said: str, packed: Path) -> None:
+    with pytest.raises(hlwq.RequestError, match=said):
+        load(packed, **options)
+
+
+def test_a_cache_is_for_packed_experts(packed: Path, experts_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(hlwq.RequestError, match="`expert_cache` is for HLWQ checkpoints, and this one is not"):
+        load(experts_model, expert_cache=4)
+    hlwq.quantize(bundled_model(), tmp_path / "dense", "hlwq")
+    with pytest.raises(hlwq.RequestError, match=r"`expert_cache` changes nothing: .* has no packed experts"):
+        load(tmp_path / "dense", expert_cache=4)
