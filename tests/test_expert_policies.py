@@ -18,7 +18,7 @@ from hlwq.cli import app
 from hlwq.demo import bundled_model, held_out_text
 from hlwq.evaluate.experts import ExpertUse, expert_use
 from hlwq.evaluate.model import load_for_evaluation
-from hlwq.expert_policies import HALF_LIFE, POLICIES, Belady, LayerCache, Lfru, Lfu, Lru, Policy, hit_rate
+from hlwq.expert_policies import HALF_LIFE, POLICIES, Belady, LayerCache, Lfru, Lfu, Lru, Policy, Walk, hit_rate
 
 
 def trace(tokens: int, experts: int, each: int, seed: int = 0) -> list[list[int]]:
@@ -35,31 +35,37 @@ def trace(tokens: int, experts: int, each: int, seed: int = 0) -> list[list[int]
     return uses
 
 
-def given_up(policy: Policy, capacity: int, uses: Sequence[Sequence[int]]) -> list[int | None]:
+def given_up(policy: Policy, capacity: int, uses: Sequence[Sequence[int]]) -> list[list[int]]:
     cache = LayerCache(capacity, policy)
-    return [old for experts in uses for _, old in cache.use(experts)]
+    return [cache.use([experts]).leaving for experts in uses]
 
 
 def test_policies_give_up_what_they_say() -> None:
     uses = [[0], [0], [0], [1], [1], [2], [3]]
-    assert given_up(Lru(), 2, uses) == [None, None, 0, 1]
-    assert given_up(Lfu(), 2, uses) == [None, None, 1, 2]
+    assert given_up(Lru(), 2, uses) == [[], [], [], [], [], [0], [1]]
+    assert given_up(Lfu(), 2, uses) == [[], [], [], [], [], [1], [2]]
     # What was used much is given up once its uses lie far enough back.
     often = [[0]] * 200 + [[1], [2]] * int(4 * HALF_LIFE) + [[3]]
-    assert given_up(Lfu(), 3, often)[-1] == 1
-    assert given_up(Lfru(), 3, often)[-1] == 0
-    assert given_up(Lfru(half_life=1e9), 3, often)[-1] == 1
+    assert given_up(Lfu(), 3, often)[-1] == [1]
+    assert given_up(Lfru(), 3, often)[-1] == [0]
 
 
 def test_what_a_token_needs_is_not_given_up_for_it() -> None:
     cache = LayerCache(3, Lru())
-    cache.use([0, 1, 2])
-    assert cache.use([3, 0]) == [(3, 2)]  # of equals, the one of the highest number
+    cache.use([[0, 1, 2]])
+    assert cache.use([[3, 0]]) == Walk(hits=[0], loads=[3], leaving=[2])  # of equals, the one of the highest number
     assert cache.resident == {0, 1, 3}
-    assert cache.use([4, 5]) == [(4, 1), (5, 3)]
+    assert cache.use([[4, 5]]) == Walk(hits=[], loads=[4, 5], leaving=[1, 3])
     assert (cache.hits, cache.misses) == (1, 6)
-    with pytest.raises(ValueError, match="4 experts of a token do not fit where there is room for 3"):
-        cache.use([0, 1, 2, 3])
+
+
+def test_a_call_uses_an_expert_once_and_the_last_token_decides() -> None:
+    cache = LayerCache(3, Lfu())
+    assert cache.use([[0, 1], [0, 2], [0, 3], [4, 5]]) == Walk(hits=[], loads=[0, 1, 2, 3, 4, 5], leaving=[])
+    assert cache.resident == {0, 4, 5}
+    assert cache.use([[6, 7, 8, 9]]).leaving == [0, 4, 5]
+    assert cache.resident == {6, 7, 8}  # of those of a token as many as fit
+    assert (cache.hits, cache.misses) == (0, 10)
 
 
 @pytest.mark.parametrize("capacity", [2, 4, 8])
