@@ -145,6 +145,7 @@ def expected(packed: Path, prompt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         *({"expert_cache": 6, "expert_policy": policy} for policy in POLICIES),
         {"expert_cache": 3, "expert_source": "memory"},
         {"expert_cache": "1MB"},
+        *({"expert_cache": capacity, "expert_prefetch": True} for capacity in (1, 6, 12)),
     ],
     ids=str,
 )
@@ -170,6 +171,9 @@ def test_outputs_are_those_of_the_whole_model(
     assert cache.counters.hits == sum(replay.hits for replay in replays.values())
     assert cache.counters.misses == sum(replay.misses for replay in replays.values())
     assert cache.counters.misses > 0
+    assert cache.held <= (cache.capacity * LAYERS + AHEAD) * ExpertStore(Reader(packed)).nbytes
+    wrongly_expected = cache.counters.nbytes // ExpertStore(Reader(packed)).nbytes - cache.counters.misses
+    assert (wrongly_expected > 0) == options.get("expert_prefetch", False)
 
 
 def test_bytes_are_for_all_layers(packed: Path) -> None:
@@ -179,14 +183,31 @@ def test_bytes_are_for_all_layers(packed: Path) -> None:
 
 
 def test_policies_keep_different_experts(packed: Path) -> None:
-    hits = set()
+    seen = set()
     for policy in POLICIES:
         cache = ExpertCache(ExpertStore(Reader(packed)), 6, policy)
-        for tokens in calls(0):
-            for _ in cache.rows(next(iter(stacks(packed))), tokens, CPU):
-                pass
-        hits.add(cache.counters.hits)
-    assert len(hits) == len(POLICIES)
+        given = [[expert for expert, _ in cache.rows(next(iter(stacks(packed))), call, CPU)] for call in calls(0)]
+        seen.add(str(given))  # those that are there come first
+    assert len(seen) == len(POLICIES)
+
+
+def test_what_was_expected_is_not_read_again(packed: Path) -> None:
+    store, expected = ExpertStore(Reader(packed)), stacks(packed)
+    cache, (first, second, *_) = ExpertCache(store, 4), expected
+    for _ in cache.rows(first, [[0, 1]], CPU):
+        pass
+    cache.expect(first, [1, 5, 2, 7], CPU)  # of which 1 is there, and 7 finds no memory
+    given = dict(cache.rows(first, [[2, 3, 5, 6]], CPU))
+    assert list(given)[:2] == [5, 2]
+    assert cache.counters.nbytes == 6 * store.nbytes
+    cache.expect(first, [9, 10], CPU)
+    for _ in cache.rows(second, [[0]], CPU):  # of another layer: what was expected is forgotten
+        assert cache.held <= (4 * LAYERS + AHEAD) * store.nbytes
+    cache.expect(first, [9, 10], CPU)
+    cache.expect(second, [9, 10], CPU)
+    assert {expert: row.tolist() for expert, row in cache.rows(second, [[10, 4, 9]], CPU)} == {
+        expert: expected[second][expert].tolist() for expert in (10, 4, 9)
+    }
 
 
 def test_a_pipeline_runs(packed: Path) -> None:
@@ -213,6 +234,7 @@ def test_what_is_not_in_memory_is_neither_saved_nor_decoded(packed: Path, tmp_pa
         ({"expert_cache": 4, "expert_policy": "fifo"}, "`expert_policy` fifo is unknown. Use one of lru, lfu, lfru"),
         ({"expert_cache": 4, "expert_source": "cloud"}, "`expert_source` cloud is unknown. Use disk or memory"),
         ({"expert_policy": "lru"}, "`expert_policy` changes nothing without `expert_cache`"),
+        ({"expert_prefetch": True}, "`expert_prefetch` changes nothing without `expert_cache`"),
         ({"expert_source": "memory"}, "`expert_source` changes nothing without `expert_cache`"),
         ({"expert_cache": 4, "dequantize": True}, "decodes all experts. Leave `expert_cache` out"),
     ],

@@ -169,6 +169,17 @@ def test_vllm_keeps_to_the_schemes_of_the_file(tmp_path: Path, run_engine: RunEn
     assert output == expected
 
 
+def test_vllm_computes_the_same_with_a_cache_of_experts(
+    experts_model: Path, tmp_path: Path, run_engine: RunEngine
+) -> None:
+    directory, sizes = tmp_path / "quantized", [None, "1", "6", "16", "1MB"]
+    hlwq.quantize(experts_model, directory, "hlwq", bits=4, include_embeddings=False)
+    whole, *cached = run_engine("vllm", "vllm_experts.py", directory, sizes)
+    for report in cached:
+        assert report.pop("counters") == report.pop("replay")
+        assert report == whole
+
+
 def test_chain_runs_in_mlx(prompts: dict[str, str], tmp_path: Path, run_engine: RunEngine) -> None:
     directory = tmp_path / "quantized"
     hlwq.quantize(bundled_model(), directory, "hlwq-mlx")
