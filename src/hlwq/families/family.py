@@ -132,6 +132,7 @@ class Family:
         expert_matrices: what the files call an expert's `gate_proj`, `up_proj` and `down_proj`.
         vllm_unrotated: fused matrices, by their paths inside a layer, whose inputs vLLM does not rotate.
         vllm_packs_embedding: vLLM's model can hold its embedding and its output head as codes.
+        vllm_packs_experts: it leaves the loading of experts to what runs them.
         mlx: the family in mlx-lm.
     """
 
@@ -145,6 +146,7 @@ class Family:
     expert_matrices: tuple[str, str, str] = MATRICES
     vllm_unrotated: tuple[str, ...] = ()
     vllm_packs_embedding: bool = True
+    vllm_packs_experts: bool = True
     mlx: MlxModel = field(default_factory=MlxModel)
 
     def in_files(self, path: str) -> str:

@@ -29,7 +29,6 @@ _ROWS = (
     ("Qwen3-MoE", "Qwen3MoeForCausalLM", "qwen3_moe"),
     ("Qwen2-MoE", "Qwen2MoeForCausalLM", "qwen2_moe"),
     ("OLMoE", "OlmoeForCausalLM", "olmoe"),
-    ("GLM-4.5-MoE", "Glm4MoeForCausalLM", "glm4_moe"),
     ("Mistral 3 (vision)", "Mistral3ForConditionalGeneration", "mistral3"),
     ("Gemma 3 (vision)", "Gemma3ForConditionalGeneration", "gemma3"),
 )
@@ -44,6 +43,7 @@ LFM2 = Family(
 COHERE2 = Family("Cohere 2", ("Cohere2ForCausalLM",), ("cohere2",), vllm_packs_embedding=False)
 QWEN3_VL = Family("Qwen3-VL", ("Qwen3VLForConditionalGeneration",), ("qwen3_vl",), vllm_packs_embedding=False)
 GEMMA2 = Family("Gemma 2", ("Gemma2ForCausalLM",), ("gemma2",), vllm_packs_embedding=False)
+GLM4_MOE = Family("GLM-4.5-MoE", ("Glm4MoeForCausalLM",), ("glm4_moe",), vllm_packs_embedding=False)
 _MIXTRALS = "w1", "w3", "w2"
 _MIXER = "of the state-space mixer, which vLLM runs in its own dtype"
 MIXTRAL = Family(
@@ -52,8 +52,15 @@ MIXTRAL = Family(
     ("mixtral",),
     renamings=(("mlp.", "block_sparse_moe."),),
     expert_matrices=_MIXTRALS,
+    vllm_packs_embedding=False,
 )
-MINIMAX_M2 = replace(MIXTRAL, name="MiniMax-M2", architectures=("MiniMaxM2ForCausalLM",), model_types=("minimax_m2",))
+MINIMAX_M2 = replace(
+    MIXTRAL,
+    name="MiniMax-M2",
+    architectures=("MiniMaxM2ForCausalLM",),
+    model_types=("minimax_m2",),
+    vllm_packs_embedding=True,
+)
 PHI_MOE = Family(
     "Phi-3.5-MoE",
     ("PhimoeForCausalLM",),
@@ -80,6 +87,7 @@ DEEPSEEK_V3 = Family(
     ("DeepseekV3ForCausalLM",),
     ("deepseek_v3",),
     fused=dict.fromkeys(("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"), "self_attn.fused_qkv_a_proj"),
+    vllm_packs_experts=False,
 )
 FALCON_H1 = Family(
     "Falcon-H1",
@@ -100,6 +108,7 @@ KNOWN = (
     COHERE2,
     QWEN3_VL,
     GEMMA2,
+    GLM4_MOE,
     LFM2,
     MIXTRAL,
     MINIMAX_M2,

@@ -107,5 +107,6 @@ QWEN3_NEXT = Family(
     ("qwen3_next",),
     keep={"linear_attn.in_proj_ba": _GATES},
     vllm_unrotated=("linear_attn.in_proj_qkvz",),
+    vllm_packs_embedding=False,
     mlx=MlxModel(refusal="mlx-lm changes norms and convolutions of this family only where it stacks experts itself"),
 )

@@ -251,6 +251,9 @@ def demands(reader: Reader, layout: ModelLayout, modules: dict[str, StoredModule
         demand(transformers, "config.json says the model's type", untyped, "Copy it from the original's config.json."),
         demand(vllm, "fused matrices have one scheme", mixed_fusions(layout, modules), again),
     ]
+    if layout.has_experts and not family.vllm_packs_experts:
+        experts = [name for layer in layout.layers for name in layer.experts()][:1]
+        lines.append(demand(vllm, "no packed experts", experts, "For vLLM, use `format='gptq'`."))
     if not family.vllm_packs_embedding:
         lines.append(demand(vllm, unpacked, packed, "Quantize again with `include_embeddings=False`."))
     return lines

@@ -122,6 +122,11 @@ class HLWQQuantizationConfig(QuantizationConfig):
         if not self.schemes and not self.stacks:
             raise CheckpointError(f"{model_name}: config.json says hlwq, but no tensor is stored so.")
         embedding, family = self._embedding(), family_of({"architectures": hf_config.architectures})
+        if self.stacks and family and not family.vllm_packs_experts:
+            raise UnsupportedError(
+                f"{model_name}: vLLM's {family.name} loads the matrices of experts itself, and none that are packed. "
+                "Quantize the original again with `format='gptq'`."
+            )
         if embedding and family and not family.vllm_packs_embedding:
             raise UnsupportedError(
                 f"{model_name}: vLLM has no packed embedding for {family.name}. Quantize again with "
