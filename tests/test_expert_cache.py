@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +51,9 @@ def stacks(path: Path) -> dict[str, Tensor]:
     return {name.removesuffix(".packed"): tensor for name, tensor in stored.items() if name.endswith("experts.packed")}
 
 
-@pytest.mark.parametrize("in_memory", [False, True])
-def test_an_expert_is_its_row_of_the_file(packed: Path, in_memory: bool) -> None:
-    store, expected = ExpertStore(Reader(packed), in_memory=in_memory), stacks(packed)
+@pytest.mark.parametrize("source", ["disk", "memory"])
+def test_an_expert_is_its_row_of_the_file(packed: Path, source: str) -> None:
+    store, expected = ExpertStore(Reader(packed), source), stacks(packed)
     assert store.counts == dict.fromkeys(expected, EXPERTS)
     row = torch.empty(store.nbytes, dtype=torch.uint8)
     for layer, tensor in expected.items():
@@ -210,6 +211,14 @@ def test_what_was_expected_is_not_read_again(packed: Path) -> None:
     }
 
 
+def test_copies_of_a_model_share_the_cache(packed: Path, prompt: Tensor) -> None:
+    model = load(packed, expert_cache=3)
+    again = deepcopy(model)
+    with torch.inference_mode():
+        assert torch.equal(model(prompt).logits, again(prompt).logits)
+    assert again.expert_cache is model.expert_cache
+
+
 def test_a_pipeline_runs(packed: Path) -> None:
     options = {"quantization_config": hlwq.HLWQConfig(expert_cache="1MB")}
     ordinary, small = (pipeline("text-generation", str(packed), model_kwargs=each) for each in ({}, options))
@@ -230,6 +239,7 @@ def test_what_is_not_in_memory_is_neither_saved_nor_decoded(packed: Path, tmp_pa
     [
         ({"expert_cache": 0}, "`expert_cache` 0 must hold an expert of each layer: 0.1 MB at least"),
         ({"expert_cache": "50KB"}, "`expert_cache` 50KB must hold an expert of each layer: 0.1 MB at least"),
+        ({"expert_cache": 0.5}, "`expert_cache` 0.5 is not a size"),
         ({"expert_cache": "much"}, "`expert_cache` much is not a size"),
         ({"expert_cache": 4, "expert_policy": "fifo"}, "`expert_policy` fifo is unknown. Use one of lru, lfu, lfru"),
         ({"expert_cache": 4, "expert_source": "cloud"}, "`expert_source` cloud is unknown. Use disk or memory"),

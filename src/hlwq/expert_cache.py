@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 from threading import Lock
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,6 +82,10 @@ class ExpertCache:
         self._expected: tuple[str, deque[_Read]] = "", deque()
         self._lock = Lock()
         self._reader = ThreadPoolExecutor(1, "experts")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ExpertCache:
+        """Copies of a model share it."""
+        return self
 
     @property
     def held(self) -> int:

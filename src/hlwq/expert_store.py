@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hlwq.containers import EXPERT, Reader
-from hlwq.errors import CheckpointError, UnsupportedError
+from hlwq.errors import CheckpointError, RequestError, UnsupportedError
 from hlwq.formats.hlwq import PARTS
 
 
@@ -20,16 +20,20 @@ class ExpertStore:
         nbytes: what an expert takes.
     """
 
-    def __init__(self, reader: Reader, *, in_memory: bool = False) -> None:
+    def __init__(self, reader: Reader, source: str = "disk") -> None:
         """Find the experts.
 
         Args:
             reader: a checkpoint in format hlwq.
-            in_memory: read them all now, into memory from which a GPU copies fast.
+            source: `disk`, or `memory` to read them all now into memory from which a GPU copies fast.
 
         Raises:
+            RequestError: the source is neither.
             UnsupportedError: there are none, or their sizes differ.
         """
+        if source not in ("disk", "memory"):
+            message = f"`expert_source` {source} is unknown. Use disk or memory."
+            raise RequestError(message, argument="expert_source")
         self._path = reader.path
         self._places: dict[tuple[str, int], tuple[Path, int]] = {}
         sizes: dict[tuple[str, int], int] = {}
@@ -48,7 +52,7 @@ class ExpertStore:
         self._files = {file: file.open("rb", buffering=0) for file, _ in self._places.values()}
         self._staged: Tensor | None = None
         self._memory: dict[tuple[str, int], Tensor] = {}
-        if in_memory:
+        if source == "memory":
             rows = {key: self._host_memory() for key in self._places}
             for key, row in rows.items():
                 self.read(*key, row)

@@ -127,7 +127,7 @@ def bytes_of(name: str, size: int | str) -> int:
     """
     if isinstance(size, int):
         return size
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG])B", size.strip(), re.IGNORECASE)
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG])B", str(size).strip(), re.IGNORECASE)
     if not match:
         raise RequestError(f"`{name}` {size} is not a size. Write it like 5GB or 500MB.", argument=name)
     return int(float(match[1]) * {"K": 10**3, "M": 10**6, "G": 10**9}[match[2].upper()])

@@ -221,11 +221,7 @@ class HLWQQuantizer(HfQuantizer):
             raise RequestError(
                 "`dequantize=True` decodes all experts. Leave `expert_cache` out.", argument="dequantize"
             )
-        source = config.expert_source or "disk"
-        if source not in ("disk", "memory"):
-            message = f"`expert_source` {source} is unknown. Use disk or memory."
-            raise RequestError(message, argument="expert_source")
-        store = ExpertStore(Reader(directory), in_memory=source == "memory")
+        store = ExpertStore(Reader(directory), config.expert_source or "disk")
         return ExpertCache(store, config.expert_cache, config.expert_policy or "lfru")
 
     def _plan(self, model: PreTrainedModel, directory: Path) -> None:

@@ -41,7 +41,7 @@ from hlwq.errors import CheckpointError, RequestError, UnsupportedError
 from hlwq.expert_cache import ExpertCache
 from hlwq.expert_store import ExpertStore
 from hlwq.families import family_of
-from hlwq.formats import Scheme
+from hlwq.formats import Scheme, reading
 from hlwq.formats import hlwq as hlwq_format
 from hlwq.packed_experts import ExpertShape, Rows, rows_in, run_experts
 
@@ -115,12 +115,15 @@ class HLWQQuantizationConfig(QuantizationConfig):
         for name in get_safetensors_params_metadata(model_name, revision=revision):
             module, _, part = name.rpartition(".")
             if name.endswith(f".{PACKED}"):
-                matrix = str(self.section["experts"][0][0]).rpartition(".")[0]
+                (first, *_), *_ = reading.entry(self.section, "experts", list, where)
+                matrix = str(first).rpartition(".")[0]
                 self.stacks[module] = module, hlwq_format.scheme_for(self.section, f"{module}.0.{matrix}", where)
             if part == "weight_packed":
                 self.schemes[module] = hlwq_format.scheme_for(self.section, module, where)
         if not self.schemes and not self.stacks:
             raise CheckpointError(f"{model_name}: config.json says hlwq, but no tensor is stored so.")
+        if not self.stacks:
+            _ = self.cache  # an option that is for others is a mistake
         embedding, family = self._embedding(), family_of({"architectures": hf_config.architectures})
         if self.stacks and family and not family.vllm_packs_experts:
             raise UnsupportedError(
@@ -172,16 +175,18 @@ class HLWQQuantizationConfig(QuantizationConfig):
         said = {name: os.environ.get(variable) for name, variable in VARIABLES.items()}
         size, policy, source = said.values()
         try:
-            if size is None:
-                if policy or source:
-                    raise RequestError("They change nothing without `expert_cache`: `expert_policy`, `expert_source`.")
+            for name, value in said.items():
+                if value and not (size and self.stacks):
+                    without = "packed experts" if size else "`expert_cache`"
+                    raise RequestError(f"`{name}` changes nothing without {without}.", argument=name)
+            if not size:
                 return None
             model, revision = self.model
             directory = Path(model)
             if not directory.is_dir():
                 folder = get_current_vllm_config().load_config.download_dir
                 directory = Path(snapshot_download(model, revision=revision, cache_dir=folder, local_files_only=True))
-            store = ExpertStore(Reader(directory), in_memory=(source or "disk") == "memory")
+            store = ExpertStore(Reader(directory), source or "disk")
             return ExpertCache(store, int(size) if size.isdecimal() else size, policy or "lfru")
         except RequestError as error:
             message = str(error)
@@ -268,6 +273,8 @@ class HLWQMethod(LinearMethodBase):
 class HLWQExpertsMethod(FusedMoEMethodBase):
     """Runs the experts of a layer on their bytes."""
 
+    logged = monotonic()
+
     def __init__(self, layer: RoutedExperts, shape: ExpertShape, stack: str, cache: ExpertCache | None) -> None:
         """Say what the bytes are.
 
@@ -283,13 +290,12 @@ class HLWQExpertsMethod(FusedMoEMethodBase):
         super().__init__(layer.moe_config)
         self.shape, self.stack, self.cache = shape, stack, cache
         self.rows: Rows
-        self._logged = monotonic()
         if layer.moe_config.moe_parallel_config.use_ep or layer.moe_config.tp_size > 1:
-            raise UnsupportedError("Packed experts run on one device. Leave --tensor-parallel-size out.")
+            raise UnsupportedError("Packed experts run on one device. Leave `tensor_parallel_size` out.")
         if layer.activation.value != "silu" or layer.apply_router_weight_on_input:
             raise UnsupportedError(f"{stack}: packed experts are joined by SiLU, not {layer.activation.value}.")
         if current_platform.is_cuda_alike() and not get_current_vllm_config().model_config.enforce_eager:
-            raise UnsupportedError("Packed experts run without CUDA graphs. Add --enforce-eager.")
+            raise UnsupportedError("Packed experts run without CUDA graphs. Set `enforce_eager`.")
 
     def create_weights(self, layer: nn.Module, num_experts: int, *args: Any, **kwargs: Any) -> None:
         """Give a layer the bytes of its experts, unless a cache holds them."""
@@ -327,8 +333,8 @@ class HLWQExpertsMethod(FusedMoEMethodBase):
     def run(self, inputs: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """See `hlwq.packed_experts.run_experts`."""
         outputs = run_experts(inputs, index, weights, self.shape, _gate, self.rows)
-        if self.cache and monotonic() - self._logged > LOG_SECONDS:
-            self._logged = monotonic()
+        if self.cache and monotonic() - HLWQExpertsMethod.logged > LOG_SECONDS:
+            HLWQExpertsMethod.logged = monotonic()
             logger.info("Experts: %s", self.cache.counters)
         return outputs
 
