@@ -172,12 +172,21 @@ def test_vllm_keeps_to_the_schemes_of_the_file(tmp_path: Path, run_engine: RunEn
 def test_vllm_computes_the_same_with_a_cache_of_experts(
     experts_model: Path, tmp_path: Path, run_engine: RunEngine
 ) -> None:
-    directory, sizes = tmp_path / "quantized", [None, "1", "6", "16", "1MB"]
-    hlwq.quantize(experts_model, directory, "hlwq", bits=4, include_embeddings=False)
-    whole, *cached = run_engine("vllm", "vllm_experts.py", directory, sizes)
+    hlwq.quantize(experts_model, tmp_path / "quantized", "hlwq", bits=4, include_embeddings=False)
+    variables = [{}, *({"HLWQ_EXPERT_CACHE": size} for size in ("1", "6", "16", "1MB"))]
+    variables.append({"HLWQ_EXPERT_CACHE": "6", "HLWQ_EXPERT_POLICY": "lru", "HLWQ_EXPERT_SOURCE": "memory"})
+    mistakes = {
+        "HLWQ_EXPERT_POLICY changes nothing without HLWQ_EXPERT_CACHE": {"HLWQ_EXPERT_POLICY": "lru"},
+        "HLWQ_EXPERT_CACHE 50KB must hold an expert of each layer": {"HLWQ_EXPERT_CACHE": "50KB"},
+        "HLWQ_EXPERT_SOURCE cloud is unknown": {"HLWQ_EXPERT_CACHE": "6", "HLWQ_EXPERT_SOURCE": "cloud"},
+    }
+    reports = run_engine("vllm", "vllm_experts.py", tmp_path / "quantized", [*variables, *mistakes.values()])
+    whole, *cached = reports[: len(variables)]
     for report in cached:
         assert report.pop("counters") == report.pop("replay")
         assert report == whole
+    for said, report in zip(mistakes, reports[len(variables) :], strict=True):
+        assert said in report["error"]
 
 
 def test_chain_runs_in_mlx(prompts: dict[str, str], tmp_path: Path, run_engine: RunEngine) -> None:

@@ -1,44 +1,44 @@
 """Run in vLLM's own environment: what a mixture computes with caches of its experts, and what the caches did.
 
-    python vllm_experts.py DIRECTORY SIZES.json OUT.json
+    python vllm_experts.py DIRECTORY VARIABLES.json OUT.json
 
-Each size, or null for all experts in memory, runs in a process forked from this one. What a cache did is compared with
-a replay of what it was asked for.
+Each set of environment variables runs in a process forked from this one. What a cache did is compared with a replay of
+what it was asked for.
 """
 
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the cache is looked at from this process
 PROMPTS = [[5 + 37 * place % 1900 for place in range(length)] for length in (150, 20, 1)]
 
 
-def main(directory: str, sizes_file: str, out: str) -> None:
+def main(directory: str, variables_file: str, out: str) -> None:
     import vllm  # noqa: F401
 
-    sizes = json.loads(Path(sizes_file).read_text())
-    for place, size in enumerate(sizes):
+    files = []
+    for variables in json.loads(Path(variables_file).read_text()):
+        files.append(Path(f"{out}.{len(files)}"))
         if not os.fork():
-            status = 1
             try:
-                if size is not None:
-                    os.environ["HLWQ_EXPERT_CACHE"] = size
-                Path(f"{out}.{place}").write_text(json.dumps(run(directory)))
-                status = 0
-            finally:
-                sys.stderr.flush()
-                os._exit(status)
-        _, status = os.wait()
-        assert not status, f"cache of {size}"
-    Path(out).write_text(json.dumps([json.loads(Path(f"{out}.{place}").read_text()) for place in range(len(sizes))]))
+                os.environ.update(variables)
+                report = run(directory)
+            except Exception as error:
+                traceback.print_exc()
+                report = {"error": str(error)}
+            files[-1].write_text(json.dumps(report))
+            os._exit(0)
+        os.wait()
+    Path(out).write_text(json.dumps([json.loads(file.read_text()) for file in files]))
 
 
 def run(directory: str) -> dict:
     from vllm import LLM, SamplingParams
 
-    from hlwq.expert_policies import LayerCache, Lfru
+    from hlwq.expert_policies import POLICIES, LayerCache
 
     llm = LLM(model=directory, enforce_eager=True, max_model_len=256, language_model_only=True)
     layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
@@ -48,7 +48,8 @@ def run(directory: str) -> dict:
     if cache:
         before = vars(cache.counters).copy()
         for method in methods:
-            replays[method.stack] = replay = LayerCache(cache.capacity, Lfru())
+            policy = POLICIES[os.environ.get("HLWQ_EXPERT_POLICY", "lfru")]
+            replays[method.stack] = replay = LayerCache(cache.capacity, policy())
             rows = method.rows
 
             def counted(tokens, device, rows=rows, replay=replay):
