@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import FAMILY_NAMES, make_checkpoint
+from transformers import AutoModelForCausalLM
 
 import hlwq
 from hlwq import Calibration, kernels
@@ -31,6 +32,22 @@ def test_products_with_packed_matrices(bits: int, rows: int) -> None:
     expected = reference.matmul(inputs, packed, norms, bits)
     torch.testing.assert_close(kernels.matmul(inputs, packed, norms, bits), expected, rtol=1e-3, atol=1e-2)
     assert kernels.matmul(inputs.bfloat16(), packed, norms, bits).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("options", [{}, {"expert_source": "memory"}, {"expert_prefetch": True}], ids=str)
+def test_experts_in_a_cache(options: dict[str, Any], experts_model: Path, tmp_path: Path) -> None:
+    hlwq.quantize(experts_model, tmp_path / "q4", "hlwq", bits=4)
+    cached = hlwq.HLWQConfig(expert_cache=3, **options)
+    whole, small = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "q4", trust_remote_code=False, **given).cuda()
+        for given in ({}, {"quantization_config": cached})
+    )
+    tokens = torch.randint(6, 2000, (1, 300), generator=torch.Generator().manual_seed(0)).cuda()
+    said: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
+    with torch.inference_mode():
+        assert torch.equal(small(tokens).logits, whole(tokens).logits)
+        assert torch.equal(small.generate(tokens, **said), whole.generate(tokens, **said))
+    assert small.expert_cache.counters.misses > 0
 
 
 def made(source: Path, out: Path, recipe: str, device: str, **options: Any) -> hlwq.QuantizeResult:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from io import RawIOBase
 from pathlib import Path
 
 import torch
@@ -34,7 +36,6 @@ class ExpertStore:
         if source not in ("disk", "memory"):
             message = f"`expert_source` {source} is unknown. Use disk or memory."
             raise RequestError(message, argument="expert_source")
-        self._path = reader.path
         self._places: dict[tuple[str, int], tuple[Path, int]] = {}
         sizes: dict[tuple[str, int], int] = {}
         for name, spec in reader.tensors.items():
@@ -50,13 +51,14 @@ class ExpertStore:
         layers = [layer for layer, _ in sizes]
         self.counts = {layer: layers.count(layer) for layer in dict.fromkeys(layers)}
         self._files = {file: file.open("rb", buffering=0) for file, _ in self._places.values()}
+        self._stamps = {file: _stamp(stream) for file, stream in self._files.items()}
         self._staged: Tensor | None = None
-        self._memory: dict[tuple[str, int], Tensor] = {}
+        self._memory: dict[str, Tensor] = {}
         if source == "memory":
-            rows = {key: self._host_memory() for key in self._places}
-            for key, row in rows.items():
-                self.read(*key, row)
-            self._memory = rows
+            stacks = {layer: _host_memory(count, self.nbytes) for layer, count in self.counts.items()}
+            for layer, expert in self._places:
+                self.read(layer, expert, stacks[layer][expert])
+            self._memory = stacks
 
     def read(self, layer: str, expert: int, into: Tensor) -> None:
         """Copy an expert. Not for two threads at once.
@@ -70,21 +72,39 @@ class ExpertStore:
             CheckpointError: the file is not what it was.
         """
         if self._memory:
-            into.copy_(self._memory[layer, expert], non_blocking=True)
+            into.copy_(self._memory[layer][expert], non_blocking=True)
             return
         if into.device.type != "cpu":
             if self._staged is None:
-                self._staged = self._host_memory()
+                (self._staged,) = _host_memory(1, self.nbytes)
             self.read(layer, expert, self._staged)
             into.copy_(self._staged)
             return
         file, offset = self._places[layer, expert]
-        self._files[file].seek(offset)
-        if self._files[file].readinto(into.numpy().data) != self.nbytes:
+        stream, buffer, done = self._files[file], into.numpy().data, 0
+        changed = _stamp(stream) != self._stamps[file]
+        while not changed and done < self.nbytes:
+            now = _read_at(stream, buffer[done:], offset + done)
+            changed, done = not now, done + now
+        if changed:
             raise CheckpointError(
                 f"{file} has changed since it was opened. Load the model again.", path=file, tensor=layer
             )
 
-    def _host_memory(self) -> Tensor:
-        # Said, since models are made on the device `meta`.
-        return torch.empty(self.nbytes, dtype=torch.uint8, device="cpu", pin_memory=torch.cuda.is_available())
+
+def _read_at(stream: RawIOBase, buffer: memoryview, offset: int) -> int:
+    """Read some bytes, without the position that processes share which were forked; how many."""
+    if hasattr(os, "preadv"):
+        return os.preadv(stream.fileno(), [buffer], offset)
+    stream.seek(offset)  # Windows, where none are
+    return stream.readinto(buffer) or 0
+
+
+def _stamp(stream: RawIOBase) -> tuple[int, int]:
+    status = os.fstat(stream.fileno())
+    return status.st_size, status.st_mtime_ns
+
+
+def _host_memory(count: int, nbytes: int) -> Tensor:
+    # Said, since models are made on the device `meta`.
+    return torch.empty(count, nbytes, dtype=torch.uint8, device="cpu", pin_memory=torch.cuda.is_available())

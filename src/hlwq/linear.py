@@ -172,17 +172,8 @@ class HLWQExperts(nn.Module):
         gate = self.gating._apply_gate
         outputs = run_experts(hidden_states, top_k_index, top_k_weights, self.shape, gate, rows)
         if self.following and len(hidden_states) == 1:  # the tokens of a prompt go to most experts
-            self.read_ahead(*self.following, hidden_states, top_k_index.shape[1])
+            _read_ahead(*self.following, hidden_states[0], top_k_index.shape[1])
         return outputs
-
-    @staticmethod
-    def read_ahead(following: HLWQExperts, router: nn.Module, token: Tensor, each: int) -> None:
-        """Begin to read what a layer will need, by its router and what the layer before it was given."""
-        said = router(token)
-        scores = said[0] if isinstance(said, tuple) else said
-        assert following.cache is not None
-        cache, layer = following.cache
-        cache.expect(layer, scores[0].topk(each).indices.tolist(), token.device)
 
     def dequantize(self, dtype: torch.dtype) -> nn.Module:
         """Transformers' module with decoded matrices, in this dtype."""
@@ -200,6 +191,15 @@ class HLWQExperts(nn.Module):
         shape, scheme = self.shape, self.shape.scheme
         kept = f", kept={self.cache[0].capacity}" if self.cache else ""
         return f"{self.count}, {shape.hidden}, {shape.inner}, bits={scheme.bits}, group_size={scheme.group_size}{kept}"
+
+
+def _read_ahead(following: HLWQExperts, router: nn.Module, token: Tensor, each: int) -> None:
+    """Begin to read what a layer will need, by its router and what the layer before it was given."""
+    weight = router.get_parameter("weight")  # routers differ in what else they are given
+    if following.cache is not None and not weight.is_meta:
+        cache, layer = following.cache
+        scores = weight @ token.to(weight)
+        cache.expect(layer, scores.topk(each).indices.tolist(), weight.device)
 
 
 class HLWQEmbedding(_Packed):

@@ -44,7 +44,7 @@ def run(directory: str) -> dict:
     layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
     methods = [layer.routed_experts.quant_method for layer in layers if hasattr(layer, "routed_experts")]
     replays = {}
-    cache = methods[0].cache
+    cache = methods[0].config.cache
     if cache:
         before = vars(cache.counters).copy()
         for method in methods:

@@ -85,7 +85,8 @@ class HLWQConfig(QuantizationConfigMixin):
                 like `4GB`, or how many of each layer. What was done is in `model.expert_cache.counters`.
             expert_policy: which are kept: `lfru`, those used most of late, as by default; `lru` or `lfu`.
             expert_source: where the others are: on `disk`, as by default, or in the host's `memory`.
-            expert_prefetch: read what the next layer's router makes of this layer's input before it is needed.
+            expert_prefetch: read what the next layer's router makes of this layer's input before it is needed, where
+                the model is given one token.
         """
         self.quant_method = hlwq_format.NAME
         self.bits = 5 if bits is None else bits
@@ -221,6 +222,8 @@ class HLWQQuantizer(HfQuantizer):
             raise RequestError(
                 "`dequantize=True` decodes all experts. Leave `expert_cache` out.", argument="dequantize"
             )
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            raise UnsupportedError("Experts that are not in memory run in one process. Leave `expert_cache` out.")
         store = ExpertStore(Reader(directory), config.expert_source or "disk")
         return ExpertCache(store, config.expert_cache, config.expert_policy or "lfru")
 
@@ -423,11 +426,13 @@ def _router_of(model: PreTrainedModel, experts: str) -> nn.Module:
     Raises:
         UnsupportedError: it is not found.
     """
-    block = model.get_submodule(experts.rpartition(".")[0])
-    router = next((getattr(block, name) for name in ("gate", "router") if hasattr(block, name)), None)
-    if not isinstance(router, nn.Module):
-        raise UnsupportedError(f"{experts} has no router beside it: leave `expert_prefetch` out.", tensor=experts)
-    return router
+    block, packed = model.get_submodule(experts.rpartition(".")[0]), model.get_submodule(experts)
+    assert isinstance(packed, HLWQExperts)
+    for module in block.children():
+        weight = module._parameters.get("weight")
+        if weight is not None and weight.shape == (packed.count, packed.shape.hidden):
+            return module
+    raise UnsupportedError(f"{experts} has no router beside it. Leave `expert_prefetch` out.", tensor=experts)
 
 
 def _own_names(model: PreTrainedModel, modules: Iterable[str]) -> dict[str, str]:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
+from torch.library import custom_op
 from torch.nn.functional import silu
 from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
@@ -122,8 +123,10 @@ class HLWQQuantizationConfig(QuantizationConfig):
                 self.schemes[module] = hlwq_format.scheme_for(self.section, module, where)
         if not self.schemes and not self.stacks:
             raise CheckpointError(f"{model_name}: config.json says hlwq, but no tensor is stored so.")
-        if not self.stacks:
-            _ = self.cache  # an option that is for others is a mistake
+        if self.cached and not self.stacks:  # which a draft model beside a mixture has none of
+            logger.warning(
+                "%s changes nothing in %s, which has no packed experts.", VARIABLES["expert_cache"], model_name
+            )
         embedding, family = self._embedding(), family_of({"architectures": hf_config.architectures})
         if self.stacks and family and not family.vllm_packs_experts:
             raise UnsupportedError(
@@ -162,12 +165,17 @@ class HLWQQuantizationConfig(QuantizationConfig):
         if isinstance(layer, RoutedExperts) and prefix in self.stacks:
             stack, scheme = self.stacks[prefix]
             shape = ExpertShape(layer.moe_config.hidden_dim, layer.moe_config.intermediate_size, scheme)
-            return HLWQExpertsMethod(layer, shape, stack, self.cache)
+            return HLWQExpertsMethod(layer, shape, stack, self)
         return None
+
+    @property
+    def cached(self) -> bool:
+        """Whether experts stay in the files."""
+        return bool(os.environ.get(VARIABLES["expert_cache"]))
 
     @cached_property
     def cache(self) -> ExpertCache | None:
-        """What holds the experts; None if all are in memory.
+        """What holds the experts, once the files are there; None if all are in memory.
 
         Raises:
             RequestError: an environment variable is out of range.
@@ -175,11 +183,10 @@ class HLWQQuantizationConfig(QuantizationConfig):
         said = {name: os.environ.get(variable) for name, variable in VARIABLES.items()}
         size, policy, source = said.values()
         try:
-            for name, value in said.items():
-                if value and not (size and self.stacks):
-                    without = "packed experts" if size else "`expert_cache`"
-                    raise RequestError(f"`{name}` changes nothing without {without}.", argument=name)
             if not size:
+                for name in ("expert_policy", "expert_source"):
+                    if said[name]:
+                        raise RequestError(f"`{name}` changes nothing without `expert_cache`.", argument=name)
                 return None
             model, revision = self.model
             directory = Path(model)
@@ -275,31 +282,33 @@ class HLWQExpertsMethod(FusedMoEMethodBase):
 
     logged = monotonic()
 
-    def __init__(self, layer: RoutedExperts, shape: ExpertShape, stack: str, cache: ExpertCache | None) -> None:
+    def __init__(self, layer: RoutedExperts, shape: ExpertShape, stack: str, config: HLWQQuantizationConfig) -> None:
         """Say what the bytes are.
 
         Args:
             layer: vLLM's.
             shape: what an expert's bytes are.
             stack: what the checkpoint calls the tensor that holds them.
-            cache: what holds the experts; None if the layer does.
+            config: says whether a cache holds the experts.
 
         Raises:
             UnsupportedError: the layer does something else than the experts of a checkpoint, or is split.
         """
         super().__init__(layer.moe_config)
-        self.shape, self.stack, self.cache = shape, stack, cache
+        self.shape, self.stack, self.config = shape, stack, config
         self.rows: Rows
         if layer.moe_config.moe_parallel_config.use_ep or layer.moe_config.tp_size > 1:
-            raise UnsupportedError("Packed experts run on one device. Leave `tensor_parallel_size` out.")
-        if layer.activation.value != "silu" or layer.apply_router_weight_on_input:
+            raise UnsupportedError("Packed experts run on one device. Leave tensor, data and expert parallelism out.")
+        if layer.activation.value != "silu":
             raise UnsupportedError(f"{stack}: packed experts are joined by SiLU, not {layer.activation.value}.")
+        if layer.apply_router_weight_on_input:
+            raise UnsupportedError(f"{stack}: packed experts are weighted behind, and not before, they run.")
         if current_platform.is_cuda_alike() and not get_current_vllm_config().model_config.enforce_eager:
             raise UnsupportedError("Packed experts run without CUDA graphs. Set `enforce_eager`.")
 
     def create_weights(self, layer: nn.Module, num_experts: int, *args: Any, **kwargs: Any) -> None:
         """Give a layer the bytes of its experts, unless a cache holds them."""
-        if self.cache is None:
+        if not self.config.cached:
             packed = torch.empty(num_experts, self.shape.nbytes, dtype=torch.uint8)
             layer.register_parameter("packed", nn.Parameter(packed, requires_grad=False))
         # Instead of the layer's own, which knows of matrices only.
@@ -307,7 +316,7 @@ class HLWQExpertsMethod(FusedMoEMethodBase):
 
     def _load(self, layer: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> Iterator[str]:
         for name, tensor in weights:
-            if self.cache is None:
+            if not self.config.cached:
                 layer.get_parameter(name).data.copy_(tensor)
             yield name
 
@@ -321,10 +330,11 @@ class HLWQExpertsMethod(FusedMoEMethodBase):
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """From here on the experts are where they will be."""
-        if self.cache is None:
+        if self.config.cache is None:
             self.rows = partial(rows_in, layer.get_parameter("packed"))
         else:
-            self.rows = partial(self.cache.rows, self.stack)
+            self.config.cache.reserve(torch.device(current_platform.device_type))  # before it goes to keys and values
+            self.rows = partial(self.config.cache.rows, self.stack)
 
     def apply(self, layer: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         """What the experts make of tokens (n, hidden), weighted and summed."""
@@ -333,13 +343,13 @@ class HLWQExpertsMethod(FusedMoEMethodBase):
     def run(self, inputs: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """See `hlwq.packed_experts.run_experts`."""
         outputs = run_experts(inputs, index, weights, self.shape, _gate, self.rows)
-        if self.cache and monotonic() - HLWQExpertsMethod.logged > LOG_SECONDS:
+        if self.config.cache and monotonic() - HLWQExpertsMethod.logged > LOG_SECONDS:
             HLWQExpertsMethod.logged = monotonic()
-            logger.info("Experts: %s", self.cache.counters)
+            logger.info("Experts: %s", self.config.cache.counters)
         return outputs
 
 
-@torch.library.custom_op("hlwq::experts", mutates_args=())
+@custom_op("hlwq::experts", mutates_args=())
 def _experts(inputs: Tensor, index: Tensor, weights: Tensor, layer: str) -> Tensor:
     """The experts of a layer, which no compiler looks into: what is read depends on the tokens."""
     runner = get_forward_context().no_compile_layers[layer]
