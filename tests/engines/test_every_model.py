@@ -30,6 +30,10 @@ SEEN = {
     "gemma3_text": {"num_hidden_layers": 6},
     "cohere2": {"num_hidden_layers": 4},
     "olmo3": {"num_hidden_layers": 4},
+    # vLLM runs these in bfloat16 only, whose rounding would choose other experts.
+    "qwen3_5_moe": {"num_experts_per_tok": 4},
+    "qwen3_5_moe_text": {"num_experts_per_tok": 4},
+    "qwen3_next": {"num_experts_per_tok": 4},
 }
 """What engines want of a model beyond its structure: a layer of each type, at the place that they look at."""
 VLLM_DIFFERS = ("lfm2", "cohere2", "lfm2_moe", "ernie4_5_moe")

@@ -60,11 +60,17 @@ def run(directory: str) -> list[float]:
         if name in ModelRegistry.models:
             ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
     options = {"language_model_only": True} if "vision_config" in config else {}
+    if config.get("quantization_config", {}).get("quant_method", "hlwq") == "hlwq" and not has_linear_attention(config):
+        options["dtype"] = "float32"  # INT4 kernels and gated-delta layers of a CPU know bfloat16 only
     llm = LLM(model=directory, enforce_eager=True, max_model_len=128, **options)
     sampling = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
     (result,) = llm.generate({"prompt_token_ids": TOKENS}, sampling)
     steps = result.prompt_logprobs[1:]
     return [step[token].logprob for token, step in zip(TOKENS[1:], steps, strict=True)]
+
+
+def has_linear_attention(config: dict) -> bool:
+    return "linear_attention" in config.get("text_config", config).get("layer_types", ())
 
 
 if __name__ == "__main__":
